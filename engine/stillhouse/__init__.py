@@ -1,0 +1,1 @@
+"""Stillhouse: a plugin-based engine for knowledge distillation."""
