@@ -1,0 +1,11 @@
+"""Softmax divergences between a teacher and a student: one function, one specification, several backends.
+
+``reference.py`` is the specification. Importing this package imports torch, and neither Numba nor CUDA: they come
+with the first call that uses them.
+"""
+
+from stillhouse.kernels.backends import check, explain
+from stillhouse.kernels.loss import softmax_kl
+from stillhouse.kernels.targets import Sampled, Target, TopK
+
+__all__ = ["Sampled", "Target", "TopK", "check", "explain", "softmax_kl"]

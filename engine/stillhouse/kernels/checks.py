@@ -1,0 +1,186 @@
+"""Refusals: what comes in is checked here once, so that every backend gives the same errors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from stillhouse.kernels.targets import Sampled, Target, TopK
+
+DIVERGENCES = ("forward", "reverse", "jsd")
+REDUCTIONS = ("mean", "sum", "none")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SUM_TOLERANCE = 1e-2  # probabilities that went through 16-bit storage still sum to one within this
+
+
+def fail(what: str, got: object, expected: str, fix: str) -> ValueError:
+    """A ValueError in the one form that all refusals here have."""
+    return ValueError(f"{what}: got {got}; expected {expected}. Fix: {fix}.")
+
+
+def check_settings(temperature: float, divergence: str, beta: float, reduction: str, count: object) -> None:
+    """Refuse settings that have no meaning, before any tensor is looked at."""
+    if isinstance(temperature, Tensor) or not 0 < temperature < math.inf:
+        raise fail("temperature", temperature, "a finite number above 0", "pass a float such as 1.0")
+    if divergence not in DIVERGENCES:
+        raise fail("divergence", repr(divergence), f"one of {', '.join(DIVERGENCES)}", "pick one of these names")
+    if divergence == "jsd" and not 0 < beta < 1:
+        raise fail("beta", beta, "a number strictly between 0 and 1", "the ends are divergence='forward' or 'reverse'")
+    if reduction not in REDUCTIONS:
+        raise fail("reduction", repr(reduction), f"one of {', '.join(REDUCTIONS)}", "pick one of these names")
+    if count is not None:
+        _check_count(count, reduction)
+
+
+def _check_count(count: object, reduction: str) -> None:
+    if reduction != "mean":
+        raise fail("count", f"a count with reduction={reduction!r}", "reduction='mean'", "drop count, or average")
+    if isinstance(count, Tensor):
+        if count.dim() != 0:
+            raise fail("count", f"shape {tuple(count.shape)}", "a number or a 0-d tensor", "sum it over the step")
+    elif not isinstance(count, (int, float)) or not 0 <= count < math.inf:
+        raise fail("count", count, "a finite number of valid rows, 0 or more", "count the rows of the whole step")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor that is not a floating one of the four types that are known here."""
+    if not isinstance(tensor, Tensor):
+        raise fail(name, type(tensor).__name__, "a torch.Tensor", "convert it with torch.as_tensor")
+    if tensor.dtype not in FLOATS:
+        raise fail(f"{name} dtype", tensor.dtype, "float32, bfloat16, float16 or float64", "call .float() on it")
+
+
+def check_target(student: Tensor, target: Target, mask: Tensor | None, temperature: float, divergence: str) -> None:
+    """Refuse a target or a mask that does not belong to these student logits (..., V)."""
+    if student.dim() < 1 or student.shape[-1] < 1:
+        raise fail("student_logits shape", tuple(student.shape), "(..., V) with V >= 1", "keep the vocabulary last")
+    if isinstance(target, TopK):
+        _check_top_k(student, target, temperature)
+    elif isinstance(target, Sampled):
+        _check_sampled(student, target, temperature, divergence)
+    else:
+        check_floating("target", target)
+        _same_rows("target", student, target)
+    if mask is not None:
+        check_mask(student, mask)
+
+
+def check_mask(student: Tensor, mask: Tensor) -> None:
+    """Refuse a mask that is not one boolean for each row."""
+    rows = tuple(student.shape[:-1])
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise fail("mask dtype", got, "torch.bool (True: the row counts)", "call .bool() on it")
+    if tuple(mask.shape) != rows:
+        raise fail("mask shape", tuple(mask.shape), f"{rows}, the student's without the last", "one entry for a row")
+    _same_device("mask", student, mask)
+
+
+def check_inplace(student: Tensor) -> None:
+    """Refuse to overwrite a parameter or an input that autograd hands back to the caller."""
+    if student.requires_grad and student.is_leaf:
+        raise fail(
+            "inplace=True",
+            "a leaf tensor that requires grad",
+            "logits computed by a layer, whose values nothing needs later",
+            "drop inplace, or pass the layer's output",
+        )
+
+
+def _check_top_k(student: Tensor, target: TopK, temperature: float) -> None:
+    if target.rest not in ("ghost", "renormalise"):
+        raise fail("TopK.rest", repr(target.rest), "'ghost' or 'renormalise'", "pick one of these names")
+    if not 0 < target.temperature < math.inf:
+        raise fail("TopK.temperature", target.temperature, "a finite number above 0", "1.0 for plain log-probabilities")
+    if target.rest == "ghost" and target.temperature != temperature:
+        raise fail(
+            "TopK.temperature",
+            f"{target.temperature} with temperature={temperature}",
+            "the same one, since the mass outside the top k cannot be moved to another temperature",
+            f"take the log-probabilities at {temperature}, or use rest='renormalise'",
+        )
+    _check_pair(student, target.indices, target.log_probs, "TopK", "log_probs")
+    if target.indices.shape[-1] > student.shape[-1]:
+        raise fail("TopK k", target.indices.shape[-1], f"at most V = {student.shape[-1]}", "store fewer entries")
+
+
+def _check_sampled(student: Tensor, target: Sampled, temperature: float, divergence: str) -> None:
+    if divergence != "forward":
+        raise fail("divergence", f"{divergence!r} with Sampled", "'forward'", "use TopK or dense logits as target")
+    if target.temperature != temperature:
+        raise fail(
+            "Sampled.temperature",
+            f"{target.temperature} with temperature={temperature}",
+            "the same one, since draws at one temperature are biased at another",
+            f"draw from softmax(teacher / {temperature})",
+        )
+    _check_pair(student, target.indices, target.weights, "Sampled", "weights")
+
+
+def _check_pair(student: Tensor, indices: Tensor, values: Tensor, kind: str, name: str) -> None:
+    check_floating(f"{kind}.{name}", values)
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
+        got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+        raise fail(f"{kind}.indices dtype", got, "torch.int64", "call .long() on it")
+    if indices.shape != values.shape:
+        got = f"{tuple(indices.shape)} and {tuple(values.shape)}"
+        raise fail(f"{kind} shapes", got, f"indices and {name} of the same shape", "gather both with the same index")
+    _same_rows(f"{kind}.indices", student, indices)
+    _same_device(f"{kind}.{name}", student, values)
+
+
+def _same_rows(name: str, student: Tensor, other: Tensor) -> None:
+    if other.dim() != student.dim() or other.shape[:-1] != student.shape[:-1] or other.shape[-1] < 1:
+        raise fail(
+            f"{name} shape",
+            tuple(other.shape),
+            f"{tuple(student.shape[:-1])} + (width >= 1,), as the student's {tuple(student.shape)}",
+            "align the rows of both sides first; nothing is broadcast",
+        )
+    _same_device(name, student, other)
+
+
+def _same_device(name: str, student: Tensor, other: Tensor) -> None:
+    if other.device != student.device:
+        raise fail(f"{name} device", other.device, f"{student.device}, the student's", f"call .to({str(student.device)!r})")
+
+
+def check_values(target: Target, width: int, mask: Tensor | None) -> None:
+    """Refuse values that would read out of bounds or mean nothing; rows 2-D, masked rows are not looked at."""
+    if isinstance(target, Tensor) or target.trusted:
+        return
+    indices = target.indices if mask is None else target.indices[mask]
+    values = target.log_probs if isinstance(target, TopK) else target.weights
+    values = (values if mask is None else values[mask]).double()
+    if indices.numel() == 0:
+        return
+    kind = type(target).__name__
+    low, high = indices.min().item(), indices.max().item()
+    if low < 0 or high >= width:
+        got = low if low < 0 else high
+        raise fail(f"{kind}.indices", got, f"0 to {width - 1}, the student's entries", "drop or remap foreign entries")
+    if isinstance(target, TopK):
+        _check_log_probs(indices, values)
+    else:
+        _check_weights(values)
+
+
+def _check_log_probs(indices: Tensor, log_probs: Tensor) -> None:
+    ordered = indices.sort(-1).values
+    if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
+        raise fail("TopK.indices", "a repeated index in a row", "k distinct entries", "Sampled is what may repeat")
+    sums = log_probs.exp().sum(-1)
+    if not bool((sums <= 1 + SUM_TOLERANCE).all()) or not bool((sums > 0).all()):
+        worst = sums[~((sums <= 1 + SUM_TOLERANCE) & (sums > 0))][0].item()
+        raise fail("TopK.log_probs", f"a row whose exp sums to {worst:.6g}", "above 0 and at most 1", "pass log_softmax")
+
+
+def _check_weights(weights: Tensor) -> None:
+    if not bool((weights >= 0).all()):
+        raise fail("Sampled.weights", f"{weights.min().item():.6g}", "weights >= 0", "divide counts by draws")
+    sums = weights.sum(-1)
+    if not bool(((sums - 1).abs() <= SUM_TOLERANCE).all()):
+        worst = sums[((sums - 1).abs() > SUM_TOLERANCE)][0].item()
+        raise fail("Sampled.weights", f"a row that sums to {worst:.6g}", "1 in each row", "divide by the row's sum")

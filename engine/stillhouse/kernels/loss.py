@@ -1,0 +1,118 @@
+"""``softmax_kl``: checks and shapes in front of the backends."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stillhouse.kernels import backends, reference
+from stillhouse.kernels.checks import check_floating, check_inplace, check_settings, check_target, check_values
+from stillhouse.kernels.targets import Sampled, Target, TopK
+
+Divergence = Literal["forward", "reverse", "jsd"]
+Reduction = Literal["mean", "sum", "none"]
+
+
+def softmax_kl(
+    student_logits: Tensor,
+    target: Target,
+    *,
+    temperature: float = 1.0,
+    divergence: Divergence = "forward",
+    beta: float = 0.5,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+    count: float | Tensor | None = None,
+    inplace: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Divergence between the softmax of a teacher and of a student, times the squared temperature.
+
+    With t = softmax(teacher / T) and s = softmax(student / T), each row's loss is T^2 times
+    ``forward``: KL(t || s); ``reverse``: KL(s || t); ``jsd``: beta KL(t || m) + (1 - beta) KL(s || m) with
+    m = beta t + (1 - beta) s. T^2 keeps the gradient's scale (Hinton et al. 2015, arXiv:1503.02531, section 2);
+    the generalised JSD is that of Agarwal et al. 2023, arXiv:2306.13649. No gradient reaches the target.
+
+    Args:
+        student_logits: (..., V); float32, bfloat16, float16 (accumulated in float32) or float64.
+        target: teacher logits (..., Vt), a :class:`TopK` or a :class:`Sampled` with the same leading shape.
+            Differing widths share a prefix: an entry that one side lacks counts as -inf there, and entries that
+            the second argument of a KL lacks are dropped from the first, which is renormalised.
+        temperature: T, finite and above 0.
+        divergence: see above. ``Sampled`` is for ``forward`` only.
+        beta: weight of the teacher in the mixture, strictly between 0 and 1; read by ``jsd`` only.
+        mask: (...) bool, True where a row counts. Other rows have loss and gradient exactly 0, whatever they hold.
+        reduction: ``mean`` over valid rows, ``sum``, or ``none`` for one loss per row.
+        count: what ``mean`` divides by: the valid rows of the whole optimizer step, so that the way in which a
+            batch is split into micro-batches does not matter. By default the valid rows of this call.
+        inplace: the call may overwrite ``student_logits`` (by their gradient), which saves N x V memory; their
+            values are undefined afterwards. Backward through an operation that saved them raises.
+        backend: ``torch``, ``numba`` or ``cuda``; by default the fastest for the device (see :func:`explain`).
+
+    Returns:
+        A 0-d tensor, or (...) for ``none``; float32, or float64 for float64 logits. With no valid row at all the
+        mean is defined as 0, with gradient 0. A second derivative raises RuntimeError.
+
+    Raises:
+        ValueError: settings, shapes, types, devices or values that have no meaning, saying got, expected and fix.
+            On the CPU also NaN or +inf logits in a valid row; on a GPU, where looking would stall the stream,
+            these give a NaN loss.
+    """
+    check_settings(temperature, divergence, beta, reduction, count)
+    check_floating("student_logits", student_logits)
+    check_target(student_logits, target, mask, temperature, divergence)
+    if inplace:
+        check_inplace(student_logits)
+    chosen = backends.choose(student_logits, backend)
+    student, flat, flat_mask = flatten(student_logits, target, mask)
+    if not torch.compiler.is_compiling():
+        check_values(flat, student.shape[-1], flat_mask)
+    rows = reference.softmax_kl_rows(student, flat, temperature, divergence, beta, flat_mask)
+    if not torch.compiler.is_compiling() and rows.device.type == "cpu" and bool(rows.isnan().any()):
+        raise nan_error(rows)
+    return reduce(rows, flat_mask, reduction, count).reshape(
+        student_logits.shape[:-1] if reduction == "none" else ()
+    )
+
+
+def flatten(student: Tensor, target: Target, mask: Tensor | None) -> tuple[Tensor, Target, Tensor | None]:
+    """Everything with one leading dimension N; the target detached."""
+
+    def rows(x: Tensor) -> Tensor:
+        return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+    if isinstance(target, TopK):
+        target = TopK(
+            rows(target.indices), rows(target.log_probs.detach()), target.rest, target.temperature, target.trusted
+        )
+    elif isinstance(target, Sampled):
+        target = Sampled(rows(target.indices), rows(target.weights.detach()), target.temperature, target.trusted)
+    else:
+        target = rows(target.detach())
+    return rows(student), target, None if mask is None else mask.reshape(-1)
+
+
+def reduce(rows: Tensor, mask: Tensor | None, reduction: str, count: float | Tensor | None) -> Tensor:
+    """Reduce the rows' losses (N,); masked ones are zero already."""
+    if reduction == "none":
+        return rows
+    total = rows.sum()
+    if reduction == "sum":
+        return total
+    if count is None:
+        count = rows.numel() if mask is None else mask.sum()
+    if isinstance(count, Tensor):
+        some = count > 0
+        return torch.where(some, total / torch.where(some, count, 1), 0)
+    return total / count if count else total * 0
+
+
+def nan_error(rows: Tensor) -> ValueError:
+    """The refusal of logits that give no distribution, naming the first such row."""
+    row = int(rows.isnan().nonzero()[0, 0])
+    return ValueError(
+        f"logits: got NaN, +inf or only -inf in row {row} (of {rows.numel()} flattened rows); expected finite logits,"
+        " with -inf for entries that cannot occur. Fix: mask the row out, or find the step that made it so."
+    )
