@@ -1,0 +1,136 @@
+"""Sums over the threads of a row: warp by shuffles, block through shared memory, cluster through remote stores.
+
+No atomics: every merge adds in a fixed order, so a result is the same bits in every run. Each warp repeats the last
+step of a block's merge on its own, which costs a few shuffles and saves a barrier.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+from numba import cuda
+
+from stillhouse.kernels.cuda import intrinsics as ptx
+from stillhouse.kernels.cuda.arithmetic import LOWEST, ZERO, device, warp_max, warp_sum
+
+I32, F32 = np.int32, np.float32
+# float32 slots of the scratch array: per warp (C_t, D_t, C_s, D_s, two sums), then the same per block of the cluster
+WARP_SLOTS, RANK_SLOTS = 32, 16
+SUMS = 4 * WARP_SLOTS
+RANKS = 6 * WARP_SLOTS
+SCRATCH = RANKS + 6 * RANK_SLOTS
+
+
+def merges(threads: int, cluster: int) -> SimpleNamespace:
+    """Device functions ``softmax(scratch, tid, rank, c, d, slot)`` and ``sums`` for this block and cluster size."""
+    warps = threads // 32
+
+    @device
+    def warp_softmax(c, d):
+        top = warp_max(c)
+        return top, warp_sum(d * ptx.exp2(c - top))
+
+    @device
+    def leave(scratch, tid, c, d, slot):
+        """The warp's (C, D) to shared memory; a barrier must follow."""
+        c, d = warp_softmax(c, d)
+        if (tid & I32(31)) == I32(0):
+            w = tid >> I32(5)
+            scratch[I32(slot * WARP_SLOTS + w)] = c
+            scratch[I32((slot + 1) * WARP_SLOTS + w)] = d
+
+    @device
+    def gather(scratch, tid, slot):
+        lane = tid & I32(31)
+        c = LOWEST
+        d = ZERO
+        if lane < I32(warps):
+            c = scratch[I32(slot * WARP_SLOTS + lane)]
+            d = scratch[I32((slot + 1) * WARP_SLOTS + lane)]
+        return warp_softmax(c, d)
+
+    @device
+    def tell(scratch, tid, rank, slot, value):
+        """This block's value to every block of the cluster; the cluster's barrier must follow."""
+        if tid < I32(cluster):
+            ptx.cluster_store(scratch, I32(RANKS + slot * RANK_SLOTS) + rank, tid, value)
+
+    @device
+    def gather_ranks(scratch, tid, slot):
+        lane = tid & I32(31)
+        c = LOWEST
+        d = ZERO
+        if lane < I32(cluster):
+            c = scratch[I32(RANKS + slot * RANK_SLOTS + lane)]
+            d = scratch[I32(RANKS + (slot + 1) * RANK_SLOTS + lane)]
+        return warp_softmax(c, d)
+
+    @device
+    def meet():
+        if cluster > 1:
+            ptx.cluster_arrive()
+            ptx.cluster_wait()
+        else:
+            cuda.syncthreads()
+
+    @device
+    def softmax_two(scratch, tid, rank, ct, dt, cs, ds):
+        """(C, D) of teacher and student over the whole row, to every thread."""
+        leave(scratch, tid, ct, dt, 0)
+        leave(scratch, tid, cs, ds, 2)
+        cuda.syncthreads()
+        ct, dt = gather(scratch, tid, 0)
+        cs, ds = gather(scratch, tid, 2)
+        if cluster > 1:
+            tell(scratch, tid, rank, 0, ct)
+            tell(scratch, tid, rank, 1, dt)
+            tell(scratch, tid, rank, 2, cs)
+            tell(scratch, tid, rank, 3, ds)
+            meet()
+            ct, dt = gather_ranks(scratch, tid, 0)
+            cs, ds = gather_ranks(scratch, tid, 2)
+        return ct, dt, cs, ds
+
+    @device
+    def softmax_one(scratch, tid, rank, c, d):
+        """(C, D) of the student over the whole row, to every thread."""
+        leave(scratch, tid, c, d, 2)
+        cuda.syncthreads()
+        c, d = gather(scratch, tid, 2)
+        if cluster > 1:
+            tell(scratch, tid, rank, 2, c)
+            tell(scratch, tid, rank, 3, d)
+            meet()
+            c, d = gather_ranks(scratch, tid, 2)
+        return c, d
+
+    @device
+    def gather_sum(scratch, tid, first, count):
+        lane = tid & I32(31)
+        x = ZERO
+        if lane < I32(count):
+            x = scratch[I32(first + lane)]
+        return warp_sum(x)
+
+    @device
+    def sum_two(scratch, tid, rank, a, b):
+        """Two sums over the row, to every thread."""
+        a = warp_sum(a)
+        b = warp_sum(b)
+        if (tid & I32(31)) == I32(0):
+            w = tid >> I32(5)
+            scratch[I32(SUMS + w)] = a
+            scratch[I32(SUMS + WARP_SLOTS + w)] = b
+        cuda.syncthreads()
+        a = gather_sum(scratch, tid, SUMS, warps)
+        b = gather_sum(scratch, tid, SUMS + WARP_SLOTS, warps)
+        if cluster > 1:
+            tell(scratch, tid, rank, 4, a)
+            tell(scratch, tid, rank, 5, b)
+            meet()
+            a = gather_sum(scratch, tid, RANKS + 4 * RANK_SLOTS, cluster)
+            b = gather_sum(scratch, tid, RANKS + 5 * RANK_SLOTS, cluster)
+        return a, b
+
+    return SimpleNamespace(softmax_two=softmax_two, softmax_one=softmax_one, sum_two=sum_two)

@@ -1,0 +1,336 @@
+"""Kernels for dense teachers and V > 1,024: a row by one block, or by the blocks of a cluster.
+
+One pass over memory where the row pair fits in (distributed) shared memory, two where it does not (``staged=False``).
+A row's chunks are dealt to the blocks of the cluster in contiguous slices, and within a block to threads in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numba import cuda, types
+
+from stillhouse.kernels.cuda import intrinsics as ptx
+from stillhouse.kernels.cuda.arithmetic import LOWEST, PAIRS, ZERO, absorb, device, log2_ratio, sum8
+from stillhouse.kernels.cuda.merge import SCRATCH, merges
+from stillhouse.kernels.cuda.vectors import codec
+
+I32, I64, F32 = np.int32, np.int64, np.float32
+HUGE = F32(3.0e38)
+
+
+def row_geometry(size: int, group: int):
+    """Device function: where the chunks of a row lie, and which of them are whole on every tensor.
+
+    ``origin`` is the element at which chunk 0 starts (at most 0), chunks [first, last) are whole, ``count`` is their
+    number. Tensors that are not aligned alike have no whole chunk: all of the row then moves by element.
+    """
+    stride = 8 * group
+
+    @device
+    def geometry(s_row, t_row, g_row, width, whole):
+        misfit = ((s_row ^ t_row) | (s_row ^ g_row)) & I64(15)
+        head = I32((I64(16) - (s_row & I64(15))) & I64(15)) // I32(size)
+        origin = I32(head - stride) if head > I32(0) else I32(0)
+        count = I32(I32((width - origin + stride - 1) // I32(stride)) * group)
+        first = I32(group) if head > I32(0) else I32(0)
+        last = I32(I32((whole - origin) // I32(stride)) * group)
+        if misfit != I64(0) or last < first:
+            first = I32(0)
+            last = I32(0)
+        return origin, first, last, count
+
+    return geometry
+
+
+def is_kept(mask, row):
+    keep = True
+    if mask != I64(0):
+        keep = ptx.load_u8(mask + I64(row)) != np.uint32(0)
+    return keep
+
+
+def row_scale(scale, row, factor):
+    if scale != I64(0):
+        factor = factor * ptx.load_f32(scale + I64(row) * 4)
+    return factor
+
+
+is_kept, row_scale = device(is_kept), device(row_scale)
+
+def eight_pairs(pair):
+    """Device function: a pair function over eight elements -> (sum of losses, second results, third results)."""
+
+    @device
+    def eight(xs, xt, known):
+        k2, ct, cs, it, is_, delta, beta = known
+        n, m = -ct, -cs
+        a0, b0, c0 = pair(ptx.fma(xt[0], k2, n), ptx.fma(xs[0], k2, m), it, is_, delta, beta)
+        a1, b1, c1 = pair(ptx.fma(xt[1], k2, n), ptx.fma(xs[1], k2, m), it, is_, delta, beta)
+        a2, b2, c2 = pair(ptx.fma(xt[2], k2, n), ptx.fma(xs[2], k2, m), it, is_, delta, beta)
+        a3, b3, c3 = pair(ptx.fma(xt[3], k2, n), ptx.fma(xs[3], k2, m), it, is_, delta, beta)
+        a4, b4, c4 = pair(ptx.fma(xt[4], k2, n), ptx.fma(xs[4], k2, m), it, is_, delta, beta)
+        a5, b5, c5 = pair(ptx.fma(xt[5], k2, n), ptx.fma(xs[5], k2, m), it, is_, delta, beta)
+        a6, b6, c6 = pair(ptx.fma(xt[6], k2, n), ptx.fma(xs[6], k2, m), it, is_, delta, beta)
+        a7, b7, c7 = pair(ptx.fma(xt[7], k2, n), ptx.fma(xs[7], k2, m), it, is_, delta, beta)
+        losses = sum8((a0, a1, a2, a3, a4, a5, a6, a7))
+        return losses, (b0, b1, b2, b3, b4, b5, b6, b7), (c0, c1, c2, c3, c4, c5, c6, c7)
+
+    return eight
+
+
+@device
+def scaled(x, f):
+    return x[0] * f, x[1] * f, x[2] * f, x[3] * f, x[4] * f, x[5] * f, x[6] * f, x[7] * f
+
+
+@device
+def centred(p, w, mean, f):
+    """f (w - p mean), from the second and third results of the pair function."""
+    n = -mean
+    return scaled(
+        (
+            ptx.fma(p[0], n, w[0]), ptx.fma(p[1], n, w[1]), ptx.fma(p[2], n, w[2]), ptx.fma(p[3], n, w[3]),
+            ptx.fma(p[4], n, w[4]), ptx.fma(p[5], n, w[5]), ptx.fma(p[6], n, w[6]), ptx.fma(p[7], n, w[7]),
+        ),
+        f,
+    )  # fmt: skip
+
+
+SIGNATURE = (*[types.int64] * 6, *[types.int32] * 5, *[types.float32] * 4)
+ARGUMENTS = "s t g loss mask scale v t_stride s_width t_width slice k2 grad_factor loss_factor beta".split()
+
+
+def rows_kernel(dtype: str, divergence: str, threads: int, cluster: int, staged: bool) -> Callable:
+    """The kernel (undecorated) of one dtype, divergence, block and cluster size.
+
+    Its arguments: addresses of student, teacher, gradient (float or 16-bit), loss (float32), mask (bool, or 0), scale
+    (float32, or 0); V, the stride of teacher rows, the widths over which either side has mass, chunks in a block's
+    slice; log2(e)/T, the factor of gradients (times scale), of losses, and beta.
+    """
+    code, wide, pair, merge = codec(dtype), codec("f32"), PAIRS[divergence], merges(threads, cluster)
+    size, forward = code.size, divergence == "forward"
+    first_element, decode, encode = code.first_element, code.decode, code.encode
+    put, put_edge, fetch_edge, stage, unstage = code.put, code.put_edge, code.fetch_edge, code.stage, code.unstage
+    fetch, fetch_last = code.fetch if staged else code.fetch_kept, code.fetch
+    encode_wide, decode_wide, stage_wide, unstage_wide = wide.encode, wide.decode, wide.stage, wide.unstage
+    softmax_two, sum_two = merge.softmax_two, merge.sum_two
+    geometry = row_geometry(size, code.group)
+    eight = eight_pairs(pair)
+
+    @device
+    def first_of(chunks):
+        """The first whole chunk of this thread; at most one group before it hangs over the start of the row."""
+        origin, first, last, count, lo, hi, tid = chunks
+        chunk = I32(lo + tid)
+        return chunk if chunk >= first else I32(chunk + threads)
+
+    @device
+    def edges(chunks):
+        """How many chunks of the row are not whole: [0, first) and [last, count)."""
+        return I32(chunks[1] + chunks[3] - chunks[2])
+
+    @device
+    def edge(j, chunks):
+        return j if j < chunks[1] else I32(j - chunks[1] + chunks[2])
+
+    @device
+    def mine(chunk, chunks):
+        return chunk >= chunks[4] and chunk < chunks[5]
+
+    @device
+    def element_of(chunk, chunks):
+        return I32(chunks[0] + first_element(chunk))
+
+    @device
+    def take(words, slot, span, sa, sb, ta, tb, k2, state):
+        if staged:
+            stage(words, I32(0), span, slot, sa, sb)
+            stage(words, I32(1), span, slot, ta, tb)
+        ct, dt = absorb(decode(ta, tb), k2, state[0], state[1])
+        cs, ds = absorb(decode(sa, sb), k2, state[2], state[3])
+        return ct, dt, cs, ds
+
+    @device
+    def absorb_row(words, span, s_row, t_row, s_width, t_width, chunks, k2):
+        """First pass: read both rows, keep them, and this thread's (C, D) of each."""
+        state = (LOWEST, ZERO, LOWEST, ZERO)
+        chunk, stop, lo = first_of(chunks), min(chunks[5], chunks[2]), chunks[4]
+        while chunk < stop:
+            at = I64(element_of(chunk, chunks)) * size
+            sa, sb = fetch(s_row + at)
+            ta, tb = fetch(t_row + at)
+            state = take(words, I32(chunk - lo), span, sa, sb, ta, tb, k2, state)
+            chunk = I32(chunk + threads)
+        j = chunks[6]
+        while j < edges(chunks):
+            chunk = edge(j, chunks)
+            if mine(chunk, chunks):
+                e = element_of(chunk, chunks)
+                sa, sb = fetch_edge(s_row, e, s_width)
+                ta, tb = fetch_edge(t_row, e, t_width)
+                state = take(words, I32(chunk - lo), span, sa, sb, ta, tb, k2, state)
+            j = I32(j + threads)
+        return state
+
+    @device
+    def staged_pair(words, slot, span):
+        sa, sb = unstage(words, I32(0), span, slot)
+        ta, tb = unstage(words, I32(1), span, slot)
+        return decode(sa, sb), decode(ta, tb)
+
+    @device
+    def whole_pair(words, slot, span, s_row, t_row, at):
+        if staged:
+            return staged_pair(words, slot, span)
+        sa, sb = fetch_last(s_row + at)
+        ta, tb = fetch_last(t_row + at)
+        return decode(sa, sb), decode(ta, tb)
+
+    @device
+    def edge_pair(words, slot, span, s_row, t_row, s_width, t_width, e):
+        if staged:
+            return staged_pair(words, slot, span)
+        sa, sb = fetch_edge(s_row, e, s_width)
+        ta, tb = fetch_edge(t_row, e, t_width)
+        return decode(sa, sb), decode(ta, tb)
+
+    @device
+    def keep(words, slot, span, p, w):
+        """Probabilities and weighted logarithms stay in float32, whatever the dtype of the logits."""
+        pa, pb = encode_wide(p)
+        wa, wb = encode_wide(w)
+        stage_wide(words, I32(0), span, slot, pa, pb)
+        stage_wide(words, I32(1), span, slot, wa, wb)
+
+    @device
+    def kept(words, slot, span):
+        pa, pb = unstage_wide(words, I32(0), span, slot)
+        wa, wb = unstage_wide(words, I32(1), span, slot)
+        return decode_wide(pa, pb), decode_wide(wa, wb)
+
+    @device
+    def resolve_row(words, span, s_row, t_row, g_row, v, s_width, t_width, chunks, known, grad_scale):
+        """Second pass: the loss, and the gradient (forward) or what the gradient is made of (the others)."""
+        total, mean = ZERO, ZERO
+        chunk, stop, lo = first_of(chunks), min(chunks[5], chunks[2]), chunks[4]
+        while chunk < stop:
+            at = I64(element_of(chunk, chunks)) * size
+            xs, xt = whole_pair(words, I32(chunk - lo), span, s_row, t_row, at)
+            a, b, c = eight(xs, xt, known)
+            total = total + a
+            if forward:
+                ga, gb = encode(scaled(b, grad_scale))
+                put(g_row + at, ga, gb)
+            else:
+                mean = mean + sum8(c)
+                if staged:
+                    keep(words, I32(chunk - lo), span, b, c)
+            chunk = I32(chunk + threads)
+        j = chunks[6]
+        while j < edges(chunks):
+            chunk = edge(j, chunks)
+            if mine(chunk, chunks):
+                e = element_of(chunk, chunks)
+                xs, xt = edge_pair(words, I32(chunk - lo), span, s_row, t_row, s_width, t_width, e)
+                a, b, c = eight(xs, xt, known)
+                total = total + a
+                if forward:
+                    ga, gb = encode(scaled(b, grad_scale))
+                    put_edge(g_row, e, v, ga, gb)
+                else:
+                    mean = mean + sum8(c)
+                    if staged:
+                        keep(words, I32(chunk - lo), span, b, c)
+            j = I32(j + threads)
+        return total, mean
+
+    @device
+    def write_row(words, span, s_row, t_row, g_row, v, s_width, t_width, chunks, known, mean, grad_scale):
+        """Third pass of the divergences whose gradient needs a mean over the row."""
+        chunk, stop, lo = first_of(chunks), min(chunks[5], chunks[2]), chunks[4]
+        while chunk < stop:
+            at = I64(element_of(chunk, chunks)) * size
+            if staged:
+                b, c = kept(words, I32(chunk - lo), span)
+            else:
+                xs, xt = whole_pair(words, I32(chunk - lo), span, s_row, t_row, at)
+                a, b, c = eight(xs, xt, known)
+            ga, gb = encode(centred(b, c, mean, grad_scale))
+            put(g_row + at, ga, gb)
+            chunk = I32(chunk + threads)
+        j = chunks[6]
+        while j < edges(chunks):
+            chunk = edge(j, chunks)
+            if mine(chunk, chunks):
+                e = element_of(chunk, chunks)
+                if staged:
+                    b, c = kept(words, I32(chunk - lo), span)
+                else:
+                    xs, xt = edge_pair(words, I32(chunk - lo), span, s_row, t_row, s_width, t_width, e)
+                    a, b, c = eight(xs, xt, known)
+                ga, gb = encode(centred(b, c, mean, grad_scale))
+                put_edge(g_row, e, v, ga, gb)
+            j = I32(j + threads)
+
+    @device
+    def clear_row(g_row, v, chunks):
+        za, zb = encode((ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO))
+        chunk, stop = first_of(chunks), min(chunks[5], chunks[2])
+        while chunk < stop:
+            put(g_row + I64(element_of(chunk, chunks)) * size, za, zb)
+            chunk = I32(chunk + threads)
+        j = chunks[6]
+        while j < edges(chunks):
+            chunk = edge(j, chunks)
+            if mine(chunk, chunks):
+                put_edge(g_row, element_of(chunk, chunks), v, za, zb)
+            j = I32(j + threads)
+
+    def kernel(s, t, g, loss, mask, scale, v, t_stride, s_width, t_width, span, k2, grad_factor, loss_factor, beta):
+        words = cuda.shared.array(0, np.uint32)
+        scratch = cuda.shared.array(SCRATCH, np.float32)
+        tid = I32(cuda.threadIdx.x)
+        row = I32(I32(cuda.blockIdx.x) // I32(cluster))
+        rank = I32(0)
+        if cluster > 1:
+            ptx.cluster_arrive()  # no block may be written to before it has started: waited for before the merge
+            rank = ptx.cluster_rank()
+        s_row = s + I64(row) * v * size
+        t_row = t + I64(row) * t_stride * size
+        g_row = g + I64(row) * v * size
+        whole = min(v, min(s_width, t_width))
+        origin, first, last, count = geometry(s_row, t_row, g_row, max(v, max(s_width, t_width)), whole)
+        lo = I32(rank * span)
+        chunks = (origin, first, last, count, lo, min(I32(lo + span), count), tid)
+        leader = rank == I32(0) and tid == I32(0)
+        if not is_kept(mask, row):
+            if cluster > 1:
+                ptx.cluster_wait()
+            clear_row(g_row, v, chunks)
+            if leader:
+                ptx.store_f32(loss + I64(row) * 4, ZERO)
+            return
+
+        ct, dt, cs, ds = absorb_row(words, span, s_row, t_row, s_width, t_width, chunks, k2)
+        if cluster > 1:
+            ptx.cluster_wait()
+        ct, dt, cs, ds = softmax_two(scratch, tid, rank, ct, dt, cs, ds)
+        it, is_ = ptx.reciprocal(dt), ptx.reciprocal(ds)
+        known = (k2, ct, cs, it, is_, log2_ratio(it, is_), beta)
+        grad_scale = row_scale(scale, row, grad_factor)
+        total, mean = resolve_row(
+            words, span, s_row, t_row, g_row, v, s_width, t_width, chunks, known, grad_scale
+        )
+        total, mean = sum_two(scratch, tid, rank, total, mean)
+        if leader:
+            ptx.store_f32(loss + I64(row) * 4, total * loss_factor)
+        if forward:
+            return
+        if mean > HUGE:  # the teacher rules out what the student believes in: loss inf, and no gradient
+            clear_row(g_row, v, chunks)
+        else:
+            write_row(words, span, s_row, t_row, g_row, v, s_width, t_width, chunks, known, mean, grad_scale)
+
+    return kernel
