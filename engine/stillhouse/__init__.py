@@ -1,1 +1,50 @@
-"""Stillhouse: a plugin-based engine for knowledge distillation."""
+"""Stillhouse: a plugin-based engine for knowledge distillation.
+
+In a script or a notebook::
+
+    import stillhouse
+    result = stillhouse.distill(student, teacher, data, method="sld")
+    print(result.scores)
+
+Importing this module imports neither torch nor any plugin; the names below come with their first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stillhouse.distill import Distilled, distill
+    from stillhouse.errors import StillhouseError
+    from stillhouse.run import run
+    from stillhouse.step import DistillStep
+    from stillhouse.targets import Batch
+
+_HOMES = {
+    "Batch": "targets",
+    "DistillStep": "step",
+    "Distilled": "distill",
+    "StillhouseError": "errors",
+    "distill": "distill",
+    "run": "run",
+}
+
+__all__ = ["Batch", "DistillStep", "Distilled", "StillhouseError", "distill", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("stillhouse")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'stillhouse' has no attribute '{name}'")
+    value = getattr(import_module(f"stillhouse.{_HOMES[name]}"), name)
+    # The function replaces the submodule of the same name that the import has just set.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

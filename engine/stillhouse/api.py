@@ -1,0 +1,108 @@
+"""All that a plugin author imports.
+
+A method is a class with a config model and the hooks it needs::
+
+    class MyMethod(Method):
+        api_version = 1
+        Config = MyConfig
+
+        @hookimpl
+        def loss_terms(self, student_out, targets, batch, step):
+            ...
+            return {"mine": LossTerm(value)}
+
+named in its package's ``pyproject.toml`` under ``[project.entry-points."stillhouse.methods"]``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from stillhouse.context import Auxiliary, RunContext, Stage, StepInfo
+from stillhouse.errors import ConfigError, DataError, MissingExtra, PluginError
+from stillhouse.hooks import hookimpl
+from stillhouse.losses import cross_entropy, label_loss, regression_loss
+from stillhouse.observers import Observer, RunRecord
+from stillhouse.targets import IGNORE, Batch, LossTerm, StudentOut, Targets, TeacherOut
+from stillhouse.tasks import Builder, Splits, Task, TaskConfig, TensorSplit
+
+API_VERSION = 1
+"""The version of this contract. The engine runs plugins of this version and of the one before."""
+
+CAPABILITIES = frozenset(
+    {
+        "logits",  # the teacher's outputs
+        "deterministic_teacher",  # outputs that are the same at every call
+        "hidden_states",  # outputs of named modules
+        "labels",  # true labels
+        "unlabelled",  # a split without labels
+        "student_update",  # the method makes the update itself
+        "generate",  # the student can generate sequences
+    }
+)
+"""What a method may require and a trainer or a task may offer; compared before step 0."""
+
+
+class MethodConfig(BaseModel):
+    """Base of a method's settings: every field has a default, unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class Method:
+    """A distillation method: settings, and hooks marked with ``@hookimpl``.
+
+    api_version
+        The API_VERSION that the plugin was written for; every plugin states it.
+    Config
+        The settings' model.
+    requires
+        Names from CAPABILITIES; compared with what the run offers before step 0.
+    different_outputs
+        Whether teacher and student may have different numbers of outputs.
+    """
+
+    api_version: ClassVar[int]
+    Config: ClassVar[type[MethodConfig]] = MethodConfig
+    requires: ClassVar[frozenset[str]] = frozenset({"logits"})
+    different_outputs: ClassVar[bool] = False
+    config: Any
+    """The settings, of type ``Config``; a subclass annotates it with its own."""
+
+    def __init__(self, config: Any = None) -> None:
+        self.config = self.Config() if config is None else config
+
+
+__all__ = [
+    "API_VERSION",
+    "CAPABILITIES",
+    "IGNORE",
+    "Auxiliary",
+    "Batch",
+    "Builder",
+    "ConfigError",
+    "DataError",
+    "LossTerm",
+    "Method",
+    "MethodConfig",
+    "MissingExtra",
+    "Observer",
+    "PluginError",
+    "RunContext",
+    "RunRecord",
+    "Splits",
+    "Stage",
+    "StepInfo",
+    "StudentOut",
+    "Targets",
+    "Task",
+    "TaskConfig",
+    "TeacherOut",
+    "TensorSplit",
+    "cross_entropy",
+    "hookimpl",
+    "label_loss",
+    "regression_loss",
+]

@@ -1,0 +1,121 @@
+"""Find, list and load plugins by entry point.
+
+Listing reads the installed distributions' metadata and imports nothing; loading imports the one
+module that was named. ``STILLHOUSE_PLUGINS=a,b`` is an allow-list of plugin or distribution names for
+what other distributions bring (empty: none of it); Stillhouse's own plugins are always there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import traceback
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from importlib.metadata import EntryPoint, distributions
+from typing import Any, Literal
+
+from stillhouse.errors import PluginError, nearest
+
+Kind = Literal["method", "task", "observer", "model"]
+GROUPS: dict[Kind, str] = {
+    "method": "stillhouse.methods",
+    "task": "stillhouse.tasks",
+    "observer": "stillhouse.observers",
+    "model": "stillhouse.models",
+}
+ALLOW = "STILLHOUSE_PLUGINS"
+OWN = "stillhouse"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry point of one distribution, not imported."""
+
+    kind: Kind
+    name: str
+    distribution: str
+    version: str
+    value: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} plugin '{self.name}' ({self.distribution} {self.version})"
+
+    def as_dict(self) -> dict[str, str]:
+        """The entry as JSON-ready values."""
+        return asdict(self)
+
+
+def entries(kind: Kind | None = None) -> list[Entry]:
+    """Every allowed entry, sorted by kind and name; the same name may stand twice."""
+    wanted = {group: name for name, group in GROUPS.items() if kind in (None, name)}
+    found = set()
+    for distribution in distributions():
+        points = [point for point in distribution.entry_points if point.group in wanted]
+        if not points:
+            continue
+        name = str(distribution.metadata["Name"])
+        for point in points:
+            entry = Entry(wanted[point.group], point.name, name, distribution.version, point.value)
+            if _allowed(entry):
+                found.add(entry)
+    order = list(GROUPS)
+    return sorted(found, key=lambda entry: (order.index(entry.kind), entry.name, entry.distribution))
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _allowed(entry: Entry) -> bool:
+    allow = os.environ.get(ALLOW)
+    if allow is None or entry.distribution == OWN:
+        return True
+    names = {_canonical(name.strip()) for name in allow.split(",") if name.strip()}
+    return bool(names & {_canonical(entry.name), _canonical(entry.distribution)})
+
+
+def duplicates(listed: Iterable[Entry]) -> dict[tuple[Kind, str], list[Entry]]:
+    """The names that more than one distribution claims."""
+    by_name: dict[tuple[Kind, str], list[Entry]] = {}
+    for entry in listed:
+        by_name.setdefault((entry.kind, entry.name), []).append(entry)
+    return {name: claims for name, claims in by_name.items() if len(claims) > 1}
+
+
+def find(kind: Kind, name: str) -> Entry:
+    """The one entry of that name.
+
+    Raises PluginError for a name that nobody claims (offering the nearest) or that two claim.
+    """
+    listed = entries(kind)
+    claims = [entry for entry in listed if entry.name == name]
+    if not claims:
+        hidden = f"; {ALLOW}={os.environ[ALLOW]!r} may hide it" if ALLOW in os.environ else ""
+        known = {entry.name for entry in listed}
+        raise PluginError(f"no {kind} is called '{name}'{nearest(name, known)}{hidden}")
+    if len(claims) > 1:
+        who = " and ".join(f"{entry.distribution} {entry.version} ({entry.value})" for entry in claims)
+        raise PluginError(
+            f"two plugins are called '{name}': {who}; uninstall one, or name the other in {ALLOW}"
+        )
+    return claims[0]
+
+
+def load(entry: Entry) -> Any:
+    """Import what the entry names.
+
+    Raises PluginError, naming the plugin, its distribution and the line that failed.
+    """
+    try:
+        return EntryPoint(entry.name, entry.value, GROUPS[entry.kind]).load()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a plugin may raise anything at import, SystemExit too
+        frames = traceback.extract_tb(error.__traceback__)
+        where = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+        what = f"{type(error).__name__}: {error}"
+        raise PluginError(
+            f"{entry} can't be loaded from {entry.value}: {what}{where}; "
+            f"mend or uninstall {entry.distribution}, or drop '{entry.name}' from the config"
+        ) from error

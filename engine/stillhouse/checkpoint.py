@@ -1,0 +1,113 @@
+"""Checkpoints: written whole, read without pickle, bound to the run's config."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from stillhouse.errors import CheckpointError
+from stillhouse.files import write_bytes
+
+KEEP = 2
+"""How many checkpoints stay on disk: should the newest be damaged, the one before is still there."""
+
+
+@dataclass
+class RandomState:
+    """State of the random number generators of torch (CPU and every GPU), numpy and python."""
+
+    state: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def capture(cls) -> RandomState:
+        """The generators as they stand."""
+        name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
+        version, numbers, spare = random.getstate()
+        return cls(
+            {
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                "numpy": [str(name), torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
+                "python": [version, list(numbers), spare],
+            }
+        )
+
+    @classmethod
+    def seeded(cls, seed: int) -> RandomState:
+        """The generators as they stand after seeding each with ``seed``; the present ones are untouched."""
+        before = cls.capture()
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        made = cls.capture()
+        before.restore()
+        return made
+
+    def restore(self) -> None:
+        """Set the generators."""
+        torch.set_rng_state(self.state["torch"])
+        if self.state["cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(self.state["cuda"])
+        name, keys, position, has_gauss, gauss = self.state["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+        version, numbers, spare = self.state["python"]
+        random.setstate((version, tuple(numbers), spare))
+
+
+def write(folder: Path, step: int, content: Mapping[str, Any]) -> Path:
+    """Write ``step-N.pt`` atomically, then drop all but the newest two.
+
+    A failure (a full disk) leaves the earlier ones as they were and raises CheckpointError.
+    """
+    buffer = io.BytesIO()
+    torch.save(dict(content), buffer)
+    path = folder / f"step-{step:09d}.pt"
+    try:
+        write_bytes(path, buffer.getvalue())
+    except OSError as error:
+        kept = newest(folder)
+        still = f"the one of step {step_of(kept)} is still good" if kept else "there was none before"
+        raise CheckpointError(
+            f"checkpoint {path} could not be written ({error.strerror or error}); {still}: "
+            "free some space, then go on with --resume"
+        ) from error
+    for old in sorted(folder.glob("step-*.pt"))[:-KEEP]:
+        old.unlink()
+    return path
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint, or None."""
+    return max(folder.glob("step-*.pt"), default=None)
+
+
+def step_of(path: Path) -> int:
+    """The update that a checkpoint was written after."""
+    return int(path.stem.removeprefix("step-"))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a checkpoint; tensors and plain values only, no code.
+
+    Raises CheckpointError for one that is truncated or was not written by this engine.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 - whatever a damaged file makes torch raise
+        earlier = [step_of(p) for p in sorted(path.parent.glob("step-*.pt")) if p < path]
+        then = f"the run then goes on from step {earlier[-1]}" if earlier else "the run then starts over"
+        problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"checkpoint {path} can't be read ({problem}); it is truncated or was not written by "
+            f"stillhouse. Remove it and call --resume again: {then}"
+        ) from None
+    if not isinstance(content, dict) or "position" not in content:
+        raise CheckpointError(f"{path} holds no checkpoint of stillhouse; remove it")
+    return content

@@ -1,0 +1,144 @@
+"""The command line. Parsing imports nothing heavy; each command imports what it needs.
+
+stillhouse run CONFIG|NAME [a.b=c ...] [--resume]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from stillhouse.errors import StillhouseError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command-line surface."""
+    main = argparse.ArgumentParser(
+        prog="stillhouse", description="A plugin-based engine for knowledge distillation."
+    )
+    main.add_argument("--version", action="store_true", help="print the version")
+    commands = main.add_subparsers(dest="command", metavar="COMMAND")
+
+    run = commands.add_parser("run", help="make one run from a config file or a shipped config's name")
+    run.add_argument(
+        "config", metavar="CONFIG|NAME", help="a YAML file, or a name: see 'stillhouse config list'"
+    )
+    run.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the config's")
+    _keeping(run)
+
+    compare = commands.add_parser("compare", help="make several runs with several seeds and print one table")
+    compare.add_argument(
+        "configs", nargs="+", metavar="CONFIG|NAME|a.b=c", help="configs; overrides go to each"
+    )
+    compare.add_argument("--seeds", default="0,1,2", metavar="0,1,2", help="seeds, default 0,1,2")
+    compare.add_argument("--out", default="runs/compare", metavar="DIR", help="default runs/compare")
+    _keeping(compare)
+
+    plugins = commands.add_parser("plugins", help="list what is installed, without importing it")
+    plugins.add_argument("--json", action="store_true", help="as JSON")
+
+    config = commands.add_parser("config", help="show configs").add_subparsers(
+        dest="config_command", metavar="COMMAND", required=True
+    )
+    show = config.add_parser("show", help="print a config with every default filled in")
+    show.add_argument("config", metavar="CONFIG|NAME")
+    show.add_argument("overrides", nargs="*", metavar="a.b=c")
+    config.add_parser("list", help="list the shipped configs")
+
+    commands.add_parser("schema", help="print the config's JSON schema, for editors")
+
+    doctor = commands.add_parser(
+        "doctor", help="versions, devices, the kernel in use and why, missing extras"
+    )
+    doctor.add_argument("--kernels", action="store_true", help="check the kernels on the devices at hand")
+    doctor.add_argument("--json", action="store_true", help="as JSON")
+
+    bench = commands.add_parser("bench", help="measure, side by side in one run").add_subparsers(
+        dest="bench_command", metavar="WHAT", required=True
+    )
+    overhead = bench.add_parser("overhead", help="the engine's step beside the same step written by hand")
+    overhead.add_argument("--steps", type=int, default=200, help="updates in a block, default 200")
+    overhead.add_argument("--blocks", type=int, default=15, help="interleaved blocks of each, default 15")
+    overhead.add_argument("--json", action="store_true", help="as JSON")
+    kernels = bench.add_parser(
+        "kernels", help="softmax-KL beside torch, and beside the memory floor", add_help=False
+    )
+    kernels.add_argument("rest", nargs=argparse.REMAINDER)
+
+    for command in (main, run, compare, plugins, show, doctor, overhead):
+        command.add_argument("--debug", action="store_true", help="show tracebacks")
+    return main
+
+
+def _keeping(command: argparse.ArgumentParser) -> None:
+    group = command.add_mutually_exclusive_group()
+    group.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    group.add_argument("--overwrite", action="store_true", help="start over, replacing what is there")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0 when it worked, 2 for a mistake that the user can mend, 130 after Ctrl-C."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    options = parser().parse_args(words)
+    if options.version:
+        from stillhouse import __version__
+
+        print(f"stillhouse {__version__}")
+        return 0
+    if options.command is None:
+        parser().print_help()
+        return 0
+    try:
+        return _dispatch(options)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        if getattr(options, "debug", False):
+            raise
+        return _report(error)
+
+
+def _dispatch(options: argparse.Namespace) -> int:
+    if options.command == "bench" and options.bench_command == "kernels":
+        from stillhouse.bench import kernels
+
+        return kernels.main(kernels.parser().parse_args(options.rest))
+    from stillhouse import commands
+
+    command = options.command
+    if command in ("bench", "config"):
+        command += f"_{getattr(options, f'{command}_command')}"
+    return int(getattr(commands, command)(options))
+
+
+def _report(error: Exception) -> int:
+    """A mistake as a message; a plugin's failure with its own line; ours with its traceback."""
+    notes = getattr(error, "__notes__", [])
+    if isinstance(error, StillhouseError):
+        print(f"error: {error}", file=sys.stderr)
+        for note in notes:
+            print(f"  {note}", file=sys.stderr)
+        return 130 if type(error).__name__ == "Interrupted" else 2
+    import traceback
+
+    if notes:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        for note in notes:
+            print(f"  {note}", file=sys.stderr)
+        print(f"  at {frame.filename}:{frame.lineno} (--debug shows all of it)", file=sys.stderr)
+        return 2
+    if isinstance(error, OSError):
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    traceback.print_exception(error)
+    print("error: this is a fault of stillhouse; please report it with the lines above", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""A run's configuration: YAML, then ``a.b=c``, then pydantic. Unknown keys are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from stillhouse.errors import ConfigError, nearest
+
+STRICT = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+OPEN = ConfigDict(extra="allow", frozen=True)
+
+
+class Named(BaseModel):
+    """Something chosen by name, with its own settings beside the name; a bare string is the name."""
+
+    model_config = OPEN
+    name: str = Field(description="The registered name.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keys beside ``name`` that this class has no field for."""
+        return dict(self.model_extra or {})
+
+
+class OptimizerConfig(Named):
+    """A class of torch.optim; further keys are its arguments."""
+
+    name: str = Field("AdamW", description="A class of torch.optim.")
+    lr: float = Field(1e-3, gt=0, description="Learning rate.")
+    weight_decay: float = Field(0.01, ge=0, description="Decoupled in AdamW.")
+
+
+class Training(BaseModel):
+    """How a student is trained, whatever the method."""
+
+    model_config = STRICT
+    steps: int = Field(3000, gt=0, description="Student updates of the whole run, over all stages.")
+    batch_size: int = Field(128, gt=0, description="Samples in one update.")
+    micro_batch_size: int | None = Field(
+        None, gt=0, description="Samples in one forward pass; the update's loss does not depend on it."
+    )
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)  # type: ignore[arg-type]
+    scheduler: Named | None = Field(None, description="A class of torch.optim.lr_scheduler.")
+    clip: float | None = Field(None, gt=0, description="Greatest norm of the gradient.")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast, float32 weights.")
+    seed: int = Field(0, ge=0, lt=2**32)
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    cache_teacher: bool = Field(
+        True, description="Call a deterministic teacher once per sample and keep its outputs."
+    )
+
+
+class TeacherConfig(Named):
+    """A teacher: a builder's name with its arguments, a checkpoint, or how to train it."""
+
+    checkpoint: Path | None = Field(None, description="safetensors file of its weights.")
+    train: dict[str, Any] = Field(
+        default_factory=dict, description="Training settings where there is no checkpoint."
+    )
+
+
+class RunConfig(Training):
+    """One run: a task, a teacher, a student, one or more methods, and how to train."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Names the run directory.")
+    task: Named
+    teacher: TeacherConfig | None = Field(None, description="Default: the task's first teacher.")
+    student: Named | None = Field(None, description="Default: the task's first student.")
+    target: Named | None = Field(None, description="Another model to end with; default: the student.")
+    method: Named | None = Field(None, description="The method and its settings.")
+    methods: list[Named] = Field(default_factory=list, description="Several methods, in order.")
+    observers: list[Named] = Field(default_factory=list)
+    out: Path | None = Field(None, description="Run directory; default runs/NAME-seedN.")
+    threads: int | None = Field(None, gt=0, description="CPU threads; default: torch's.")
+    log_every: int = Field(100, gt=0, description="Updates between rows of metrics.jsonl.")
+    validate_every: int = Field(500, gt=0, description="Updates between looks at the validation split.")
+    checkpoint_every: int = Field(500, gt=0, description="Updates between checkpoints.")
+
+    @field_validator("methods", "observers", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | Mapping) else value
+
+    @model_validator(mode="after")
+    def _one_way_to_name_methods(self) -> RunConfig:
+        if (self.method is None) == (not self.methods):
+            raise ValueError("expected either 'method' (one) or 'methods' (a list)")
+        return self
+
+    @property
+    def named_methods(self) -> list[tuple[str, Named]]:
+        """The methods in order, each with its path in the config."""
+        if self.method is not None:
+            return [("method", self.method)]
+        return [(f"methods.{number}", method) for number, method in enumerate(self.methods)]
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run is kept."""
+        return self.out or Path("runs") / f"{self.name}-seed{self.seed}"
+
+
+def shipped() -> dict[str, Path]:
+    """The configs that come with Stillhouse, by name."""
+    folder = Path(str(resources.files("stillhouse") / "configs"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def read(source: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a config file, or a shipped config by name, apply ``a.b=c`` overrides, and validate it.
+
+    Raises ConfigError with the path of each offending key.
+    """
+    known = shipped()
+    path = known.get(source) or Path(source)
+    if not path.is_file():
+        raise ConfigError(
+            f"no config file '{source}', and no shipped config of that name{nearest(source, known)}"
+        )
+    content = parse(path.read_text(), str(path))
+    content.setdefault("name", path.stem)
+    for override in overrides:
+        apply_override(content, override)
+    return validate(content)
+
+
+def validate(content: Mapping[str, Any]) -> RunConfig:
+    """A RunConfig from plain values; ConfigError otherwise."""
+    try:
+        return RunConfig.model_validate(dict(content))
+    except ValidationError as error:
+        raise ConfigError(explain(error, RunConfig)) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only; a key written twice is an error rather than a silent choice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key '{key}' stands twice; expected once", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def parse(text: str, where: str) -> dict[str, Any]:
+    """YAML text as a mapping. A tag that names code is refused and nothing of it runs."""
+    try:
+        content = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or str(error)
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{where}{line}: {problem}; expected plain YAML") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{where}: got {type(content).__name__}; expected keys and values")
+    return content
+
+
+def apply_override(content: dict[str, Any], override: str) -> None:
+    """Set one ``a.b=c`` in place; ``c`` is read as YAML. A bare name is opened as ``{name: ...}``."""
+    path, sign, text = override.partition("=")
+    if not sign or not path:
+        raise ConfigError(f"override '{override}': expected KEY=VALUE, as in method.temperature=2")
+    value = parse(f"value: {text}" if text else "value: null", f"override '{override}'")["value"]
+    keys = path.split(".")
+    here: Any = content
+    for position, key in enumerate(keys):
+        last = position == len(keys) - 1
+        if isinstance(here, list):
+            if not key.isdigit() or int(key) >= len(here):
+                raise ConfigError(f"override '{override}': '{key}' is no index of a list of {len(here)}")
+            slot: Any = int(key)
+        else:
+            slot = key
+        if last:
+            here[slot] = value
+            return
+        inner = here[slot] if isinstance(here, list) else here.get(slot)
+        if isinstance(inner, str):
+            inner = {"name": inner}
+        if inner is None:
+            inner = {}
+        if not isinstance(inner, dict | list):
+            raise ConfigError(f"override '{override}': '{key}' holds {inner!r}, which has no keys")
+        here[slot] = inner
+        here = inner
+
+
+def explain(error: ValidationError, kind: type[BaseModel], path: str = "") -> str:
+    """A validation error as lines of ``path: what is wrong``, with the nearest known key."""
+    lines = []
+    for item in error.errors():
+        where = ".".join([*([path] if path else []), *(str(part) for part in item["loc"])])
+        given = "" if isinstance(item.get("input"), Mapping) else f", got {item.get('input')!r}"
+        if item["type"] == "extra_forbidden":
+            known = _fields_at(kind, item["loc"][:-1])
+            lines.append(f"{where}: unknown{nearest(str(item['loc'][-1]), known)}")
+        elif item["type"] == "missing":
+            lines.append(f"{where}: missing")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{where}: {message[:1].lower()}{message[1:]}{given}" if where else message)
+    return "\n".join(lines)
+
+
+def _fields_at(kind: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    """The known keys of the model at a location."""
+    for part in location:
+        field = kind.model_fields.get(str(part))
+        if field is None:
+            continue
+        candidates = [field.annotation, *get_args(field.annotation)]
+        inner = [item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)]
+        if inner:
+            kind = inner[0]
+    return list(kind.model_fields)
+
+
+def dump(config: BaseModel) -> dict[str, Any]:
+    """The config as plain values, as it is written to a run directory."""
+    return config.model_dump(mode="json", exclude_none=True)
+
+
+def to_yaml(content: Mapping[str, Any]) -> str:
+    """Plain values as YAML, in the given order."""
+    return yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,318 @@
+"""The typed facade over pluggy: fold, sum, first result, blame.
+
+pluggy checks and orders the implementations; they are then called here, one by one, because a fold
+needs each answer and an error must name its plugin.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pluggy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from stillhouse.api import API_VERSION, CAPABILITIES, Method
+from stillhouse.context import Auxiliary, RunContext, Stage, StepInfo
+from stillhouse.errors import PluginError, nearest
+from stillhouse.hooks import FIRST_RESULT, PROJECT, LifeHooks, StepHooks
+from stillhouse.targets import Batch, LossTerm, StudentOut, Targets, TeacherOut
+
+T = TypeVar("T")
+MARK = f"{PROJECT}_impl"
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A loaded method, with the names that an error needs."""
+
+    name: str
+    distribution: str
+    method: Method
+
+    def __str__(self) -> str:
+        return f"plugin '{self.name}' ({self.distribution})"
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation:
+    """One plugin's answer to one hook."""
+
+    plugin: Plugin
+    hook: str
+    function: Callable[..., Any]
+    arguments: tuple[str, ...]
+
+    def __call__(self, **given: Any) -> Any:
+        try:
+            return self.function(*[given[name] for name in self.arguments])
+        except Exception as error:
+            blame(error, f"in hook '{self.hook}' of {self.plugin}")
+            raise
+
+    def wrong(self, got: Any, expected: str) -> PluginError:
+        return PluginError(f"{self.plugin}: hook '{self.hook}' gave {_describe(got)}; expected {expected}")
+
+
+def blame(error: BaseException, note: str) -> None:
+    """Attach ``note`` to the error (PEP 678; by hand before Python 3.11)."""
+    notes = [*getattr(error, "__notes__", []), note]
+    error.__notes__ = notes  # type: ignore[attr-defined]
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"{type(value).__name__} {value!r}"[:120]
+
+
+class Plugins:
+    """The methods of one step object, checked and frozen: nothing is registered after construction."""
+
+    def __init__(self, plugins: Sequence[Plugin]) -> None:
+        self.plugins = tuple(plugins)
+        self._manager = pluggy.PluginManager(PROJECT)
+        self._manager.add_hookspecs(StepHooks)
+        self._manager.add_hookspecs(LifeHooks)
+        for plugin in self.plugins:
+            check(plugin)
+        # pluggy calls the last registered first; registered backwards, it keeps the config's order.
+        for plugin in reversed(self.plugins):
+            if self._manager.has_plugin(plugin.name):
+                raise PluginError(f"{plugin} is named twice; name each method once")
+            self._manager.register(plugin.method, plugin.name)
+        self._calls = {name: self._implementations(name) for name in hook_arguments()}
+        for name in FIRST_RESULT:
+            claims = self._calls[name]
+            if len(claims) > 1:
+                who = " and ".join(str(call.plugin) for call in claims)
+                raise PluginError(f"hook '{name}' is claimed by {who}; a run may have one: drop a method")
+
+    def _implementations(self, hook: str) -> tuple[Implementation, ...]:
+        by_name = {plugin.name: plugin for plugin in self.plugins}
+        found = reversed(getattr(self._manager.hook, hook).get_hookimpls())
+        return tuple(
+            Implementation(by_name[impl.plugin_name], hook, impl.function, tuple(impl.argnames))
+            for impl in found
+        )
+
+    def implements(self, hook: str) -> bool:
+        """Whether any plugin implements ``hook``."""
+        return bool(self._calls[hook])
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """The capabilities that the plugins need together."""
+        return frozenset().union(*(plugin.method.requires for plugin in self.plugins))
+
+    # The hooks of a step.
+
+    def batch_transform(self, batch: Batch, step: StepInfo) -> Batch:
+        for call in self._calls["batch_transform"]:
+            batch = _kept(call, call(batch=batch, step=step), batch, Batch)
+        return batch
+
+    def teacher_forward(self, teacher: nn.Module | None, batch: Batch, step: StepInfo) -> TeacherOut | None:
+        for call in self._calls["teacher_forward"]:
+            return _kept(call, call(teacher=teacher, batch=batch, step=step), None, TeacherOut)
+        return None
+
+    def label_transform(
+        self, targets: Targets, batch: Batch, teacher_out: TeacherOut | None, step: StepInfo
+    ) -> Targets:
+        for call in self._calls["label_transform"]:
+            given = call(targets=targets, batch=batch, teacher_out=teacher_out, step=step)
+            targets = _kept(call, given, targets, Targets)
+        return targets
+
+    def loss_terms(
+        self,
+        student_out: StudentOut | None,
+        teacher_out: TeacherOut | None,
+        targets: Targets,
+        batch: Batch,
+        step: StepInfo,
+    ) -> dict[str, LossTerm]:
+        terms: dict[str, LossTerm] = {}
+        for call in self._calls["loss_terms"]:
+            given = call(
+                student_out=student_out, teacher_out=teacher_out, targets=targets, batch=batch, step=step
+            )
+            for name, term in _terms(call, given).items():
+                terms[f"{call.plugin.name}.{name}"] = term
+        return terms
+
+    def combine_terms(self, terms: dict[str, LossTerm], step: StepInfo) -> dict[str, LossTerm]:
+        for call in self._calls["combine_terms"]:
+            given = call(terms=terms, step=step)
+            if given is not None:
+                terms = _terms(call, given)
+        return terms
+
+    def student_update(self, student: nn.Module, optimizer: Optimizer, loss: Tensor, step: StepInfo) -> bool:
+        for call in self._calls["student_update"]:
+            return bool(call(student=student, optimizer=optimizer, loss=loss, step=step))
+        return False
+
+    def on_step_end(self, step: StepInfo, metrics: Mapping[str, Tensor]) -> None:
+        for call in self._calls["on_step_end"]:
+            call(step=step, metrics=metrics)
+
+    # The life of a run.
+
+    def notify(self, hook: str, **given: Any) -> None:
+        """Call a hook that gives nothing: on_run_start, on_stage_start, on_stage_end, on_run_end."""
+        for call in self._calls[hook]:
+            call(**given)
+
+    def stages(self, run: RunContext) -> tuple[Stage, ...]:
+        """The stages that a plugin gives, else one on the labelled data."""
+        for call in self._calls["stages"]:
+            given = call(run=run)
+            if given is None:
+                continue
+            if not given or not all(isinstance(stage, Stage) for stage in given):
+                raise call.wrong(given, "a list of Stage")
+            return tuple(given)
+        return (Stage("train", teacher="teacher" if run.teacher is not None else None),)
+
+    def auxiliary_modules(self, run: RunContext) -> dict[str, Auxiliary]:
+        """Every plugin's auxiliary modules, under ``plugin.name``."""
+        modules: dict[str, Auxiliary] = {}
+        for call in self._calls["auxiliary_modules"]:
+            given = call(run=run) or {}
+            if not isinstance(given, Mapping):
+                raise call.wrong(given, "a mapping from name to nn.Module or Auxiliary")
+            for name, made in given.items():
+                item = Auxiliary(made) if isinstance(made, nn.Module) else made
+                if not isinstance(item, Auxiliary):
+                    raise call.wrong(item, f"an nn.Module or Auxiliary under '{name}'")
+                modules[f"{call.plugin.name}.{name}"] = item
+        return modules
+
+    def state_dict(self) -> dict[str, Any]:
+        """Each plugin's state under its name."""
+        return {call.plugin.name: call() or {} for call in self._calls["state_dict"]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Hand each plugin its own state back."""
+        for call in self._calls["load_state_dict"]:
+            if call.plugin.name in state:
+                call(state=state[call.plugin.name])
+
+
+def _kept(call: Implementation, given: Any, otherwise: Any, kind: type[T]) -> T:
+    """The hook's answer, checked, or ``otherwise`` where it gave None."""
+    if given is None:
+        return otherwise
+    if not isinstance(given, kind):
+        raise call.wrong(given, f"a {kind.__name__} or None")
+    return given
+
+
+def _terms(call: Implementation, given: Any) -> dict[str, LossTerm]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise call.wrong(given, "a mapping from name to LossTerm")
+    for name, term in given.items():
+        if not isinstance(term, LossTerm):
+            raise call.wrong(term, f"a LossTerm under '{name}'")
+        if not isinstance(term.value, Tensor) or term.value.dim() != 0:
+            raise call.wrong(
+                term.value, f"a scalar tensor as value of '{name}' (step.mean makes one of a value a row)"
+            )
+    return dict(given)
+
+
+# Checks at loading: what pluggy would pass over in silence.
+
+
+@functools.cache
+def hook_arguments() -> dict[str, tuple[str, ...]]:
+    """The arguments of every hook, by its name."""
+    found = {}
+    for specs in (StepHooks, LifeHooks):
+        for name, function in inspect.getmembers(specs, inspect.isfunction):
+            if not name.startswith("_"):
+                found[name] = tuple(inspect.signature(function).parameters)[1:]
+    return found
+
+
+def check(plugin: Plugin) -> None:
+    """Raise PluginError for whatever would make the plugin's hooks misbehave or be ignored."""
+    kind = type(plugin.method)
+    version = getattr(kind, "api_version", None)
+    if version not in (API_VERSION, API_VERSION - 1):
+        spoken = f"{API_VERSION - 1} or {API_VERSION}" if API_VERSION > 1 else f"{API_VERSION}"
+        advice = "upgrade stillhouse" if isinstance(version, int) and version > API_VERSION else "upgrade it"
+        raise PluginError(f"{plugin}: api_version is {version}, expected {spoken}; {advice}")
+    for name in sorted(kind.requires - CAPABILITIES):
+        raise PluginError(f"{plugin}: requires '{name}': no such capability{nearest(name, CAPABILITIES)}")
+    for name, value in _attributes(kind):
+        _check_attribute(plugin, name, value)
+
+
+def _attributes(kind: type) -> Iterator[tuple[str, Any]]:
+    for name in dir(kind):
+        if not name.startswith("__"):
+            yield name, inspect.getattr_static(kind, name)
+
+
+def _check_attribute(plugin: Plugin, name: str, value: Any) -> None:
+    hooks = hook_arguments()
+    options = _marked(value)
+    if options is None:
+        if name in hooks and value is not None:
+            raise PluginError(f"{plugin}: '{name}' is a hook's name without its mark; put @hookimpl on it")
+        return
+    if not inspect.isfunction(value):
+        raise PluginError(
+            f"{plugin}: hook '{name}' is a {type(value).__name__}, which would be ignored; "
+            "expected a plain method with @hookimpl as its outermost decorator"
+        )
+    if name not in hooks:
+        raise PluginError(f"{plugin}: '{name}' is no hook{nearest(name, hooks)}")
+    for option in ("wrapper", "hookwrapper", "tryfirst", "trylast"):
+        if options.get(option):
+            raise PluginError(f"{plugin}: hook '{name}': {option} is not used; order is the config's order")
+    _check_arguments(plugin, name, value, hooks[name])
+
+
+def _check_arguments(plugin: Plugin, name: str, function: Any, expected: tuple[str, ...]) -> None:
+    takes = ", ".join(expected) or "nothing"
+    for parameter in list(inspect.signature(function).parameters.values())[1:]:
+        if parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            kind = parameter.kind.description
+            raise PluginError(
+                f"{plugin}: hook '{name}': argument '{parameter.name}' is {kind}, which would never be "
+                f"filled; name a subset of: {takes}"
+            )
+        if parameter.default is not parameter.empty:
+            raise PluginError(
+                f"{plugin}: hook '{name}': argument '{parameter.name}' has a default, which would stand "
+                f"in for what the engine hands over; name a subset of: {takes}"
+            )
+        if parameter.name not in expected:
+            raise PluginError(
+                f"{plugin}: hook '{name}' has no argument '{parameter.name}'"
+                f"{nearest(parameter.name, expected)}; it takes a subset of: {takes}"
+            )
+
+
+def _marked(value: Any) -> dict[str, Any] | None:
+    """The options that @hookimpl left, also under a wrapper that hides it from pluggy."""
+    for _ in range(8):
+        options = getattr(value, MARK, None)
+        if isinstance(options, dict):
+            return options
+        inner = getattr(value, "__wrapped__", None) or getattr(value, "func", None)
+        inner = inner or getattr(value, "__func__", None)
+        if inner is None:
+            return None
+        value = inner
+    return None

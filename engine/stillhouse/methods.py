@@ -1,0 +1,83 @@
+"""From names and settings to loaded, configured plugins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from stillhouse import catalog
+from stillhouse.api import Method, Observer, Task
+from stillhouse.config import Named, explain
+from stillhouse.dispatch import Plugin, blame
+from stillhouse.errors import ConfigError, PluginError
+
+MethodLike = str | Method | Mapping[str, Any] | Named
+_BASES: dict[str, type] = {"method": Method, "task": Task, "observer": Observer}
+
+
+def configured(kind: catalog.Kind, spec: Named, path: str) -> tuple[catalog.Entry, Any]:
+    """Load the named plugin and build it with its validated settings.
+
+    Raises PluginError where it can't be found, loaded or is not of the kind; ConfigError with the
+    config path for its settings.
+    """
+    entry = catalog.find(kind, spec.name)
+    made = catalog.load(entry)
+    base = _BASES[kind]
+    if not (isinstance(made, type) and issubclass(made, base)):
+        raise PluginError(f"{entry}: {entry.value} is {made!r}; expected a subclass of {base.__name__}")
+    settings = settings_of(made.Config, spec.settings, path)
+    try:
+        return entry, made(settings)
+    except Exception as error:
+        blame(error, f"in the constructor of {entry}")
+        raise
+
+
+def settings_of(kind: type[BaseModel], given: Mapping[str, Any], path: str) -> BaseModel:
+    """A plugin's settings from plain values; ConfigError with the config path otherwise."""
+    try:
+        return kind.model_validate(dict(given))
+    except ValidationError as error:
+        raise ConfigError(explain(error, kind, path)) from None
+
+
+def load_methods(specs: Sequence[tuple[str, Named]]) -> list[Plugin]:
+    """The methods of a config, in its order."""
+    plugins = []
+    for path, spec in specs:
+        entry, method = configured("method", spec, path)
+        plugins.append(Plugin(entry.name, f"{entry.distribution} {entry.version}", method))
+    return plugins
+
+
+def as_plugins(method: MethodLike | Sequence[MethodLike]) -> list[Plugin]:
+    """Methods given in Python: names, ``{"name": ..., setting: ...}``, or Method objects."""
+    given = [method] if isinstance(method, str | Method | Mapping | Named) else list(method)
+    plugins = []
+    for number, item in enumerate(given):
+        if isinstance(item, Method):
+            plugins.append(Plugin(_name(item), _distribution(item), item))
+            continue
+        spec = item if isinstance(item, Named) else Named.model_validate(item)
+        plugins += load_methods([("method" if len(given) == 1 else f"methods.{number}", spec)])
+    return plugins
+
+
+def _name(method: Method) -> str:
+    return type(method).__name__.lower()
+
+
+def _distribution(method: Method) -> str:
+    """Which distribution an object's class came from, as far as can be known."""
+    module = type(method).__module__
+    names = packages_distributions().get(module.partition(".")[0])
+    if not names:
+        return f"module {module}"
+    try:
+        return f"{names[0]} {version(names[0])}"
+    except PackageNotFoundError:
+        return names[0]

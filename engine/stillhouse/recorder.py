@@ -1,0 +1,196 @@
+"""What a run writes while it trains: metrics, validation scores, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stillhouse import checkpoint, rundir
+from stillhouse.config import RunConfig
+from stillhouse.display import Display
+from stillhouse.errors import CheckpointError, StillhouseError
+from stillhouse.evaluate import score
+from stillhouse.files import write_text
+from stillhouse.keeping import keep
+from stillhouse.loop import Loop
+from stillhouse.observers import Observer
+from stillhouse.softlabels import SoftLabels
+from stillhouse.tasks import Split, Task
+
+
+class Interrupted(StillhouseError):
+    """Ctrl-C: the update was finished and a checkpoint written."""
+
+
+class Diverged(StillhouseError):
+    """A loss term is NaN or infinite; the last good checkpoint is kept."""
+
+
+class Recorder:
+    """Watches a loop and keeps what it does in the run directory (nothing where there is none)."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        task: Task,
+        validation: Split | None,
+        device: torch.device,
+        display: Display,
+        folder: Path | None,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        self.config, self.task, self.validation, self.device = config, task, validation, device
+        self.display, self.folder, self.observers = display, folder, observers
+        self.rows: list[dict[str, Any]] = []
+        self.seconds = 0.0
+        self._since = time.perf_counter()
+        self._stop = False
+        self._every_update = device.type == "cpu"  # looking at a number on a GPU waits for it
+
+    # The loop's watcher.
+
+    def updated(self, loop: Loop, metrics: Mapping[str, Tensor]) -> None:
+        step, config = loop.at.step, self.config
+        logging = step % config.log_every == 0
+        if (self._every_update or logging) and not math.isfinite(metrics["loss"].item()):
+            raise self._diverged(step, metrics)
+        self.display.advance(step)
+        if logging:
+            self._log(loop, metrics)
+        if step % config.validate_every == 0:
+            self._validate(loop)
+        if self._stop:
+            self.checkpoint(loop)
+            raise Interrupted(
+                f"interrupted after update {step}; the checkpoint is written: go on with --resume"
+            )
+        if step % config.checkpoint_every == 0:
+            self.checkpoint(loop)
+
+    def stage_ended(self, loop: Loop) -> None:
+        self.checkpoint(loop)
+
+    def keep(self, loop: Loop, split: Split) -> SoftLabels | None:
+        stage = loop.step.stages[loop.at.stage]
+        kept = keep(loop, split, None if self.folder is None else self.folder / rundir.SOFT_LABELS)
+        self.display.stage(
+            stage.name, loop.at.step, loop.at.step - loop.at.stage_step + loop.lengths[loop.at.stage]
+        )
+        return kept
+
+    def _log(self, loop: Loop, metrics: Mapping[str, Tensor]) -> None:
+        values = {name: value.item() for name, value in metrics.items()}
+        assert loop.optimizer is not None
+        row = {
+            "step": loop.at.step,
+            "stage": loop.step.info.stage.name,
+            **values,
+            "lr": loop.optimizer.param_groups[0]["lr"],
+            "seconds": round(self.elapsed(), 3),
+        }
+        self._write(row)
+        self.display.terms(values)
+
+    def _validate(self, loop: Loop) -> None:
+        if self.validation is None:
+            return
+        scores = score(self.task, loop.model, self.validation, self.device)
+        row = {"step": loop.at.step, "stage": loop.step.info.stage.name}
+        self._write({**row, **{f"validation.{name}": value for name, value in scores.items()}})
+        self.display.validated(loop.at.step, scores)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        if self.folder is not None:
+            with (self.folder / rundir.METRICS).open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        for observer in self.observers:
+            observer.on_metrics(row)
+
+    def _diverged(self, step: int, metrics: Mapping[str, Tensor]) -> Diverged:
+        bad = [name for name, value in metrics.items() if not math.isfinite(value.item()) and name != "loss"]
+        kept = None if self.folder is None else checkpoint.newest(self.folder / rundir.CHECKPOINTS)
+        last = f"; the checkpoint of update {checkpoint.step_of(kept)} is kept" if kept else ""
+        what = (
+            ", ".join(f"{name} = {metrics[name].item()}" for name in bad)
+            or "the sum of finite terms overflowed"
+        )
+        return Diverged(
+            f"loss is not finite after update {step}: {what}{last}. Lower optimizer.lr, set clip, or look at the "
+            "inputs of that term"
+        )
+
+    # Time, checkpoints, resume.
+
+    def elapsed(self) -> float:
+        """Seconds of training, over every part of a resumed run."""
+        return self.seconds + time.perf_counter() - self._since
+
+    def checkpoint(self, loop: Loop) -> None:
+        """Write one, unless nothing is kept."""
+        if self.folder is None:
+            return
+        loop.step.check_teacher()
+        content = {**loop.state_dict(), "seconds": self.elapsed(), "seed": self.config.seed}
+        checkpoint.write(self.folder / rundir.CHECKPOINTS, loop.at.step, content)
+
+    def resume(self, loop: Loop) -> int | None:
+        """Take up the newest checkpoint; its update, or None where there is none."""
+        assert self.folder is not None
+        path = checkpoint.newest(self.folder / rundir.CHECKPOINTS)
+        if path is None:
+            self._truncate(0)
+            return None
+        content = checkpoint.read(path)
+        if set(content["models"]) != set(loop.step.run.models) or content["seed"] != self.config.seed:
+            raise CheckpointError(f"checkpoint {path} is another run's; remove it, or choose out=DIR")
+        try:
+            loop.load_state_dict(content)
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise CheckpointError(f"checkpoint {path} does not fit this run: {error}") from None
+        self.seconds, self._since = content["seconds"], time.perf_counter()
+        self._truncate(loop.at.step)
+        return loop.at.step
+
+    def _truncate(self, step: int) -> None:
+        """Drop rows of updates that will be made again, and a last line cut short by a kill."""
+        assert self.folder is not None
+        path = self.folder / rundir.METRICS
+        if not path.is_file():
+            return
+        for line in path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if row["step"] <= step:
+                self.rows.append(row)
+        write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Let Ctrl-C finish the update and write a checkpoint; a second one stops at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, frame: Any) -> None:
+            if self._stop:
+                raise KeyboardInterrupt
+            self._stop = True
+
+        before = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)

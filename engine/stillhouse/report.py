@@ -1,0 +1,94 @@
+"""What a finished run shows: a learning-curve picture and a page with its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stillhouse import rundir
+from stillhouse.files import write_text
+
+
+def curve(rows: Sequence[Mapping[str, Any]], metric: str, path: Path, title: str) -> None:
+    """Loss and validation metric over the updates, with the stages marked, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
+    left = figure.subplots()
+    right = left.twinx()
+    losses = [row for row in rows if "loss" in row]
+    scores = [row for row in rows if f"validation.{metric}" in row]
+    left.plot([row["step"] for row in losses], [row["loss"] for row in losses], color="0.6", lw=0.8)
+    right.plot(
+        [row["step"] for row in scores],
+        [row[f"validation.{metric}"] for row in scores],
+        color="tab:blue",
+        marker="o",
+        ms=3,
+    )
+    left.set(xlabel="student updates", ylabel="loss of the logged update (grey)", title=title)
+    if losses and min(row["loss"] for row in losses) > 0:
+        left.set_yscale("log")
+    right.set_ylabel(f"validation {metric}", color="tab:blue")
+    stage = None
+    for row in rows:
+        if row["stage"] != stage:
+            stage = row["stage"]
+            left.axvline(row["step"], color="0.85", lw=0.8, zorder=0)
+            left.annotate(
+                stage,
+                (row["step"], 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(3, -10),
+                textcoords="offset points",
+                fontsize=8,
+            )
+    figure.savefig(path)
+
+
+def page(summary: Mapping[str, Any], manifest: Mapping[str, Any], path: Path) -> None:
+    """A short README of the run."""
+    scores = "\n".join(
+        f"| {split} | {' | '.join(f'{value:.4f}' for value in values.values())} |"
+        for split, values in summary["scores"].items()
+    )
+    names = next(iter(summary["scores"].values()), {})
+    header = f"| split | {' | '.join(names)} |\n| --- |{' --- |' * len(names)}"
+    stages = "\n".join(
+        f"| {stage['name']} | {stage['steps']} | {stage['data']} | {stage['teacher'] or '-'} | {stage['train']} |"
+        for stage in manifest["stages"]
+    )
+    chosen = "\n".join(
+        f"- {name} = {item['value']} ({item['why']})" for name, item in manifest["chosen"].items()
+    )
+    warnings = "".join(f"\n> **Note:** {warning}\n" for warning in summary["warnings"])
+    write_text(
+        path,
+        f"""# {summary["name"]}, seed {summary["seed"]}
+
+{", ".join(summary["methods"])} on {manifest["task"]["name"]}: {summary["steps"]} student updates in
+{summary["seconds"]:.1f} s, {summary["teacher_calls"]} forward passes of the teacher.
+{warnings}
+{header}
+{scores}
+
+![learning curve]({rundir.CURVE})
+
+| stage | updates | data | teacher | trained |
+| --- | --- | --- | --- | --- |
+{stages}
+
+Chosen by default:
+
+{chosen or "- nothing"}
+
+## Files
+
+- `{rundir.CONFIG}`: the resolved configuration; `stillhouse run {rundir.CONFIG}` makes the run again.
+- `{rundir.MANIFEST}`: versions, plugins, seeds, fingerprints of data and teacher, git state, machine.
+- `{rundir.METRICS}`: a row every logged update and every look at the validation split.
+- `{rundir.SUMMARY}`: the figures above.
+- `{rundir.STUDENT}`: the trained weights.
+""",
+    )

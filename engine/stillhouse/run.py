@@ -1,0 +1,320 @@
+"""One run: task, teacher, student, stages, and a directory that explains itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from stillhouse import optim, report, rundir, teachers
+from stillhouse.api import Observer, Task
+from stillhouse.catalog import entries, find
+from stillhouse.catalog import load as load_plugin
+from stillhouse.checkpoint import RandomState
+from stillhouse.config import Named, RunConfig, TeacherConfig, dump
+from stillhouse.context import STUDENT, TARGET
+from stillhouse.dispatch import Plugin, Plugins
+from stillhouse.display import Display
+from stillhouse.errors import ConfigError, nearest
+from stillhouse.evaluate import Sealed, score
+from stillhouse.files import write_bytes, write_json
+from stillhouse.loop import Loop
+from stillhouse.methods import configured, load_methods
+from stillhouse.models import arguments, digest, freeze
+from stillhouse.observers import RunRecord
+from stillhouse.recorder import Recorder
+from stillhouse.step import OFFERED, DistillStep
+from stillhouse.tasks import Builder, Splits
+
+Summary = dict[str, Any]
+
+
+@dataclass
+class Parts:
+    """A config's plugins, loaded and checked, with the config as resolved by them."""
+
+    config: RunConfig
+    task: Task
+    methods: list[Plugin]
+    observers: list[Observer]
+    builders: dict[str, Callable[[], nn.Module]]
+    teacher: nn.Module | None = None
+    """A teacher handed over as an object, in place of a builder."""
+    folder: Path | None = None
+    """The run directory; None keeps nothing."""
+
+
+def resolve(config: RunConfig) -> Parts:
+    """Load what the config names, check every setting, and fill in every default.
+
+    Raises PluginError or ConfigError; nothing is trained or written before this has passed.
+    """
+    _, task = configured("task", config.task, "task")
+    methods = load_methods(config.named_methods)
+    observers = [
+        configured("observer", spec, f"observers.{number}")[1] for number, spec in enumerate(config.observers)
+    ]
+    optim.check(config.optimizer, config.scheduler)
+    needs = Plugins(methods).requires
+    chosen: dict[str, Any] = {"task": _full(config.task, dump(task.config))}
+    builders = {}
+    if needs & {"logits", "hidden_states"}:
+        spec = config.teacher or TeacherConfig(name=_first(task.teachers, task, "teachers"))
+        builders["teacher"], given = _builder(spec, task.teachers, "teacher")
+        settings = teachers.training(spec.train, task)
+        optim.check(settings.optimizer, settings.scheduler)
+        chosen["teacher"] = {**_full(spec, given), "checkpoint": spec.checkpoint, "train": dump(settings)}
+        if spec.checkpoint is not None:
+            chosen["teacher"].pop("train")
+    else:
+        chosen["teacher"] = None
+    student = config.student or Named(name=_first(task.students, task, "students"))
+    for role, given_spec in ((STUDENT, student), (TARGET, config.target)):
+        if given_spec is not None:
+            builders[role], given = _builder(given_spec, task.students, role)
+            chosen[role] = _full(given_spec, given)
+    specs = [
+        _full(spec, dump(plugin.method.config))
+        for (_, spec), plugin in zip(config.named_methods, methods, strict=True)
+    ]
+    chosen |= {"method": specs[0]} if config.method is not None else {"methods": specs}
+    resolved = RunConfig.model_validate({**config.model_dump(exclude=set(chosen)), **chosen})
+    return Parts(resolved, task, methods, observers, builders, folder=resolved.run_dir)
+
+
+def _full(spec: Named, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {"name": spec.name, **settings}
+
+
+def _first(builders: Mapping[str, Builder], task: Task, what: str) -> str:
+    if not builders:
+        raise ConfigError(f"task {type(task).__name__} has no {what} of its own; name one")
+    return next(iter(builders))
+
+
+def _builder(
+    spec: Named, known: Mapping[str, Builder], path: str
+) -> tuple[Callable[[], nn.Module], dict[str, Any]]:
+    """The builder that a config names, of the task or by entry point, with its arguments."""
+    builder = known.get(spec.name)
+    if builder is None:
+        others = {entry.name for entry in entries("model")}
+        if spec.name not in others:
+            raise ConfigError(
+                f"{path}.name: no model is called '{spec.name}'{nearest(spec.name, {*known, *others})}"
+            )
+        builder = load_plugin(find("model", spec.name))
+    given = arguments(builder, spec.settings, path)
+    made = builder
+    return lambda: made(**given), given
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` means here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device: got '{name}'; expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device: cuda is not available here; expected auto or cpu ('stillhouse doctor' says why)"
+        )
+    return device
+
+
+def run(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    display: Display | None = None,
+    splits: Callable[[Task], Splits] = lambda task: task.splits(),
+) -> Summary:
+    """Make the run, or go on with it, and return what ``summary.json`` holds.
+
+    splits
+        How a task's data are made; a comparison hands the same data to all of its runs.
+    """
+    parts = resolve(config)
+    display = display or Display()
+    device = pick_device(config.device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    data = splits(parts.task)
+    data.validate()
+    finished = rundir.open_dir(parts.config, resume=resume, overwrite=overwrite)
+    if finished is not None:
+        display.say(
+            f"{config.run_dir} holds this run, finished; its figures are shown (--overwrite makes it again)"
+        )
+        return finished
+    outside = RandomState.capture()
+    try:
+        return train(parts, data, device, display, resume=resume)
+    finally:
+        display.close()
+        outside.restore()
+
+
+def train(parts: Parts, data: Splits, device: torch.device, display: Display, *, resume: bool) -> Summary:
+    """Teacher, models, stages, final scores: everything after the config and the data are known."""
+    config, folder = parts.config, parts.folder
+    sealed, data = Sealed(data.test), replace(data, test=None)
+    teacher, teacher_facts = _teacher(parts, data, device, display.say)
+    # The models are made right after seeding, in one order: methods compared start from the same weights.
+    torch.manual_seed(config.seed)
+    models = {role: parts.builders[role]().to(device) for role in (STUDENT, TARGET) if role in parts.builders}
+    step = DistillStep(
+        parts.methods,
+        student=models[STUDENT],
+        target=models.get(TARGET),
+        teacher=teacher,
+        probe=data.train.batch(torch.arange(min(4, len(data.train)))).to(device),
+        splits=data,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        dir=folder,
+        offers=OFFERED if data.train.labelled else OFFERED - {"labels"},
+        say=display.say,
+    )
+    for name, auxiliary in step.auxiliary.items():
+        auxiliary.module.to(device)
+        display.say(f"auxiliary module {name}: {_size(auxiliary.module):,} parameters")
+    recorder = Recorder(config, parts.task, data.validation, device, display, folder, parts.observers)
+    loop = Loop(step, data, config, device, recorder)
+    manifest = rundir.manifest(
+        config,
+        step.plugins,
+        device,
+        task=dump(config.task),
+        data=data.fingerprint(),
+        teacher=teacher_facts,
+        stages=_stages(loop),
+        parameters={name: _size(model) for name, model in step.run.models.items()},
+        chosen=step.run.chosen,
+    )
+    if folder is not None:
+        write_json(folder / rundir.MANIFEST, manifest)
+        for observer in parts.observers:
+            observer.on_run_start(RunRecord(config.name, folder, dump(config), manifest))
+    if resume:
+        at = recorder.resume(loop)
+        display.say("no checkpoint yet: from the start" if at is None else f"resumed after update {at}")
+    with recorder.interruptible():
+        loop.run()
+    step.plugins.notify("on_run_end", run=step.run)
+    summary = _finish(parts, loop, recorder, teacher, sealed, manifest)
+    step.close()
+    for observer in parts.observers:
+        observer.on_run_end(summary)
+    return summary
+
+
+def _teacher(
+    parts: Parts, data: Splits, device: torch.device, say: Callable[[str], None]
+) -> tuple[nn.Module | None, dict[str, Any]]:
+    spec = parts.config.teacher
+    facts: dict[str, Any]
+    if parts.teacher is not None:
+        model, facts = parts.teacher.to(device), {"found": "given", "digest": digest(parts.teacher)}
+    elif "teacher" not in parts.builders or spec is None:
+        return None, {}
+    elif spec.checkpoint is not None:
+        model = parts.builders["teacher"]().to(device)
+        teachers.load(model, spec.checkpoint)
+        facts = {"found": str(spec.checkpoint)}
+    else:
+        settings = teachers.training(spec.train, parts.task).model_copy(
+            update={"device": parts.config.device}
+        )
+        named = {"name": spec.name, **spec.settings}
+        model, facts = teachers.trained(parts.builders["teacher"], named, data, settings, device, say)
+    if data.validation is not None and data.validation.labelled:
+        facts["validation"] = score(parts.task, model, data.validation, device, teacher=True)
+    return freeze(model), facts
+
+
+def _stages(loop: Loop) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": stage.name,
+            "steps": steps,
+            "data": stage.data,
+            "model": stage.model,
+            "teacher": stage.teacher,
+            "train": ", ".join(loop.step.trained(stage)),
+        }
+        for stage, steps in zip(loop.step.stages, loop.lengths, strict=True)
+    ]
+
+
+def _size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _finish(
+    parts: Parts,
+    loop: Loop,
+    recorder: Recorder,
+    teacher: nn.Module | None,
+    sealed: Sealed,
+    manifest: dict[str, Any],
+) -> Summary:
+    """Score the final model, open the test split (once), and write what the run leaves behind."""
+    config, folder, device = parts.config, parts.folder, loop.device
+    model = loop.step.model(loop.step.stages[-1])
+    seconds = recorder.elapsed()
+    scores, test = {}, sealed.open()
+    for name, split in (("validation", loop.splits.validation), ("test", test)):
+        if split is not None:
+            scores[name] = score(parts.task, model, split, device)
+    summary: Summary = {
+        "name": config.name,
+        "methods": [plugin.name for plugin in parts.methods],
+        "task": config.task.name,
+        "metric": parts.task.metric,
+        "seed": config.seed,
+        "steps": loop.at.step,
+        "batch_size": config.batch_size,
+        "scores": scores,
+        "teacher": manifest["teacher"].get("validation"),
+        "teacher_calls": loop.step.teacher_calls,
+        "parameters": manifest["parameters"],
+        "seconds": round(seconds, 2),
+        "test_opened": sealed.opened,
+        "warnings": _warnings(parts.task, scores, manifest),
+        "dir": None if folder is None else str(folder),
+    }
+    if folder is None:
+        return summary
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_bytes(folder / rundir.STUDENT, save(weights))
+    report.curve(
+        recorder.rows, parts.task.metric, folder / rundir.CURVE, f"{config.name}, seed {config.seed}"
+    )
+    report.page(summary, manifest, folder / rundir.REPORT)
+    write_json(folder / rundir.SUMMARY, summary)  # last: its presence says that the run is finished
+    return summary
+
+
+def _warnings(
+    task: Task, scores: Mapping[str, Mapping[str, float]], manifest: Mapping[str, Any]
+) -> list[str]:
+    teacher = manifest["teacher"].get("validation")
+    if not teacher or "validation" not in scores:
+        return []
+    source, own = teacher[task.metric], scores["validation"][task.metric]
+    if source > own:
+        return []
+    return [
+        f"the teacher's validation {task.metric} ({source:.4f}) is no better than the trained model's "
+        f"({own:.4f}): distilling from it may hurt; compare with method hard_labels"
+    ]

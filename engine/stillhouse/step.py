@@ -1,0 +1,302 @@
+"""The embeddable unit: (student, batch) -> (loss, metrics). No loop, no optimizer, no device.
+
+In a trainer of your own::
+
+    step = DistillStep("kd", student=student, teacher=teacher, probe=next(iter(loader)))
+    for batch in loader:
+        loss, metrics = step(student, batch)
+        loss.backward()
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stillhouse.api import Auxiliary
+from stillhouse.context import STUDENT, TARGET, TEACHER, RunContext, Stage, StepInfo
+from stillhouse.dispatch import Plugin, Plugins
+from stillhouse.errors import ConfigError
+from stillhouse.methods import MethodLike, as_plugins
+from stillhouse.models import Captures, evaluating, forward, freeze, stochastic_module, versions
+from stillhouse.softlabels import SoftLabels
+from stillhouse.targets import Batch, LossTerm, StudentOut, Targets, TeacherOut
+from stillhouse.tasks import Splits
+
+OFFERED = frozenset({"logits", "deterministic_teacher", "hidden_states", "labels", "student_update"})
+
+
+class DistillStep:
+    """One method, or several, at work on one student.
+
+    method
+        A name, ``{"name": ..., setting: ...}``, a Method, or a list of these, in order.
+    student, teacher, target
+        Modules. The teacher is frozen: no gradient, eval mode. ``target``: another model to end with.
+    probe
+        A few rows of the data (a Batch, ``(inputs, labels)`` or inputs) on the models' device: shapes
+        are found with it, and whether the teacher is deterministic.
+    splits
+        The data where the caller has it whole; methods that need more than batches ask for it.
+    steps
+        Student updates of the whole run; stages share them.
+    offers
+        Capabilities of the surrounding trainer.
+
+    Raises PluginError for a plugin that can't be trusted and ConfigError where capabilities, outputs
+    or features don't fit, all of it here, before the first step.
+    """
+
+    def __init__(
+        self,
+        method: MethodLike | Sequence[MethodLike | Plugin],
+        *,
+        student: nn.Module,
+        probe: Any,
+        teacher: nn.Module | None = None,
+        target: nn.Module | None = None,
+        splits: Splits | None = None,
+        steps: int = 1,
+        batch_size: int = 1,
+        seed: int = 0,
+        dir: Path | None = None,
+        offers: Iterable[str] = OFFERED,
+        say: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        loaded = isinstance(method, list) and all(isinstance(item, Plugin) for item in method)
+        self.plugins = Plugins(method if loaded else as_plugins(method))  # type: ignore[arg-type]
+        self.teacher = None if teacher is None else freeze(teacher)
+        models = {STUDENT: student} if target is None else {STUDENT: student, TARGET: target}
+        watched = models if teacher is None else {**models, TEACHER: teacher}
+        probe = as_batch(probe)
+        self.captures = Captures(watched)
+        self.run = RunContext(
+            models, self.teacher, splits, probe, steps, batch_size, seed, dir, self.captures, say=say
+        )
+        self._probe(probe, frozenset(offers))
+        self.plugins.notify("on_run_start", run=self.run)
+        self.auxiliary = self.plugins.auxiliary_modules(self.run)
+        for name, auxiliary in self.auxiliary.items():
+            models[name] = auxiliary.module
+            self.captures.offer(name, auxiliary.module)
+        self.trainable = {
+            name: [parameter for parameter in model.parameters() if parameter.requires_grad]
+            for name, model in models.items()
+        }
+        self.stages = self._checked(self.plugins.stages(self.run))
+        self.teacher_calls = 0
+        self._count = None if teacher is None else teacher.register_forward_pre_hook(self._called)
+        self._teacher_version = 0 if teacher is None else versions(teacher)
+        self.info = StepInfo()
+        self._open = 0
+        self._kept: SoftLabels | None = None
+        self._stand_in: nn.Module | None = self.teacher
+        self.begin(self.stages[0])
+
+    # One step, as the paper writes it.
+
+    def __call__(self, student: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one micro-batch, and its named terms detached.
+
+        student
+            The stage's model, or a wrapper of it (DistributedDataParallel), called as a whole.
+        batch
+            A Batch, ``(inputs, labels)`` or inputs. Unless ``begin_update`` said otherwise, it is one
+            whole update.
+
+        Returns the loss, a scalar with a graph: summed over the update's micro-batches it is the mean
+        over the update's valid rows. And the terms by ``plugin.term``, and ``loss``.
+        """
+        batch = as_batch(batch)
+        if not self._open:
+            self.begin_update([batch])
+        step = self.info
+        step.share = batch.rows / step.rows if step.micros > 1 else 1.0
+        batch = self.plugins.batch_transform(batch, step)
+        with torch.no_grad():
+            teacher_out = self._teacher_out(batch)
+            soft = None if teacher_out is None else teacher_out.logits
+            targets = self.plugins.label_transform(Targets(batch.labels, soft), batch, teacher_out, step)
+        student_out = self._student_out(student, batch)
+        terms = self.plugins.loss_terms(student_out, teacher_out, targets, batch, step)
+        loss = _total(terms := self.plugins.combine_terms(terms, step))
+        self._open -= 1
+        metrics = {name: term.value.detach() for name, term in terms.items()}
+        metrics["loss"] = loss.detach()
+        return loss, metrics
+
+    def begin_update(self, batches: Sequence[Batch]) -> None:
+        """Say which micro-batches make up the next update: their rows are what the loss divides by."""
+        rows = sum(batch.rows for batch in batches)
+        self.info.rows = max(rows, 1.0)
+        self.info.labelled = sum(batch.labelled for batch in batches)
+        self.info.micro, self.info.micros = 0, len(batches)
+        self._open = len(batches)
+
+    def end_update(self, metrics: Mapping[str, Tensor]) -> None:
+        """Tell the plugins, and move on by one update."""
+        self.plugins.on_step_end(self.info, metrics)
+        self.info.index += 1
+        self.info.stage_index += 1
+
+    def _teacher_out(self, batch: Batch) -> TeacherOut | None:
+        if self.info.stage.teacher is None:
+            return None
+        if self._kept is not None:
+            if batch.ids is None:
+                raise ConfigError("kept soft labels are found by sample id; got a batch without ids")
+            return TeacherOut(self._kept.lookup(batch.ids))
+        given = self.plugins.teacher_forward(self._stand_in, batch, self.info)
+        if given is not None:
+            return given
+        if self._stand_in is None:
+            return None
+        logits = forward(self._stand_in, batch.for_teacher)
+        return TeacherOut(logits, self.captures.take(TEACHER))
+
+    def _student_out(self, student: nn.Module, batch: Batch) -> StudentOut | None:
+        name = self.info.stage.model
+        if name is None:
+            return None
+        return StudentOut(forward(student, batch.inputs), self.captures.take(name))
+
+    # Stages.
+
+    def begin(self, stage: Stage, steps: int = 0, kept: SoftLabels | None = None) -> None:
+        """Set up a stage: what is trained and frozen, and who stands where the teacher does.
+
+        kept
+            Soft labels of the stage's split, read in place of a call. Without them, a stage against a
+            model's outputs keeps a frozen copy of that model.
+        """
+        self.info.stage, self.info.stage_index, self.info.stage_steps = stage, 0, steps
+        trained = self.trained(stage)
+        for name, model in self.run.models.items():
+            model.train(name in trained)
+            for parameter in self.trainable[name]:
+                parameter.requires_grad_(False)
+        for name in trained:
+            self.run.models[name].train()
+            for parameter in self.trainable[name]:
+                parameter.requires_grad_(True)
+        self._kept = kept
+        self._stand_in = self.teacher
+        if kept is None and stage.teacher not in (TEACHER, None):
+            self._stand_in = freeze(copy.deepcopy(self.run.models[str(stage.teacher)]))
+
+    def trained(self, stage: Stage) -> tuple[str, ...]:
+        """Names of the modules that a stage trains."""
+        if stage.train is not None:
+            return stage.train
+        return (*((stage.model,) if stage.model else ()), *self.auxiliary)
+
+    def options(self, name: str) -> Mapping[str, float]:
+        """Optimizer options of a module's own."""
+        return self.auxiliary.get(name, Auxiliary(nn.Identity())).options
+
+    def model(self, stage: Stage | None = None) -> nn.Module:
+        """The model whose outputs the stage's losses read; the student where they read none."""
+        return self.run.models[(stage or self.info.stage).model or STUDENT]
+
+    def check_teacher(self) -> None:
+        """Raise if anything wrote to the frozen teacher."""
+        if self.teacher is not None and versions(self.teacher) != self._teacher_version:
+            who = ", ".join(str(plugin) for plugin in self.plugins.plugins)
+            raise ConfigError(
+                f"the teacher's weights or buffers were written to, by one of: {who}; "
+                "a teacher stays as it is, bit for bit: copy it to train it"
+            )
+
+    def close(self) -> None:
+        """Remove the hooks from the models."""
+        self.captures.close()
+        if self._count is not None:
+            self._count.remove()
+
+    def _called(self, module: nn.Module, given: Any) -> None:
+        self.teacher_calls += 1
+
+    # Checks before the first step.
+
+    def _probe(self, probe: Batch, offers: frozenset[str]) -> None:
+        needs = self.plugins.requires
+        if (needs & {"logits", "hidden_states"}) and self.teacher is None:
+            self._refuse("logits", "needs a teacher, and there is none; name one")
+        if "labels" in needs and not probe.labelled and probe.labels is None:
+            self._refuse("labels", "needs labels, and the training split has none")
+        if "unlabelled" in needs and (self.run.splits is None or self.run.splits.unlabelled is None):
+            self._refuse("unlabelled", "needs an unlabelled split, and the task has none")
+        for name in sorted(needs - offers - {"unlabelled"}):
+            self._refuse(name, f"requires '{name}', which this trainer does not offer")
+        if self.teacher is None or not needs & {"logits", "hidden_states"}:
+            return
+        if "deterministic_teacher" in needs:
+            stochastic = stochastic_module(self.teacher, probe.for_teacher)
+            if stochastic is not None:
+                self._refuse(
+                    "deterministic_teacher",
+                    f"is for deterministic teachers, and this one gave two answers to one batch: {stochastic} "
+                    "is stochastic; put it in eval mode, or use the method 'kd', which asks it anew each step",
+                )
+        self._compare_outputs(probe)
+
+    def _compare_outputs(self, probe: Batch) -> None:
+        assert self.teacher is not None
+        teacher = _outputs(self.teacher, probe.for_teacher)
+        for name, model in self.run.models.items():
+            student = _outputs(model, probe.inputs)
+            if teacher.shape == student.shape:
+                continue
+            for plugin in self.plugins.plugins:
+                if not plugin.method.different_outputs:
+                    raise ConfigError(
+                        f"{plugin}: the teacher gives outputs of shape {tuple(teacher.shape)}, the {name} "
+                        f"{tuple(student.shape)}; expected the same: give the {name} as many outputs"
+                    )
+
+    def _refuse(self, capability: str, why: str) -> None:
+        who = [plugin for plugin in self.plugins.plugins if capability in plugin.method.requires]
+        raise ConfigError(f"{who[0] if who else self.plugins.plugins[0]} {why}")
+
+    def _checked(self, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+        for stage in stages:
+            for name in (*(stage.train or ()), stage.model, stage.teacher):
+                if name not in (None, TEACHER, *self.run.models):
+                    known = ", ".join(self.run.models)
+                    raise ConfigError(f"stage '{stage.name}' names '{name}'; known models: {known}")
+        return stages
+
+
+def _total(terms: Mapping[str, LossTerm]) -> Tensor:
+    if not terms:
+        raise ConfigError("no plugin gave a loss term for this step; expected at least one")
+    total: Tensor | None = None
+    for term in terms.values():
+        # 1.0 * x is x: skip it, it costs a kernel and a node in the graph
+        value = (
+            term.value if isinstance(term.weight, float) and term.weight == 1.0 else term.weight * term.value
+        )
+        total = value if total is None else total + value
+    assert total is not None
+    return total
+
+
+def _outputs(model: nn.Module, inputs: Any) -> Tensor:
+    with torch.random.fork_rng(), evaluating(model):
+        return forward(model, inputs)
+
+
+def as_batch(given: Any) -> Batch:
+    """A Batch from a Batch, ``(inputs, labels)``, ``(inputs,)`` or inputs."""
+    if isinstance(given, Batch):
+        return given
+    if isinstance(given, tuple | list):
+        return Batch(given[0], given[1] if len(given) > 1 else None)
+    if isinstance(given, Mapping) and "labels" in given:
+        return Batch({name: value for name, value in given.items() if name != "labels"}, given["labels"])
+    return Batch(given)

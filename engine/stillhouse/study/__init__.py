@@ -1,0 +1,1 @@
+"""Comparisons: methods by seeds, with intervals."""

@@ -1,0 +1,156 @@
+"""Several configs, several seeds, one table: means with intervals, and whether the comparison is fair."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stillhouse import run as runs
+from stillhouse.config import RunConfig, dump
+from stillhouse.display import display
+from stillhouse.errors import ConfigError
+from stillhouse.files import write_json, write_text
+from stillhouse.rundir import differences
+from stillhouse.study.intervals import Interval, mean_interval
+from stillhouse.tasks import Splits, Task
+
+OWN = ("method", "methods", "name", "out", "seed", "teacher", "observers")
+"""What compared runs may differ in."""
+
+
+@dataclass
+class Row:
+    """One config over all seeds."""
+
+    name: str
+    metric: str
+    score: Interval
+    over_first: Interval | None
+    steps: int
+    teacher_calls: float
+    seconds: float
+    warnings: list[str]
+
+
+def fair(configs: Sequence[RunConfig]) -> list[str]:
+    """What the configs differ in besides the method: each line a reason to doubt the comparison."""
+    first = runs.resolve(configs[0]).config
+    found = []
+    for other in configs[1:]:
+        for path, mine, its in differences(dump(first), dump(runs.resolve(other).config)):
+            if path.partition(".")[0] not in OWN:
+                found.append(f"{path}: {mine!r} in {first.name}, {its!r} in {other.name}")
+    return found
+
+
+def compare(
+    configs: Sequence[RunConfig],
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> list[Row]:
+    """Run every config with every seed, and return a row for each config.
+
+    Everything that a config can get wrong is checked for all of them before the first is trained. Each
+    run has a directory under ``out``; those that are there, finished, are not made again.
+    """
+    if len({config.name for config in configs}) < len(configs):
+        raise ConfigError("two configs have the same name; give each its own 'name'")
+    if len(set(seeds)) < len(seeds) or not seeds:
+        raise ConfigError(f"seeds {list(seeds)}: expected one or more, each once")
+    unfair = fair(configs)
+    data = _Shared()
+    summaries: dict[str, list[dict[str, Any]]] = {config.name: [] for config in configs}
+    for seed in seeds:
+        for config in configs:
+            folder = out / f"{config.name}-seed{seed}"
+            cell = config.model_copy(update={"seed": seed, "out": folder})
+            shown = display(f"{config.name} seed {seed}: ")
+            made = runs.run(cell, overwrite=overwrite, resume=resume, display=shown, splits=data)
+            summaries[config.name].append(made)
+    rows = _rows(summaries)
+    write_json(out / "comparison.json", {"seeds": list(seeds), "differences": unfair, "runs": summaries})
+    write_text(out / "comparison.md", table(rows, seeds, unfair))
+    return rows
+
+
+class _Shared:
+    """Makes each task's data once for all runs of the comparison."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Splits] = {}
+
+    def __call__(self, task: Task) -> Splits:
+        key = f"{type(task).__module__}.{type(task).__qualname__} {task.config.model_dump_json()}"
+        if key not in self._made:
+            self._made[key] = task.splits()
+        return self._made[key]
+
+
+def _rows(summaries: dict[str, list[dict[str, Any]]]) -> list[Row]:
+    rows: list[Row] = []
+    first: list[float] = []
+    for name, made in summaries.items():
+        metric = made[0]["metric"]
+        scores = [summary["scores"]["test"][metric] for summary in made]
+        over = mean_interval([mine - its for mine, its in zip(scores, first, strict=True)]) if rows else None
+        first = first or scores
+        rows.append(
+            Row(
+                name,
+                metric,
+                mean_interval(scores),
+                over,
+                made[0]["steps"],
+                sum(summary["teacher_calls"] for summary in made) / len(made),
+                sum(summary["seconds"] for summary in made) / len(made),
+                sorted(
+                    {warning for summary in made for warning in summary["warnings"]}
+                    | _against_control(made, rows)
+                ),
+            )
+        )
+    return rows
+
+
+def _against_control(made: Sequence[dict[str, Any]], rows: Sequence[Row]) -> set[str]:
+    """A warning where the teacher is no better than the plainly trained control."""
+    return set()
+
+
+def table(rows: Sequence[Row], seeds: Sequence[int], unfair: Sequence[str]) -> str:
+    """The comparison as Markdown."""
+    first = rows[0]
+    lines = [
+        f"| run | test {first.metric}, mean and 95 % interval | paired difference to {first.name} | updates "
+        "| teacher calls | seconds |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        over = "-" if row.over_first is None else row.over_first.signed()
+        lines.append(
+            f"| {row.name} | {row.score} | {over} | {row.steps:,} | {row.teacher_calls:,.0f} | {row.seconds:.1f} |"
+        )
+    same = "the same task, data, student, initial weights, updates, batch size, optimizer and schedule"
+    lines += [
+        "",
+        f"{len(seeds)} seeds ({', '.join(map(str, seeds))}); {same} for every row." if not unfair else "",
+    ]
+    if unfair:
+        lines += [
+            "Not the same for every row, so read the differences with care:",
+            *[f"- {line}" for line in unfair],
+        ]
+    lines += [f"Note, {row.name}: {warning}" for row in rows for warning in row.warnings]
+    return "\n".join(line for line in lines if line is not None) + "\n"
+
+
+def read(out: Path) -> dict[str, Any]:
+    """A comparison's figures from its directory."""
+    found: dict[str, Any] = json.loads((out / "comparison.json").read_text())
+    return found

@@ -1,0 +1,136 @@
+"""The teacher: read from a checkpoint, or trained once and kept by fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from platformdirs import user_cache_dir
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from stillhouse.api import Task
+from stillhouse.config import Training, explain
+from stillhouse.errors import CheckpointError, ConfigError
+from stillhouse.files import write_bytes
+from stillhouse.loop import Loop
+from stillhouse.softlabels import SoftLabels
+from stillhouse.step import DistillStep
+from stillhouse.tasks import Split, Splits, TensorSplit
+
+CACHE = "STILLHOUSE_CACHE"
+
+
+def cache_dir() -> Path:
+    """Where trained teachers are kept: ``$STILLHOUSE_CACHE``, else the user's cache folder."""
+    return Path(os.environ.get(CACHE) or user_cache_dir("stillhouse"))
+
+
+def training(given: Mapping[str, Any], task: Task) -> Training:
+    """A teacher's training settings: the task's, overridden by the config's ``teacher.train``."""
+    try:
+        return Training.model_validate({**task.teacher_training, **given})
+    except ValidationError as error:
+        raise ConfigError(explain(error, Training, "teacher.train")) from None
+
+
+def load(model: nn.Module, path: Path) -> None:
+    """Read weights from a safetensors file; CheckpointError where they are not this model's."""
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"weights {path} can't be read ({error}); expected a safetensors file"
+        ) from None
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted({*expected, *weights}):
+        got = tuple(weights[name].shape) if name in weights else "missing"
+        if got != expected.get(name):
+            raise CheckpointError(
+                f"weights {path}: '{name}' is {got}, the model has {expected.get(name, 'no such entry')}; "
+                "give the builder the arguments that these weights were made with"
+            )
+    model.load_state_dict(weights)
+
+
+def fingerprint(
+    model: nn.Module, named: Mapping[str, Any], data: Split, settings: Training
+) -> dict[str, str]:
+    """What a trained teacher's weights depend on."""
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    architecture = hashlib.sha256(f"{model!r} {shapes}".encode()).hexdigest()[:16]
+    chosen = settings.model_dump(mode="json", exclude={"device", "cache_teacher"})
+    return {
+        "data": data.fingerprint(),
+        "builder": json.dumps(dict(named), sort_keys=True),
+        "architecture": architecture,
+        "training": json.dumps(chosen, sort_keys=True),
+    }
+
+
+def trained(
+    build: Callable[[], nn.Module],
+    named: Mapping[str, Any],
+    splits: Splits,
+    settings: Training,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> tuple[nn.Module, dict[str, str]]:
+    """The teacher from the cache, else trained on the labelled split and kept there.
+
+    Returns the model and its fingerprint with the key ``found`` (``kept`` or ``trained``).
+    """
+    torch.manual_seed(settings.seed)
+    model = build().to(device)
+    data = teacher_view(splits.train)
+    made_from = fingerprint(model, named, data, settings)
+    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+    path = cache_dir() / "teachers" / f"{digest}.safetensors"
+    if path.is_file() and _matches(path, made_from):
+        load(model, path)
+        say(f"teacher {named['name']}: kept from an earlier run ({digest})")
+        return model, {**made_from, "digest": digest, "found": "kept"}
+    say(f"teacher {named['name']}: training it once, {settings.steps} updates ({digest})")
+    step = DistillStep(
+        "hard_labels", student=model, probe=data.batch(torch.arange(min(2, len(data)))).to(device)
+    )
+    loop = Loop(step, Splits(data), settings, device, _Silent())
+    loop.run()
+    step.close()
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_bytes(path, save(weights, {"fingerprint": json.dumps(made_from, sort_keys=True)}))
+    return model, {**made_from, "digest": digest, "found": "trained"}
+
+
+def _matches(path: Path, made_from: Mapping[str, str]) -> bool:
+    try:
+        with safe_open(path, "pt") as file:
+            found = json.loads((file.metadata() or {}).get("fingerprint", "{}"))
+    except (OSError, SafetensorError):
+        return False
+    return bool(found == made_from)
+
+
+def teacher_view(split: Split) -> Split:
+    """The split as the teacher sees it: its own inputs where there are some."""
+    if isinstance(split, TensorSplit) and split.teacher_inputs is not None:
+        return TensorSplit(split.teacher_inputs, split.labels, None, split.mask, split.extra, split.fixed)
+    return split
+
+
+class _Silent:
+    """A watcher that keeps nothing."""
+
+    def updated(self, loop: Loop, metrics: Mapping[str, Tensor]) -> None: ...
+
+    def stage_ended(self, loop: Loop) -> None: ...
+
+    def keep(self, loop: Loop, split: Split) -> SoftLabels | None:
+        return None

@@ -1,0 +1,1 @@
+"""Published methods that comparison studies stand on."""
