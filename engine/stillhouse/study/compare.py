@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from stillhouse import run as runs
@@ -98,29 +98,34 @@ def _rows(summaries: dict[str, list[dict[str, Any]]]) -> list[Row]:
     for name, made in summaries.items():
         metric = made[0]["metric"]
         scores = [summary["scores"]["test"][metric] for summary in made]
-        over = mean_interval([mine - its for mine, its in zip(scores, first, strict=True)]) if rows else None
+        over = mean_interval([mine - its for mine, its in zip(scores, first, strict=True)]) if first else None
         first = first or scores
+        calls = fmean(summary["teacher_calls"] for summary in made)
+        seconds = fmean(summary["seconds"] for summary in made)
+        warnings = sorted({warning for summary in made for warning in summary["warnings"]})
+        warnings += _against_control(made, summaries)
         rows.append(
-            Row(
-                name,
-                metric,
-                mean_interval(scores),
-                over,
-                made[0]["steps"],
-                sum(summary["teacher_calls"] for summary in made) / len(made),
-                sum(summary["seconds"] for summary in made) / len(made),
-                sorted(
-                    {warning for summary in made for warning in summary["warnings"]}
-                    | _against_control(made, rows)
-                ),
-            )
+            Row(name, metric, mean_interval(scores), over, made[0]["steps"], calls, seconds, warnings)
         )
     return rows
 
 
-def _against_control(made: Sequence[dict[str, Any]], rows: Sequence[Row]) -> set[str]:
-    """A warning where the teacher is no better than the plainly trained control."""
-    return set()
+def _against_control(made: Sequence[dict[str, Any]], summaries: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """A warning where the teacher is no better than the control trained on the labels alone."""
+    metric = made[0]["metric"]
+    controls = [
+        summary["scores"]["validation"][metric]
+        for others in summaries.values()
+        for summary in others
+        if summary["methods"] == ["hard_labels"] and "validation" in summary["scores"]
+    ]
+    teacher = made[0]["teacher"]
+    if not teacher or not controls or teacher[metric] > fmean(controls):
+        return []
+    return [
+        f"the teacher's validation {metric} ({teacher[metric]:.3f}) is no better than that of the control on "
+        f"hard labels ({fmean(controls):.3f}): distilling from it can be expected to hurt"
+    ]
 
 
 def table(rows: Sequence[Row], seeds: Sequence[int], unfair: Sequence[str]) -> str:
@@ -136,21 +141,15 @@ def table(rows: Sequence[Row], seeds: Sequence[int], unfair: Sequence[str]) -> s
         lines.append(
             f"| {row.name} | {row.score} | {over} | {row.steps:,} | {row.teacher_calls:,.0f} | {row.seconds:.1f} |"
         )
-    same = "the same task, data, student, initial weights, updates, batch size, optimizer and schedule"
-    lines += [
-        "",
-        f"{len(seeds)} seeds ({', '.join(map(str, seeds))}); {same} for every row." if not unfair else "",
-    ]
+    listed = ", ".join(map(str, seeds))
     if unfair:
+        lines += ["", f"Seeds {listed}. Not the same for every row, so read the differences with care:", ""]
+        lines += [f"- {line}" for line in unfair]
+    else:
         lines += [
-            "Not the same for every row, so read the differences with care:",
-            *[f"- {line}" for line in unfair],
+            "",
+            f"Seeds {listed}; the same task, data, student, initial weights, student updates, batch size, "
+            "optimizer and schedule in every row. Seconds are training alone.",
         ]
     lines += [f"Note, {row.name}: {warning}" for row in rows for warning in row.warnings]
-    return "\n".join(line for line in lines if line is not None) + "\n"
-
-
-def read(out: Path) -> dict[str, Any]:
-    """A comparison's figures from its directory."""
-    found: dict[str, Any] = json.loads((out / "comparison.json").read_text())
-    return found
+    return "\n".join(lines) + "\n"
