@@ -9,6 +9,8 @@ normaliser enters the loss squared (see the Bregman form in ``kernels/reference.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numba import cuda
 
@@ -21,7 +23,9 @@ LOWEST = F32(-3.0e38)  # a finite start for running maxima: -inf minus -inf is N
 LN2 = F32(0.6931471805599453)
 TWO_OVER_LN2 = F32(2.8853900817779268)
 THIRD, FIFTH, SEVENTH, NINTH = F32(1 / 3), F32(1 / 5), F32(1 / 7), F32(1 / 9)
-ZERO, ONE = F32(0.0), F32(1.0)
+ZERO, ONE, FAR = F32(0.0), F32(1.0), F32(1.0e4)
+PHI = tuple(F32(math.log(2) ** n / math.factorial(n)) for n in range(2, 6))  # of the series of 2^g - 1 - g ln 2
+NEAR = F32(0.0625)
 RATIO_LOW, RATIO_HIGH = F32(0.7), F32(1.4)
 
 
@@ -90,56 +94,97 @@ def absorb(x, k2, c, d):
 @device
 def log2_ratio(a, b):
     """log2(a / b); near a = b with a relative error of 1e-7, where a rounded quotient would leave nothing."""
-    ratio = a * ptx.reciprocal(b)
-    u = (a - b) * ptx.reciprocal(a + b)
-    v = u * u
-    series = ptx.fma(v, ptx.fma(v, ptx.fma(v, ptx.fma(v, NINTH, SEVENTH), FIFTH), THIRD), ONE)
-    near = u * series * TWO_OVER_LN2
-    return near if ratio > RATIO_LOW and ratio < RATIO_HIGH else ptx.log2_approx(ratio)
+    if a > RATIO_LOW * b and a < RATIO_HIGH * b:
+        u = (a - b) * ptx.reciprocal(a + b)
+        v = u * u
+        series = ptx.fma(v, ptx.fma(v, ptx.fma(v, ptx.fma(v, NINTH, SEVENTH), FIFTH), THIRD), ONE)
+        result = u * series * TWO_OVER_LN2
+    else:
+        result = ptx.log2_approx(a) - ptx.log2_approx(b)
+    return result
 
 
 @device
-def forward_pair(zt, zs, inv_t, inv_s, delta, beta):
-    """(loss, p_s - p_t, unused): the gradient needs no sum over the row."""
-    pt = ptx.exp2(zt) * inv_t
-    change = ptx.exp2(zs) * inv_s - pt
-    weighted = pt * ((zt - zs) + delta)
-    return ptx.fma(weighted if pt > ZERO else ZERO, LN2, change), change, ZERO
+def row_known(k2, ct, dt, cs, ds, beta):
+    """What the pair functions take besides the logits: everything that a row's elements share."""
+    it, is_ = ptx.reciprocal(dt), ptx.reciprocal(ds)
+    delta = log2_ratio(it, is_)
+    return k2, -ct, -cs, it, is_, delta, (cs - ct) + delta, beta
 
 
 @device
-def reverse_pair(zt, zs, inv_t, inv_s, delta, beta):
-    """(loss, p_s, p_s log(p_s / p_t)): the gradient is p_s (log(p_s / p_t) - its mean)."""
-    ps = ptx.exp2(zs) * inv_s
-    weighted = ps * ((zs - zt) - delta) * LN2
-    weighted = weighted if ps > ZERO else ZERO
-    return weighted + (ptx.exp2(zt) * inv_t - ps), ps, weighted
+def bregman(weighted, gap, change):
+    """p phi(log q/p) with phi(x) = exp(x) - 1 - x, from gap = log2(p / q), weighted = p gap and change = q - p.
 
-
-@device
-def jsd_pair(zt, zs, inv_t, inv_s, delta, beta):
-    """(loss, p_s, p_s log(p_s / m) (1 - beta)), by the ratio of the smaller probability to the larger.
-
-    With q that ratio and m = w_big + w_small q the mixture over the larger probability:
-    loss / p_big = -(m log m + w_small q log(1 / q)). The ratio is at most 1, so nothing overflows.
+    Where p and q nearly agree the three terms cancel, and phi's series takes over.
     """
+    series = ptx.fma(gap, ptx.fma(gap, ptx.fma(gap, -PHI[3], PHI[2]), -PHI[1]), PHI[0])
+    direct = ptx.fma(weighted, LN2, change)
+    return weighted * (gap * series) if abs(gap) < NEAR else direct
+
+
+@device
+def forward_pair(xt, xs, known):
+    """(loss, p_s - p_t, unused): the gradient needs no sum over the row."""
+    k2, nt, ns, it, is_, delta, shift, beta = known
+    zt, zs = ptx.fma(xt, k2, nt), ptx.fma(xs, k2, ns)
+    pt = ptx.exp2(zt) * it
+    change = ptx.exp2(zs) * is_ - pt
     gap = (zt - zs) + delta
+    return bregman(pt * gap if pt > ZERO else ZERO, gap, change), change, ZERO
+
+
+@device
+def reverse_pair(xt, xs, known):
+    """(loss, p_s, p_s log2(p_s / p_t)): the gradient is p_s (log(p_s / p_t) - its mean)."""
+    k2, nt, ns, it, is_, delta, shift, beta = known
+    zt, zs = ptx.fma(xt, k2, nt), ptx.fma(xs, k2, ns)
+    ps = ptx.exp2(zs) * is_
+    gap = (zs - zt) - delta
+    weighted = ps * gap if ps > ZERO else ZERO
+    return bregman(weighted, gap, ptx.exp2(zt) * it - ps), ps, weighted
+
+
+@device
+def jsd_pair(xt, xs, known):
+    """(loss, p_s, p_s log2(m / p_s)), the loss and the last short of a factor of -ln 2 and ln 2.
+
+    By the ratio q <= 1 of the smaller probability to the larger, so that nothing overflows. With the mixture
+    m = w_big + w_small q over the larger probability, loss / p_big = -(m log m + w_small q log(1 / q)).
+    The gap is clamped to finite numbers, also where it is -inf minus -inf; its probabilities are then zero.
+    """
+    k2, nt, ns, it, is_, delta, shift, beta = known
+    gap = ptx.fmin(ptx.fmax(ptx.fma(xt - xs, k2, shift), -FAR), FAR)
     teacher_bigger = gap > ZERO
-    big = ptx.exp2(zt if teacher_bigger else zs) * (inv_t if teacher_bigger else inv_s)
+    z_big = ptx.fma(xt if teacher_bigger else xs, k2, nt if teacher_bigger else ns)
+    big = ptx.exp2(z_big) * (it if teacher_bigger else is_)
     w_small = ONE - beta if teacher_bigger else beta
     gap = abs(gap)
     ratio = ptx.exp2(-gap)
-    small = big * ratio
     weighted_ratio = w_small * ratio
     mixture = (ONE - w_small) + weighted_ratio
     log_mixture = ptx.log2_approx(mixture)
-    rest = weighted_ratio * gap if ratio > ZERO else ZERO
-    loss = -big * ptx.fma(mixture, log_mixture, rest) * LN2
-    ps = small if teacher_bigger else big
-    log_ps = (gap if teacher_bigger else ZERO) + log_mixture
-    weighted = ps * log_ps * (beta - ONE) * LN2
-    empty = big == ZERO  # neither side has the entry; a NaN is not empty, and goes on
-    return ZERO if empty else loss, ZERO if empty else ps, weighted if ps > ZERO else ZERO
+    loss = big * ptx.fma(mixture, log_mixture, weighted_ratio * gap)
+    ps = big * (ratio if teacher_bigger else ONE)
+    return loss, ps, ps * ((gap if teacher_bigger else ZERO) + log_mixture)
 
 
 PAIRS = {"forward": forward_pair, "reverse": reverse_pair, "jsd": jsd_pair}
+
+
+@device
+def forward_factors(loss_factor, grad_factor, beta):
+    return loss_factor, grad_factor
+
+
+@device
+def reverse_factors(loss_factor, grad_factor, beta):
+    return loss_factor, grad_factor * LN2
+
+
+@device
+def jsd_factors(loss_factor, grad_factor, beta):
+    return -loss_factor * LN2, grad_factor * (beta - ONE) * LN2
+
+
+FACTORS = {"forward": forward_factors, "reverse": reverse_factors, "jsd": jsd_factors}  # what the pairs leave out

@@ -60,6 +60,7 @@ else:
     reciprocal = _ptx("rcp.approx.ftz.f32 $0, $1;", "=f,f", _f32, _f32)
     fma = _ptx("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", _f32, _f32, _f32, _f32)
     fmax = _ptx("max.f32 $0, $1, $2;", "=f,f,f", _f32, _f32, _f32)
+    fmin = _ptx("min.f32 $0, $1, $2;", "=f,f,f", _f32, _f32, _f32)
     word_as_float = _ptx("mov.b32 $0, $1;", "=f,r", _f32, _u32)
     float_as_word = _ptx("mov.b32 $0, $1;", "=r,f", _u32, _f32)
 

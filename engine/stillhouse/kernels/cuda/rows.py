@@ -12,7 +12,7 @@ import numpy as np
 from numba import cuda, types
 
 from stillhouse.kernels.cuda import intrinsics as ptx
-from stillhouse.kernels.cuda.arithmetic import LOWEST, PAIRS, ZERO, absorb, device, log2_ratio, sum8
+from stillhouse.kernels.cuda.arithmetic import FACTORS, LOWEST, PAIRS, ZERO, absorb, device, row_known, sum8
 from stillhouse.kernels.cuda.merge import SCRATCH, merges
 from stillhouse.kernels.cuda.vectors import codec
 
@@ -64,16 +64,14 @@ def eight_pairs(pair):
 
     @device
     def eight(xs, xt, known):
-        k2, ct, cs, it, is_, delta, beta = known
-        n, m = -ct, -cs
-        a0, b0, c0 = pair(ptx.fma(xt[0], k2, n), ptx.fma(xs[0], k2, m), it, is_, delta, beta)
-        a1, b1, c1 = pair(ptx.fma(xt[1], k2, n), ptx.fma(xs[1], k2, m), it, is_, delta, beta)
-        a2, b2, c2 = pair(ptx.fma(xt[2], k2, n), ptx.fma(xs[2], k2, m), it, is_, delta, beta)
-        a3, b3, c3 = pair(ptx.fma(xt[3], k2, n), ptx.fma(xs[3], k2, m), it, is_, delta, beta)
-        a4, b4, c4 = pair(ptx.fma(xt[4], k2, n), ptx.fma(xs[4], k2, m), it, is_, delta, beta)
-        a5, b5, c5 = pair(ptx.fma(xt[5], k2, n), ptx.fma(xs[5], k2, m), it, is_, delta, beta)
-        a6, b6, c6 = pair(ptx.fma(xt[6], k2, n), ptx.fma(xs[6], k2, m), it, is_, delta, beta)
-        a7, b7, c7 = pair(ptx.fma(xt[7], k2, n), ptx.fma(xs[7], k2, m), it, is_, delta, beta)
+        a0, b0, c0 = pair(xt[0], xs[0], known)
+        a1, b1, c1 = pair(xt[1], xs[1], known)
+        a2, b2, c2 = pair(xt[2], xs[2], known)
+        a3, b3, c3 = pair(xt[3], xs[3], known)
+        a4, b4, c4 = pair(xt[4], xs[4], known)
+        a5, b5, c5 = pair(xt[5], xs[5], known)
+        a6, b6, c6 = pair(xt[6], xs[6], known)
+        a7, b7, c7 = pair(xt[7], xs[7], known)
         losses = sum8((a0, a1, a2, a3, a4, a5, a6, a7))
         return losses, (b0, b1, b2, b3, b4, b5, b6, b7), (c0, c1, c2, c3, c4, c5, c6, c7)
 
@@ -87,7 +85,7 @@ def scaled(x, f):
 
 @device
 def centred(p, w, mean, f):
-    """f (w - p mean), from the second and third results of the pair function."""
+    """F (w - p mean), from the second and third results of the pair function."""
     n = -mean
     return scaled(
         (
@@ -117,14 +115,19 @@ def rows_kernel(dtype: str, divergence: str, threads: int, cluster: int, staged:
     encode_wide, decode_wide, stage_wide, unstage_wide = wide.encode, wide.decode, wide.stage, wide.unstage
     softmax_two, sum_two = merge.softmax_two, merge.sum_two
     geometry = row_geometry(size, code.group)
-    eight = eight_pairs(pair)
+    stride = I64(threads * 8 * size)  # bytes from a thread's chunk to its next
+    eight, factors = eight_pairs(pair), FACTORS[divergence]
 
     @device
-    def first_of(chunks):
-        """The first whole chunk of this thread; at most one group before it hangs over the start of the row."""
+    def whole_of(chunks):
+        """This thread's whole chunks, as slots of the slice: (first, end, bytes from the row's start to the first).
+
+        At most one group before the first whole chunk hangs over the start of the row.
+        """
         origin, first, last, count, lo, hi, tid = chunks
         chunk = I32(lo + tid)
-        return chunk if chunk >= first else I32(chunk + threads)
+        chunk = chunk if chunk >= first else I32(chunk + threads)
+        return I32(chunk - lo), I32(min(hi, last) - lo), I64(origin + first_element(chunk)) * size
 
     @device
     def edges(chunks):
@@ -156,13 +159,12 @@ def rows_kernel(dtype: str, divergence: str, threads: int, cluster: int, staged:
     def absorb_row(words, span, s_row, t_row, s_width, t_width, chunks, k2):
         """First pass: read both rows, keep them, and this thread's (C, D) of each."""
         state = (LOWEST, ZERO, LOWEST, ZERO)
-        chunk, stop, lo = first_of(chunks), min(chunks[5], chunks[2]), chunks[4]
-        while chunk < stop:
-            at = I64(element_of(chunk, chunks)) * size
+        slot, stop, at = whole_of(chunks)
+        while slot < stop:
             sa, sb = fetch(s_row + at)
             ta, tb = fetch(t_row + at)
-            state = take(words, I32(chunk - lo), span, sa, sb, ta, tb, k2, state)
-            chunk = I32(chunk + threads)
+            state = take(words, slot, span, sa, sb, ta, tb, k2, state)
+            slot, at = I32(slot + threads), at + stride
         j = chunks[6]
         while j < edges(chunks):
             chunk = edge(j, chunks)
@@ -170,7 +172,7 @@ def rows_kernel(dtype: str, divergence: str, threads: int, cluster: int, staged:
                 e = element_of(chunk, chunks)
                 sa, sb = fetch_edge(s_row, e, s_width)
                 ta, tb = fetch_edge(t_row, e, t_width)
-                state = take(words, I32(chunk - lo), span, sa, sb, ta, tb, k2, state)
+                state = take(words, I32(chunk - chunks[4]), span, sa, sb, ta, tb, k2, state)
             j = I32(j + threads)
         return state
 
@@ -214,10 +216,9 @@ def rows_kernel(dtype: str, divergence: str, threads: int, cluster: int, staged:
     def resolve_row(words, span, s_row, t_row, g_row, v, s_width, t_width, chunks, known, grad_scale):
         """Second pass: the loss, and the gradient (forward) or what the gradient is made of (the others)."""
         total, mean = ZERO, ZERO
-        chunk, stop, lo = first_of(chunks), min(chunks[5], chunks[2]), chunks[4]
-        while chunk < stop:
-            at = I64(element_of(chunk, chunks)) * size
-            xs, xt = whole_pair(words, I32(chunk - lo), span, s_row, t_row, at)
+        slot, stop, at = whole_of(chunks)
+        while slot < stop:
+            xs, xt = whole_pair(words, slot, span, s_row, t_row, at)
             a, b, c = eight(xs, xt, known)
             total = total + a
             if forward:
@@ -226,14 +227,14 @@ def rows_kernel(dtype: str, divergence: str, threads: int, cluster: int, staged:
             else:
                 mean = mean + sum8(c)
                 if staged:
-                    keep(words, I32(chunk - lo), span, b, c)
-            chunk = I32(chunk + threads)
+                    keep(words, slot, span, b, c)
+            slot, at = I32(slot + threads), at + stride
         j = chunks[6]
         while j < edges(chunks):
             chunk = edge(j, chunks)
             if mine(chunk, chunks):
                 e = element_of(chunk, chunks)
-                xs, xt = edge_pair(words, I32(chunk - lo), span, s_row, t_row, s_width, t_width, e)
+                xs, xt = edge_pair(words, I32(chunk - chunks[4]), span, s_row, t_row, s_width, t_width, e)
                 a, b, c = eight(xs, xt, known)
                 total = total + a
                 if forward:
@@ -242,33 +243,32 @@ def rows_kernel(dtype: str, divergence: str, threads: int, cluster: int, staged:
                 else:
                     mean = mean + sum8(c)
                     if staged:
-                        keep(words, I32(chunk - lo), span, b, c)
+                        keep(words, I32(chunk - chunks[4]), span, b, c)
             j = I32(j + threads)
         return total, mean
 
     @device
     def write_row(words, span, s_row, t_row, g_row, v, s_width, t_width, chunks, known, mean, grad_scale):
         """Third pass of the divergences whose gradient needs a mean over the row."""
-        chunk, stop, lo = first_of(chunks), min(chunks[5], chunks[2]), chunks[4]
-        while chunk < stop:
-            at = I64(element_of(chunk, chunks)) * size
+        slot, stop, at = whole_of(chunks)
+        while slot < stop:
             if staged:
-                b, c = kept(words, I32(chunk - lo), span)
+                b, c = kept(words, slot, span)
             else:
-                xs, xt = whole_pair(words, I32(chunk - lo), span, s_row, t_row, at)
+                xs, xt = whole_pair(words, slot, span, s_row, t_row, at)
                 a, b, c = eight(xs, xt, known)
             ga, gb = encode(centred(b, c, mean, grad_scale))
             put(g_row + at, ga, gb)
-            chunk = I32(chunk + threads)
+            slot, at = I32(slot + threads), at + stride
         j = chunks[6]
         while j < edges(chunks):
             chunk = edge(j, chunks)
             if mine(chunk, chunks):
                 e = element_of(chunk, chunks)
                 if staged:
-                    b, c = kept(words, I32(chunk - lo), span)
+                    b, c = kept(words, I32(chunk - chunks[4]), span)
                 else:
-                    xs, xt = edge_pair(words, I32(chunk - lo), span, s_row, t_row, s_width, t_width, e)
+                    xs, xt = edge_pair(words, I32(chunk - chunks[4]), span, s_row, t_row, s_width, t_width, e)
                     a, b, c = eight(xs, xt, known)
                 ga, gb = encode(centred(b, c, mean, grad_scale))
                 put_edge(g_row, e, v, ga, gb)
@@ -277,10 +277,10 @@ def rows_kernel(dtype: str, divergence: str, threads: int, cluster: int, staged:
     @device
     def clear_row(g_row, v, chunks):
         za, zb = encode((ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO))
-        chunk, stop = first_of(chunks), min(chunks[5], chunks[2])
-        while chunk < stop:
-            put(g_row + I64(element_of(chunk, chunks)) * size, za, zb)
-            chunk = I32(chunk + threads)
+        slot, stop, at = whole_of(chunks)
+        while slot < stop:
+            put(g_row + at, za, zb)
+            slot, at = I32(slot + threads), at + stride
         j = chunks[6]
         while j < edges(chunks):
             chunk = edge(j, chunks)
@@ -289,7 +289,7 @@ def rows_kernel(dtype: str, divergence: str, threads: int, cluster: int, staged:
             j = I32(j + threads)
 
     def kernel(s, t, g, loss, mask, scale, v, t_stride, s_width, t_width, span, k2, grad_factor, loss_factor, beta):
-        words = cuda.shared.array(0, np.uint32)
+        words = cuda.shared.array(0, np.uint32, alignment=16)
         scratch = cuda.shared.array(SCRATCH, np.float32)
         tid = I32(cuda.threadIdx.x)
         row = I32(I32(cuda.blockIdx.x) // I32(cluster))
@@ -317,9 +317,8 @@ def rows_kernel(dtype: str, divergence: str, threads: int, cluster: int, staged:
         if cluster > 1:
             ptx.cluster_wait()
         ct, dt, cs, ds = softmax_two(scratch, tid, rank, ct, dt, cs, ds)
-        it, is_ = ptx.reciprocal(dt), ptx.reciprocal(ds)
-        known = (k2, ct, cs, it, is_, log2_ratio(it, is_), beta)
-        grad_scale = row_scale(scale, row, grad_factor)
+        known = row_known(k2, ct, dt, cs, ds, beta)
+        loss_factor, grad_scale = factors(loss_factor, row_scale(scale, row, grad_factor), beta)
         total, mean = resolve_row(
             words, span, s_row, t_row, g_row, v, s_width, t_width, chunks, known, grad_scale
         )

@@ -40,6 +40,10 @@ def fmax(a, b):
     return np.fmax(np.float32(a), np.float32(b))
 
 
+def fmin(a, b):
+    return np.fmin(np.float32(a), np.float32(b))
+
+
 def word_as_float(word):
     return np.uint32(word).view(np.float32)
 

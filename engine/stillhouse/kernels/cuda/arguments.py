@@ -1,0 +1,70 @@
+"""From tensors to the numbers a kernel takes. No driver, so the tests pack their launches with the same code."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stillhouse.kernels.cuda.plan import Plan
+from stillhouse.kernels.reference import top_k_at
+from stillhouse.kernels.targets import Sampled, Target, TopK
+
+DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+GHOST, RENORMALISE, WITHIN, SAMPLED = range(4)  # what a sparse kernel does with the entries outside the k
+
+
+def target_kind(target: Target) -> str:
+    """ "dense" for logits, "sparse" for the rest."""
+    return "dense" if isinstance(target, Tensor) else "sparse"
+
+
+def widths(v: int, target: Target, divergence: str) -> tuple[int, int, int]:
+    """(all of the row, where the student has mass, where the teacher has), for differing vocabularies."""
+    if not isinstance(target, Tensor):
+        return v, v, v
+    teacher = target.shape[-1]
+    student = min(v, teacher) if divergence == "reverse" else v
+    teacher = min(v, teacher) if divergence == "forward" else teacher
+    return max(v, teacher), student, teacher
+
+
+def flatten(target: Target, temperature: float) -> list[Tensor]:
+    """The tensors a kernel reads of a target: logits, or indices (int64), values (float32) and log-mass outside."""
+    if isinstance(target, Tensor):
+        return [target]
+    if isinstance(target, Sampled):
+        return [target.indices.contiguous(), target.weights.float().contiguous()]
+    log_probs = top_k_at(target, temperature).float().contiguous()
+    rest = 1 - log_probs.double().exp().sum(-1)  # 1 - sum cancels: float64 or nothing is left
+    return [target.indices.contiguous(), log_probs, rest.clamp(min=0).float()]
+
+
+def sparse_mode(target: TopK | Sampled, divergence: str) -> int:
+    """Which of the four ways a sparse kernel treats what lies outside the k entries."""
+    if isinstance(target, Sampled):
+        return SAMPLED
+    if target.rest == "ghost":
+        return GHOST
+    return WITHIN if divergence == "reverse" else RENORMALISE
+
+
+def pack(
+    launch: Plan, *, student_shape: tuple[int, int], target: Target, temperature: float, divergence: str, beta: float,
+    factor: float, student: int, tensors: Sequence[int], grad: int, loss: int, mask: int, scale: int,
+) -> tuple[int | float, ...]:  # fmt: skip
+    """The arguments of the kernel of ``launch``, in order; tensors are given by address, absent ones as 0."""
+    rows, v = student_shape
+    scalars = (math.log2(math.e) / temperature, temperature * factor, temperature * temperature, beta)
+    if isinstance(target, Tensor):
+        _, s_width, t_width = widths(v, target, divergence)
+        last = launch.span if launch.spec.family == "rows" else rows
+        sizes = (v, target.shape[-1], s_width, t_width, last)
+        return (student, tensors[0], grad, loss, mask, scale, *sizes, *scalars)
+    k = target.indices.shape[-1]
+    outside = tensors[2] if len(tensors) > 2 else 0
+    last = launch.span if launch.spec.family == "rows" else rows
+    sizes = (v, k, sparse_mode(target, divergence), last)
+    return (student, tensors[0], tensors[1], outside, grad, loss, mask, scale, *sizes, *scalars)

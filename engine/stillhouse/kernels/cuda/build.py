@@ -1,0 +1,125 @@
+"""From a kernel's specification to PTX and to a cubin on disk. Needs numba-cuda, and neither a driver nor a GPU."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from stillhouse.kernels.cuda.plan import Spec
+
+ENTRY = "stillhouse_softmax_kl"
+SOURCES = (
+    "arithmetic", "build", "intrinsics", "merge", "plan", "rows", "small", "sparse", "sparse_small", "vectors",
+)  # fmt: skip
+_COMPILING = threading.Lock()
+
+
+def kernel_function(spec: Spec) -> tuple[Any, tuple[Any, ...]]:
+    """The undecorated kernel of a specification, and its Numba signature."""
+    from stillhouse.kernels.cuda import rows
+
+    if spec.target == "sparse":
+        from stillhouse.kernels.cuda import sparse, sparse_small
+
+        if spec.family == "small":
+            return sparse_small.small_sparse_kernel(spec.dtype, spec.divergence, spec.threads, spec.lanes), sparse.SIGNATURE
+        kernel = sparse.sparse_rows_kernel(spec.dtype, spec.divergence, spec.threads, spec.cluster, spec.staged)
+        return kernel, sparse.SIGNATURE
+    if spec.family == "small":
+        from stillhouse.kernels.cuda import small
+
+        return small.small_kernel(spec.dtype, spec.divergence, spec.threads, spec.lanes), small.SIGNATURE
+    return rows.rows_kernel(spec.dtype, spec.divergence, spec.threads, spec.cluster, spec.staged), rows.SIGNATURE
+
+
+@contextmanager
+def _architecture(cc: tuple[int, int]) -> Iterator[None]:
+    """Numba asks the driver what to compile device functions for; here the answer is given, GPU or not."""
+    from numba.cuda import dispatcher
+
+    before = dispatcher.get_current_device
+    dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=cc)
+    try:
+        yield
+    finally:
+        dispatcher.get_current_device = before
+
+
+def compile_ptx(spec: Spec, cc: tuple[int, int]) -> str:
+    """PTX of one kernel, its entry point renamed to ``ENTRY``: Numba's name counts up with every compilation."""
+    from numba import cuda, types
+
+    with _COMPILING, _architecture(cc):
+        kernel, signature = kernel_function(spec)
+        text, _ = cuda.compile(
+            kernel, types.void(*signature), device=False, cc=cc, abi="numba", launch_bounds=spec.threads
+        )
+    name = re.search(r"\.visible \.entry (\w+)\(", text)
+    assert name is not None, "Numba's PTX has no entry point"
+    text = text.replace(name[1], ENTRY)
+    return re.sub(r"^\.common \.global[^\n]*NumbaEnv[^\n]*\n", "", text, flags=re.MULTILINE)
+
+
+def cubin(spec: Spec, cc: tuple[int, int]) -> bytes:
+    """Machine code for one device, from the cache on disk or compiled and put there."""
+    path = cache_folder() / f"{spec.name}_sm{cc[0]}{cc[1]}_{fingerprint()}.cubin"
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        code = assemble(compile_ptx(spec, cc), cc)
+        _write_whole(path, code)
+        return code
+
+
+def assemble(text: str, cc: tuple[int, int]) -> bytes:
+    """PTX to machine code by nvJitLink, which comes with the ``cuda`` extra."""
+    from cuda.core import Program, ProgramOptions
+
+    program = Program(text, "ptx", ProgramOptions(arch=f"sm_{cc[0]}{cc[1]}"))
+    code = program.compile("cubin").code
+    assert isinstance(code, bytes)
+    return code
+
+
+def cache_folder() -> Path:
+    """``$STILLHOUSE_CACHE/cuda``, else ``$XDG_CACHE_HOME/stillhouse/cuda``, else ``~/.cache/stillhouse/cuda``."""
+    own, shared = os.environ.get("STILLHOUSE_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if own:
+        return Path(own) / "cuda"
+    return Path(shared or Path.home() / ".cache") / "stillhouse" / "cuda"
+
+
+@lru_cache(maxsize=1)
+def fingerprint() -> str:
+    """Of these sources and the tools that compile them: a change in either misses the cache."""
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
+    for package in ("numba", "numba-cuda", "nvidia-nvvm", "nvidia-nvjitlink"):
+        digest.update(f"{package} {_version(package)}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _write_whole(path: Path, code: bytes) -> None:
+    """Under another name first: a process that looks meanwhile finds all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as partial:
+        partial.write(code)
+    os.replace(partial.name, path)
