@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from stillhouse.kernels import backends, reference
-from stillhouse.kernels.checks import check_floating, check_inplace, check_settings, check_target, check_values
+from stillhouse.kernels import backends, ops, reference
+from stillhouse.kernels.checks import (
+    check_floating,
+    check_inplace,
+    check_settings,
+    check_target,
+    check_values,
+)
 from stillhouse.kernels.targets import Sampled, Target, TopK
 
 Divergence = Literal["forward", "reverse", "jsd"]
@@ -69,12 +76,27 @@ def softmax_kl(
     student, flat, flat_mask = flatten(student_logits, target, mask)
     if not torch.compiler.is_compiling():
         check_values(flat, student.shape[-1], flat_mask)
-    rows = reference.softmax_kl_rows(student, flat, temperature, divergence, beta, flat_mask)
-    if not torch.compiler.is_compiling() and rows.device.type == "cpu" and bool(rows.isnan().any()):
-        raise nan_error(rows)
-    return reduce(rows, flat_mask, reduction, count).reshape(
-        student_logits.shape[:-1] if reduction == "none" else ()
-    )
+    if isinstance(flat, TopK) and flat.rest == "renormalise" and divergence == "reverse":
+        student, flat = _restricted(student, flat, flat_mask, temperature)  # entries the teacher lacks are dropped
+    per_row = reduction == "none"
+    if chosen == "torch":
+        rows = reference.softmax_kl_rows(student, flat, temperature, divergence, beta, flat_mask)
+        if student.device.type == "cpu" and not torch.compiler.is_compiling():
+            checked(rows.detach().sum().item(), rows)
+        loss = reduce(rows, flat_mask, reduction, count)
+    else:
+        if reduction == "sum":
+            count = 1
+        elif count is None:
+            count = student.shape[0] if flat_mask is None else flat_mask.sum()
+        fixed = ops.arguments(flat, flat_mask, count, temperature, divergence, beta, per_row)
+        loss = ops.softmax_kl(student, fixed, inplace)
+    return loss.reshape(student_logits.shape[:-1]) if per_row and student_logits.dim() != 2 else loss
+
+
+def _restricted(student: Tensor, target: TopK, mask: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+    indices = target.indices if mask is None else torch.where(mask[:, None], target.indices, 0)
+    return student.gather(-1, indices), reference.top_k_at(target, temperature) * temperature
 
 
 def flatten(student: Tensor, target: Target, mask: Tensor | None) -> tuple[Tensor, Target, Tensor | None]:
@@ -107,6 +129,18 @@ def reduce(rows: Tensor, mask: Tensor | None, reduction: str, count: float | Ten
         some = count > 0
         return torch.where(some, total / torch.where(some, count, 1), 0)
     return total / count if count else total * 0
+
+
+def checked(total: float, rows: Tensor) -> None:
+    """Refuse a sum of losses that is not a number, or that reports an index out of range."""
+    if total != total:
+        raise nan_error(rows)
+    if total == -math.inf:
+        row = int((rows == -math.inf).nonzero()[0, 0])
+        raise ValueError(
+            f"target indices: got one outside the student's entries in row {row} of a target marked trusted; expected"
+            " 0 to V - 1. Fix: drop trusted=True to see which, and remap foreign entries."
+        )
 
 
 def nan_error(rows: Tensor) -> ValueError:

@@ -39,15 +39,6 @@ def softmax_kl_rows(
     return rows if mask is None else torch.where(mask, rows, 0)
 
 
-def phi(x: Tensor) -> Tensor:
-    """exp(x) - 1 - x, by its Taylor series near zero, where the direct form cancels."""
-    near = x.clamp(-0.5, 0.5)
-    series = torch.zeros_like(near)
-    for n in range(14, 1, -1):  # 0.5^13 / 15! < 1e-16
-        series = series * near + 1.0 / math.factorial(n)
-    return torch.where(x.abs() < 0.5, series * near * near, torch.expm1(x) - x)
-
-
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     if not log_p.requires_grad:
         return _bregman(log_p, log_q.exp(), log_q - log_p)
@@ -57,10 +48,15 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return torch.where(infinite[:, 0], torch.inf, _bregman(log_p, log_q.exp(), log_q - log_p))
 
 
-def _bregman(log_p: Tensor, q: Tensor, log_ratio: Tensor) -> Tensor:
+def _bregman(log_p: Tensor, q: Tensor, x: Tensor) -> Tensor:
+    """sum_j p phi(x) for x = log(q / p): as q - p - p x, and by the series of phi near zero, where that cancels."""
     p = log_p.exp()
-    some = p > 0
-    return torch.where(some, p * phi(torch.where(some, log_ratio, 0)), q).sum(-1)
+    x = torch.where(p > 0, x, 0)
+    near = x.clamp(-0.5, 0.5)
+    series = torch.zeros_like(near)
+    for n in range(14, 1, -1):  # 0.5^13 / 15! < 1e-16
+        series = series * near + 1.0 / math.factorial(n)
+    return torch.where((p > 0) & (x.abs() < 0.5), p * (series * near * near), q - p - p * x).sum(-1)
 
 
 def _jsd(log_t: Tensor, log_s: Tensor, beta: float) -> Tensor:

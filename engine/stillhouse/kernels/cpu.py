@@ -1,0 +1,144 @@
+"""The Numba backend: torch tensors in front of the compiled rows. Importing this module loads or compiles them."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stillhouse.kernels.cpu_dense import dense_rows
+from stillhouse.kernels.cpu_rows import BLOCK
+from stillhouse.kernels.cpu_sparse import sparse_rows
+from stillhouse.kernels.reference import top_k_at
+from stillhouse.kernels.series import jsd_series
+from stillhouse.kernels.targets import Sampled, Target, TopK
+from stillhouse.kernels.workers import Workers
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DIVERGENCES = {"forward": 0, "reverse": 1, "jsd": 2}
+HUGE = 4 << 20  # bytes from which a fresh gradient is worth asking for huge pages
+LINE = 16  # float32 in a cache line
+
+_workers = Workers()
+
+
+def softmax_kl_fwd_bwd(
+    student: Tensor,
+    target: Target,
+    *,
+    temperature: float,
+    divergence: str,
+    beta: float,
+    mask: Tensor | None,
+    scale: float,
+    out_grad: Tensor | None,
+) -> Tensor:
+    """Loss of each row (N,) in float32, and ``scale`` times its gradient written to ``out_grad``.
+
+    Args:
+        student: (N, V) float32, bfloat16 or float16, on the CPU, columns contiguous.
+        target: teacher logits (N, Vt) of any of these dtypes, or a TopK or Sampled of (N, k).
+        temperature: T.
+        divergence: ``forward``, ``reverse`` or ``jsd``.
+        beta: for ``jsd``.
+        mask: (N,) bool, or None.
+        scale: multiplies the gradient, not the loss.
+        out_grad: (N, V) contiguous, of the student's dtype; may be ``student`` itself. None: loss only.
+
+    Raises:
+        IndexError: an index of a trusted TopK or Sampled lies outside the row.
+    """
+    losses = torch.empty(student.shape[0], dtype=torch.float32)
+    if student.numel() == 0:
+        return losses.zero_()
+    mask = None if mask is None else mask.contiguous()
+    if isinstance(target, Tensor):
+        kernel = _dense(student, target, temperature, divergence, beta, mask, scale, out_grad, losses)
+    else:
+        kernel = _sparse(student, target, temperature, divergence, beta, mask, scale, out_grad, losses)
+    _workers.run(student.shape[0], student.shape[1], kernel)
+    return losses.mul_(temperature * temperature) if temperature != 1.0 else losses
+
+
+def _dense(
+    student: Tensor, teacher: Tensor, temperature: float, divergence: str, beta: float, mask: Tensor | None,
+    scale: float, out_grad: Tensor | None, losses: Tensor,
+) -> Callable[[int, int], None]:  # fmt: skip
+    if teacher.stride(1) != 1:
+        teacher = teacher.contiguous()
+    if teacher.dtype not in DTYPES:
+        teacher = teacher.float()
+    wide, vs, vt = student.shape[1], student.shape[1], teacher.shape[1]
+    if divergence == "forward":
+        vt = min(vs, vt)
+    elif divergence == "reverse":
+        vs = min(vs, vt)
+    v = max(vs, vt)
+    stride = (v + LINE) * 4
+    fixed = (
+        DIVERGENCES[divergence], student.data_ptr(), teacher.data_ptr(),
+        0 if out_grad is None else out_grad.data_ptr(), losses.data_ptr(), 0 if mask is None else mask.data_ptr(),
+        student.stride(0) * student.element_size(), teacher.stride(0) * teacher.element_size(),
+        DTYPES[student.dtype], DTYPES[teacher.dtype], vs, vt, v, wide,
+    )  # fmt: skip
+    numbers = (1.0 / temperature, scale * temperature * temperature, beta, _series(beta))
+
+    def kernel(first: int, last: int, keep: tuple[Tensor, ...] = (teacher,)) -> None:
+        scratch = _workers.scratch(2 * BLOCK + 3 * (v + LINE))
+        dense_rows(first, last, *fixed, scratch, stride, *numbers)
+
+    return kernel
+
+
+def _sparse(
+    student: Tensor, target: TopK | Sampled, temperature: float, divergence: str, beta: float, mask: Tensor | None,
+    scale: float, out_grad: Tensor | None, losses: Tensor,
+) -> Callable[[int, int], None]:  # fmt: skip
+    sampled = isinstance(target, Sampled)
+    values = target.weights if isinstance(target, Sampled) else top_k_at(target, temperature)
+    values = values.to(torch.float32).contiguous()
+    indices = target.indices.contiguous()
+    ghost = isinstance(target, TopK) and target.rest == "ghost"
+    v, k = student.shape[1], indices.shape[1]
+    fixed = (
+        DIVERGENCES[divergence], student.data_ptr(), 0 if out_grad is None else out_grad.data_ptr(),
+        losses.data_ptr(), 0 if mask is None else mask.data_ptr(), student.stride(0) * student.element_size(),
+        DTYPES[student.dtype], v, indices.data_ptr(), values.data_ptr(), k, int(sampled), int(ghost),
+    )  # fmt: skip
+    numbers = (1.0 / temperature, scale * temperature * temperature, beta)
+
+    def kernel(first: int, last: int, keep: tuple[Tensor, ...] = (values, indices)) -> None:
+        scratch = _workers.scratch(2 * BLOCK + v + k + LINE)
+        sparse_rows(first, last, *fixed, scratch, *numbers)
+
+    return kernel
+
+
+@lru_cache(maxsize=64)
+def _series(beta: float) -> tuple[np.float32, ...]:
+    return tuple(np.float32(c) for c in jsd_series(beta))
+
+
+def fresh_like(student: Tensor) -> Tensor:
+    """Memory for a gradient. Half the time of a large fresh one is page faults: ask Linux for fewer, larger pages."""
+    out = torch.empty(student.shape, dtype=student.dtype)
+    size = out.numel() * out.element_size()
+    advise = _madvise()
+    if size >= HUGE and advise is not None:
+        first = -(-out.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        advise(first, (out.data_ptr() + size - first) // mmap.PAGESIZE * mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
+    return out
+
+
+@lru_cache(maxsize=1)
+def _madvise() -> Callable[[int, int, int], int] | None:
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return advise

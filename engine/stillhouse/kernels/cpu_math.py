@@ -1,0 +1,150 @@
+"""What Numba lacks for the CPU rows: pointers, fused multiply-add, reductions that may be reordered, exp2, log.
+
+No fastmath flag is used: it would let LLVM assume that infinities do not occur, and undo the rounding trick in
+``exp2``. Reductions that may run in vector lanes say so one by one (``reduce_add``, ``reduce_max``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+F32 = types.float32
+FLOAT, HALF, I32, I16 = ir.FloatType(), ir.HalfType(), ir.IntType(32), ir.IntType(16)
+f32 = np.float32
+FLOOR = f32(-1e30)  # stands for -inf where arithmetic on -inf would give NaN
+
+
+def _pointer(element: Any, llvm: Any) -> Any:
+    @intrinsic  # type: ignore[untyped-decorator]
+    def at(typingctx: Any, address: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], llvm.as_pointer())
+
+        return types.CPointer(element)(types.int64), codegen
+
+    return at
+
+
+f32_at = _pointer(types.float32, FLOAT)
+u16_at = _pointer(types.uint16, I16)
+bool_at = _pointer(types.uint8, ir.IntType(8))
+i64_at = _pointer(types.int64, ir.IntType(64))
+
+
+def _floats(arity: int, emit: Callable[[Any, Any], Any]) -> Any:
+    """A float32 intrinsic of one, two or three arguments from its LLVM instruction."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return emit(builder, args)
+
+    signature = F32(*[F32] * arity)
+    if arity == 1:
+        return intrinsic(lambda typingctx, a: (signature, codegen))
+    if arity == 2:
+        return intrinsic(lambda typingctx, a, b: (signature, codegen))
+    return intrinsic(lambda typingctx, a, b, c: (signature, codegen))
+
+
+def _call(name: str, arity: int, **flags: Any) -> Callable[[Any, Any], Any]:
+    def emit(builder: Any, args: Any) -> Any:
+        function = builder.module.declare_intrinsic(name, [FLOAT], ir.FunctionType(FLOAT, [FLOAT] * arity))
+        return builder.call(function, args, **flags)
+
+    return emit
+
+
+fma = _floats(3, _call("llvm.fma", 3))
+absolute = _floats(1, _call("llvm.fabs", 1))
+reduce_add = _floats(2, lambda builder, args: builder.fadd(*args, flags=("reassoc", "nsz")))
+reduce_max = _floats(2, _call("llvm.maxnum", 2, fastmath=("nnan", "nsz")))
+# 2^n, where n is the low mantissa bits of a float that had MAGIC added
+shifted = _floats(1, lambda b, a: b.bitcast(b.shl(b.bitcast(a[0], I32), ir.Constant(I32, 23)), FLOAT))
+MAGIC = f32(1.5 * 2**23 + 127)
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def exp2(z):  # type: ignore[no-untyped-def]
+    """2^z to 1e-7 relative; 0 below 2^-127, NaN for NaN. Minimax polynomial on [-1/2, 1/2]."""
+    z = f32(-127.0) if z < f32(-127.0) else z
+    biased = z + MAGIC  # rounds to the nearest integer
+    x = z - (biased - MAGIC)
+    p = fma(f32(0.000154697351565), x, f32(0.00133908668598))
+    p = fma(p, x, f32(0.00961803077074))
+    p = fma(p, x, f32(0.0555035710549))
+    p = fma(p, x, f32(0.240226510842))
+    p = fma(p, x, f32(0.693147188029))
+    return fma(p, x, f32(1.0)) * shifted(biased)
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def phi_over_square(x):  # type: ignore[no-untyped-def]
+    """(exp(x) - 1 - x) / x^2 for |x| < 1/4, to 3e-8 relative."""
+    q = fma(f32(0.00138993), x, f32(0.00833333333))
+    q = fma(q, x, f32(0.0416666667))
+    q = fma(q, x, f32(0.166666667))
+    return fma(q, x, f32(0.5))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def split(typingctx: Any, x: Any) -> Any:
+    """X > 0 as (mantissa in [sqrt(1/2), sqrt(2)), exponent as a float)."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        half = ir.Constant(I32, 0x3F3504F3)  # sqrt(1/2)
+        shift = builder.sub(builder.bitcast(args[0], I32), half)
+        exponent = builder.ashr(shift, ir.Constant(I32, 23))
+        mantissa = builder.add(builder.and_(shift, ir.Constant(I32, 0x7FFFFF)), half)
+        pair = [builder.bitcast(mantissa, FLOAT), builder.sitofp(exponent, FLOAT)]
+        return context.make_tuple(builder, signature.return_type, pair)
+
+    return types.UniTuple(F32, 2)(F32), codegen
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def log(x):  # type: ignore[no-untyped-def]
+    """Natural logarithm of a normal positive float32, to 1e-7 of max(1, |log x|)."""
+    mantissa, exponent = split(x)
+    y = mantissa - f32(1.0)
+    p = fma(f32(-0.0806465626557), y, f32(0.12917868511))
+    p = fma(p, y, f32(-0.130725529095))
+    p = fma(p, y, f32(0.141734549123))
+    p = fma(p, y, f32(-0.166289202867))
+    p = fma(p, y, f32(0.200026955249))
+    p = fma(p, y, f32(-0.250007512126))
+    p = fma(p, y, f32(0.333333129418))
+    p = fma(p, y, f32(-0.499999977333))
+    return fma(exponent, f32(0.6931471805599453), fma(p * y, y, y))
+
+
+def _sixteen(to_float: Callable[[Any, Any], Any], from_float: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
+    def decode_codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return to_float(builder, args[0])
+
+    def encode_codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return from_float(builder, args[0])
+
+    decode = intrinsic(lambda typingctx, bits: (F32(types.uint16), decode_codegen))
+    encode = intrinsic(lambda typingctx, value: (types.uint16(F32), encode_codegen))
+    return decode, encode
+
+
+def _encode_bf16(builder: Any, value: Any) -> Any:
+    bits = builder.bitcast(value, I32)
+    odd = builder.and_(builder.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
+    rounded = builder.add(bits, builder.add(odd, ir.Constant(I32, 0x7FFF)))  # nearest, ties to even
+    return builder.trunc(builder.lshr(rounded, ir.Constant(I32, 16)), I16)
+
+
+decode_bf16, encode_bf16 = _sixteen(
+    lambda b, bits: b.bitcast(b.shl(b.zext(bits, I32), ir.Constant(I32, 16)), FLOAT), _encode_bf16
+)
+decode_f16, encode_f16 = _sixteen(
+    lambda b, bits: b.fpext(b.bitcast(bits, HALF), FLOAT),
+    lambda b, value: b.bitcast(b.fptrunc(value, HALF), I16),
+)

@@ -1,0 +1,188 @@
+"""The operators ``torch.ops.stillhouse.softmax_kl`` and ``softmax_kl_``, and their place in autograd.
+
+The gradient is computed with the loss, in one go over the logits, and kept for backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from stillhouse.kernels.targets import Sampled, Target, TopK
+
+_ARGUMENTS = (
+    "Tensor? dense, Tensor? indices, Tensor? values, str kind, float held_at, Tensor? mask, Tensor? count, "
+    "float divisor, float temperature, str divergence, float beta, bool per_row"
+)
+_library = torch.library.Library("stillhouse", "FRAGMENT")
+_library.define(f"softmax_kl(Tensor student, {_ARGUMENTS}, bool gradient) -> (Tensor, Tensor)")
+_library.define(f"softmax_kl_(Tensor(a!) student, {_ARGUMENTS}) -> Tensor")
+
+Arguments = tuple[Any, ...]  # in the order of _ARGUMENTS
+
+
+def arguments(
+    target: Target, mask: Tensor | None, count: float | Tensor | None, temperature: float, divergence: str,
+    beta: float, per_row: bool,
+) -> Arguments:  # fmt: skip
+    """The operator's arguments after the student."""
+    dense = target if isinstance(target, Tensor) else None
+    indices = None if isinstance(target, Tensor) else target.indices
+    values, kind, held_at = None, "dense", 1.0
+    if isinstance(target, TopK):
+        values, kind, held_at = target.log_probs, target.rest, float(target.temperature)
+    elif isinstance(target, Sampled):
+        values, kind = target.weights, "sampled"
+    divisor, tensor = (1.0, count) if isinstance(count, Tensor) else (float(count or 0), None)
+    return (
+        dense, indices, values, kind, held_at, mask, tensor, divisor, float(temperature), divergence, float(beta),
+        per_row,
+    )  # fmt: skip
+
+
+def _target(dense: Tensor | None, indices: Tensor | None, values: Tensor | None, kind: str, held_at: float) -> Target:
+    if dense is not None:
+        return dense
+    assert indices is not None and values is not None
+    if kind == "sampled":
+        return Sampled(indices, values)
+    return TopK(indices, values, kind, held_at)  # type: ignore[arg-type]
+
+
+def _compute(student: Tensor, arguments: Arguments, out: Tensor | None) -> Tensor:
+    """The loss, reduced; the gradient to ``out``."""
+    *target, mask, count, divisor, temperature, divergence, beta, per_row = arguments
+    if student.device.type == "cuda":
+        return _compute_cuda(student, arguments, out)
+    from stillhouse.kernels import cpu  # loads or compiles the kernels: not before they are used
+    from stillhouse.kernels.loss import checked
+
+    divisor = count.item() if count is not None else divisor
+    factor = 1.0 if per_row else 1.0 / divisor if divisor else 0.0
+    rows = cpu.softmax_kl_fwd_bwd(
+        student, _target(*target), temperature=temperature, divergence=divergence, beta=beta, mask=mask,
+        scale=1.0 if student.dtype == torch.float16 else factor, out_grad=out,
+    )  # fmt: skip
+    total = rows.sum()
+    checked(total.item(), rows)
+    return rows if per_row else total.mul_(factor)
+
+
+def _compute_cuda(student: Tensor, arguments: Arguments, out: Tensor | None) -> Tensor:
+    from stillhouse.kernels import cuda
+
+    *target, mask, count, divisor, temperature, divergence, beta, per_row = arguments
+    factor: Any = 1.0 if per_row else 1.0 / divisor if divisor else 0.0
+    if count is not None and not per_row:
+        factor = torch.where(count > 0, 1.0 / count, 0.0).to(device=student.device, dtype=torch.float32)
+    rows = cuda.softmax_kl_fwd_bwd(
+        student, _target(*target), temperature=temperature, divergence=divergence, beta=beta, mask1d_or_None=mask,
+        scale_per_row_or_scalar=1.0 if student.dtype == torch.float16 else factor, out_grad=out,
+    )  # fmt: skip
+    return rows if per_row else rows.sum() * factor
+
+
+def _forward(student: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *arguments, gradient = rest
+    student = student if student.stride(1) == 1 else student.contiguous()
+    if not gradient:
+        out = student.new_empty(0)
+        return _compute(student, tuple(arguments), None), out
+    if student.device.type == "cpu":
+        from stillhouse.kernels import cpu
+
+        out = cpu.fresh_like(student)
+    else:
+        out = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    return _compute(student, tuple(arguments), out), out
+
+
+def _forward_inplace(student: Tensor, *arguments: Any) -> Tensor:
+    return _compute(student, arguments, student)
+
+
+def _shape_of_loss(student: Tensor, arguments: Arguments) -> Tensor:
+    return student.new_empty(student.shape[:1] if arguments[-1] else (), dtype=torch.float32)
+
+
+def _fake(student: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *arguments, gradient = rest
+    return _shape_of_loss(student, tuple(arguments)), student.new_empty(student.shape if gradient else (0,))
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("softmax_kl", _forward, _key)
+    _library.impl("softmax_kl_", _forward_inplace, _key)
+torch.library.register_fake("stillhouse::softmax_kl", _fake, lib=_library)
+torch.library.register_fake(
+    "stillhouse::softmax_kl_", lambda student, *arguments: _shape_of_loss(student, arguments), lib=_library
+)
+
+
+def softmax_kl(student: Tensor, arguments: Arguments, inplace: bool) -> Tensor:
+    """The operator with its gradient; student (N, V)."""
+    if not (torch.is_grad_enabled() and student.requires_grad):
+        loss: Tensor = torch.ops.stillhouse.softmax_kl.default(student, *arguments, False)[0]
+        return loss
+    inplace = inplace and student.is_contiguous() and not torch.compiler.is_compiling()
+    return _SoftmaxKL.apply(student, arguments, inplace)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _SoftmaxKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, arguments: Arguments, inplace: bool) -> Tensor:
+        if inplace:
+            gradient = student.detach()
+            loss: Tensor = torch.ops.stillhouse.softmax_kl_.default(gradient, *arguments)
+            torch.autograd.graph.increment_version(student)  # who saved these logits is told that they are gone
+        else:
+            loss, gradient = torch.ops.stillhouse.softmax_kl.default(student, *arguments, True)
+        count, divisor, per_row = arguments[6], arguments[7], arguments[-1]
+        # float16 would lose 1/count times a small gradient before the loss scaler can lift it: divided in backward
+        late = student.dtype == torch.float16 and not per_row
+        ctx.divisor = (count if count is not None else divisor) if late else None
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        if ctx.divisor is not None:
+            upstream = upstream / ctx.divisor if isinstance(ctx.divisor, Tensor) or ctx.divisor else upstream * 0
+        if torch.compiler.is_compiling():
+            return _scaled(gradient, upstream), None, None
+        gradient = _scaled_in_place(gradient, upstream)
+        if torch.is_grad_enabled():  # create_graph=True
+            gradient = _NoSecondDerivative.apply(gradient.detach().requires_grad_())
+        return gradient, None, None
+
+
+def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+    return (gradient * (upstream[:, None] if upstream.dim() else upstream)).to(gradient.dtype)
+
+
+def _scaled_in_place(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """The saved gradient times the upstream one: as it is for 1, in place where no second backward will need it."""
+    if upstream.dim() == 0 and upstream.device.type == "cpu" and upstream.item() == 1.0:
+        return gradient
+    with torch.no_grad():
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            return _scaled(gradient, upstream)
+        return gradient.mul_(upstream[:, None] if upstream.dim() else upstream)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *upstream: Tensor) -> None:
+        raise RuntimeError(
+            "softmax_kl: got a request for its second derivative; expected a first derivative only, since the fused "
+            "kernel keeps the gradient and not the logits. Fix: pass backend='torch', which can be differentiated "
+            "any number of times."
+        )
