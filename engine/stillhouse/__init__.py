@@ -15,22 +15,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stillhouse.distill import Distilled, distill
+    from stillhouse.objects import Distilled, distill
     from stillhouse.errors import StillhouseError
-    from stillhouse.run import run
     from stillhouse.step import DistillStep
     from stillhouse.targets import Batch
 
 _HOMES = {
     "Batch": "targets",
     "DistillStep": "step",
-    "Distilled": "distill",
+    "Distilled": "objects",
     "StillhouseError": "errors",
-    "distill": "distill",
-    "run": "run",
+    "distill": "objects",
 }
 
-__all__ = ["Batch", "DistillStep", "Distilled", "StillhouseError", "distill", "run"]
+__all__ = ["Batch", "DistillStep", "Distilled", "StillhouseError", "distill"]
 
 
 def __getattr__(name: str) -> Any:
@@ -40,10 +38,7 @@ def __getattr__(name: str) -> Any:
         return version("stillhouse")
     if name not in _HOMES:
         raise AttributeError(f"module 'stillhouse' has no attribute '{name}'")
-    value = getattr(import_module(f"stillhouse.{_HOMES[name]}"), name)
-    # The function replaces the submodule of the same name that the import has just set.
-    globals()[name] = value
-    return value
+    return getattr(import_module(f"stillhouse.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

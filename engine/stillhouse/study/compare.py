@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from stillhouse import run as runs
+import stillhouse.run as runs
 from stillhouse.config import RunConfig, dump
 from stillhouse.display import display
 from stillhouse.errors import ConfigError
