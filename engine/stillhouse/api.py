@@ -62,12 +62,15 @@ class Method:
         Names from CAPABILITIES; compared with what the run offers before step 0.
     different_outputs
         Whether teacher and student may have different numbers of outputs.
+    regression
+        Whether the method has a meaning for float targets; refused before step 0 where it has none.
     """
 
     api_version: ClassVar[int]
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     requires: ClassVar[frozenset[str]] = frozenset({"logits"})
     different_outputs: ClassVar[bool] = False
+    regression: ClassVar[bool] = False
     config: Any
     """The settings, of type ``Config``; a subclass annotates it with its own."""
 

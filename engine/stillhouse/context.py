@@ -129,6 +129,9 @@ class RunContext:
         Student updates of the whole run.
     dir
         The run directory, or None.
+    build
+        Makes a further model from ``{"name": ..., argument: ...}``, as the config's ``student`` is made
+        (a teacher assistant, a specialist); None where the surrounding trainer knows models as objects only.
     """
 
     models: dict[str, nn.Module]
@@ -142,6 +145,7 @@ class RunContext:
     captures: Captures | None = None
     chosen: dict[str, Any] = field(default_factory=dict)
     say: Callable[[str], None] = lambda message: None
+    build: Callable[[Mapping[str, Any]], nn.Module] | None = None
 
     @property
     def student(self) -> nn.Module:

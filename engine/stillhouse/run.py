@@ -184,6 +184,9 @@ def train(parts: Parts, data: Splits, device: torch.device, display: Display, *,
         dir=folder,
         offers=OFFERED if data.train.labelled else OFFERED - {"labels"},
         say=display.say,
+        build=lambda spec: _builder(Named.model_validate(dict(spec)), parts.task.students, "network")[0]().to(
+            device
+        ),
     )
     for name, auxiliary in step.auxiliary.items():
         auxiliary.module.to(device)

@@ -47,6 +47,8 @@ class DistillStep:
         Student updates of the whole run; stages share them.
     offers
         Capabilities of the surrounding trainer.
+    build
+        How methods make further models by name; see RunContext.
 
     Raises PluginError for a plugin that can't be trusted and ConfigError where capabilities, outputs
     or features don't fit, all of it here, before the first step.
@@ -67,6 +69,7 @@ class DistillStep:
         dir: Path | None = None,
         offers: Iterable[str] = OFFERED,
         say: Callable[[str], None] = lambda message: None,
+        build: Callable[[Mapping[str, Any]], nn.Module] | None = None,
     ) -> None:
         loaded = isinstance(method, list) and all(isinstance(item, Plugin) for item in method)
         self.plugins = Plugins(method if loaded else as_plugins(method))  # type: ignore[arg-type]
@@ -76,7 +79,17 @@ class DistillStep:
         probe = as_batch(probe)
         self.captures = Captures(watched)
         self.run = RunContext(
-            models, self.teacher, splits, probe, steps, batch_size, seed, dir, self.captures, say=say
+            models,
+            self.teacher,
+            splits,
+            probe,
+            steps,
+            batch_size,
+            seed,
+            dir,
+            self.captures,
+            say=say,
+            build=build,
         )
         self._probe(probe, frozenset(offers))
         self.plugins.notify("on_run_start", run=self.run)
@@ -233,6 +246,8 @@ class DistillStep:
             self._refuse("unlabelled", "needs an unlabelled split, and the task has none")
         for name in sorted(needs - offers - {"unlabelled"}):
             self._refuse(name, f"requires '{name}', which this trainer does not offer")
+        if probe.labels is not None and probe.labels.is_floating_point():
+            self._refuse_regression()
         if self.teacher is None or not needs & {"logits", "hidden_states"}:
             return
         if "deterministic_teacher" in needs:
@@ -258,6 +273,14 @@ class DistillStep:
                         f"{plugin}: the teacher gives outputs of shape {tuple(teacher.shape)}, the {name} "
                         f"{tuple(student.shape)}; expected the same: give the {name} as many outputs"
                     )
+
+    def _refuse_regression(self) -> None:
+        for plugin in self.plugins.plugins:
+            if not plugin.method.regression:
+                raise ConfigError(
+                    f"{plugin} compares class probabilities, and this task's labels are floats (regression); "
+                    "expected class labels: choose a method that says regression, such as hard_labels or ibmd"
+                )
 
     def _refuse(self, capability: str, why: str) -> None:
         who = [plugin for plugin in self.plugins.plugins if capability in plugin.method.requires]

@@ -22,6 +22,7 @@ class HardLabels(Method):
     api_version = 1
     requires = frozenset({"labels"})
     different_outputs = True
+    regression = True
 
     @hookimpl
     def stages(self, run: RunContext) -> list[Stage]:
