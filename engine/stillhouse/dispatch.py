@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import pluggy
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -21,6 +22,7 @@ from stillhouse.context import Auxiliary, RunContext, Stage, StepInfo
 from stillhouse.errors import PluginError, nearest
 from stillhouse.hooks import FIRST_RESULT, PROJECT, LifeHooks, StepHooks
 from stillhouse.targets import Batch, LossTerm, StudentOut, Targets, TeacherOut
+from stillhouse.tasks import Split
 
 T = TypeVar("T")
 MARK = f"{PROJECT}_impl"
@@ -179,6 +181,19 @@ class Plugins:
                 raise call.wrong(given, "a list of Stage")
             return tuple(given)
         return (Stage("train", teacher="teacher" if run.teacher is not None else None),)
+
+    def stage_rows(self, run: RunContext, stage: Stage, split: Split) -> Tensor | None:
+        """The row numbers that a plugin chose for the stage, checked; None for all of them."""
+        for call in self._calls["stage_rows"]:
+            given = call(run=run, stage=stage, split=split)
+            if given is None:
+                return None
+            if not isinstance(given, Tensor) or given.dtype != torch.long or given.dim() != 1:
+                raise call.wrong(given, "row numbers: a long tensor of one axis, or None")
+            if not len(given) or int(given.min()) < 0 or int(given.max()) >= len(split):
+                raise call.wrong(given, f"at least one row number, each from 0 to {len(split) - 1}")
+            return given
+        return None
 
     def auxiliary_modules(self, run: RunContext) -> dict[str, Auxiliary]:
         """Every plugin's auxiliary modules, under ``plugin.name``."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from stillhouse.context import Auxiliary, RunContext, Stage, StepInfo
     from stillhouse.targets import Batch, LossTerm, StudentOut, Targets, TeacherOut
+    from stillhouse.tasks import Split
 
 PROJECT = "stillhouse"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -89,6 +90,14 @@ class LifeHooks:
     def stages(self, run: RunContext) -> Sequence[Stage] | None:
         """Give the run's stages. Default: one, on the labelled data, against the teacher."""
 
+    @hookspec(firstresult=True)
+    def stage_rows(self, run: RunContext, stage: Stage, split: Split) -> Tensor | None:
+        """Give the row numbers ``(n,)`` of the split that the stage trains on. Default: each row once.
+
+        A row that stands twice is drawn twice as often. Asked when a stage begins and again on a resume,
+        so the answer may depend on the arguments (and ``run.seed``) alone.
+        """
+
     @hookspec
     def on_stage_start(self, run: RunContext, stage: Stage) -> None:
         """Called once, when a stage begins; not again on a resume: what lasts goes into ``state_dict``."""
@@ -114,5 +123,5 @@ class LifeHooks:
         """Take back what ``state_dict`` gave; called with this plugin's own state only."""
 
 
-FIRST_RESULT = ("teacher_forward", "student_update", "stages")
+FIRST_RESULT = ("teacher_forward", "student_update", "stages", "stage_rows")
 """Hooks of which one run may have one implementation."""

@@ -117,14 +117,13 @@ class Loop:
         """Begin the stage, or take it up in its middle after a resume."""
         stage = self.step.stages[self.at.stage]
         self.split = self.splits.stage(stage.data)
-        self.order = self._order(len(self.split))
         if self.at.stage_step == 0:
             self.step.plugins.notify("on_stage_start", run=self.step.run, stage=stage)
         kept = self.watcher.keep(self, self.split)
-        self.rows = None
+        self.rows = self.step.plugins.stage_rows(self.step.run, stage, self.split)
         if stage.top_per_class is not None:
             self.rows = most_confident(kept, stage, self.split)
-            self.order = self._order(len(self.rows))
+        self.order = self._order(len(self.split) if self.rows is None else len(self.rows))
         self.step.begin(stage, self.lengths[self.at.stage], kept)
         self.step.info.index, self.step.info.stage_index = self.at.step, self.at.stage_step
         self.model = self.step.model(stage)
