@@ -128,7 +128,11 @@ def read(source: str, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(
             f"no config file '{source}', and no shipped config of that name{nearest(source, known)}"
         )
-    content = parse(path.read_text(), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is no text; expected a YAML file in UTF-8") from None
+    content = parse(text, str(path))
     content.setdefault("name", path.stem)
     for override in overrides:
         apply_override(content, override)
@@ -150,6 +154,10 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is no name", key_node.start_mark
+                )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key '{key}' stands twice; expected once", key_node.start_mark

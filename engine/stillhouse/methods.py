@@ -56,14 +56,22 @@ def load_methods(specs: Sequence[tuple[str, Named]]) -> list[Plugin]:
 
 def as_plugins(method: MethodLike | Sequence[MethodLike]) -> list[Plugin]:
     """Methods given in Python: names, ``{"name": ..., setting: ...}``, or Method objects."""
-    given = [method] if isinstance(method, str | Method | Mapping | Named) else list(method)
+    given = [method] if isinstance(method, str | Method | Mapping | Named) else method
+    if not isinstance(given, Sequence) or not given:
+        raise ConfigError(
+            f"method: got {method!r}; expected a name, {{'name': ...}}, a Method, or a list of these"
+        )
     plugins = []
     for number, item in enumerate(given):
         if isinstance(item, Method):
             plugins.append(Plugin(_name(item), _distribution(item), item))
             continue
-        spec = item if isinstance(item, Named) else Named.model_validate(item)
-        plugins += load_methods([("method" if len(given) == 1 else f"methods.{number}", spec)])
+        path = "method" if len(given) == 1 else f"methods.{number}"
+        try:
+            spec = Named.model_validate(item)
+        except ValidationError as error:
+            raise ConfigError(explain(error, Named, path)) from None
+        plugins += load_methods([(path, spec)])
     return plugins
 
 
