@@ -26,9 +26,10 @@ def widths(v: int, target: Target, divergence: str) -> tuple[int, int, int]:
     if not isinstance(target, Tensor):
         return v, v, v
     teacher = target.shape[-1]
+    widest = max(v, teacher)
     student = min(v, teacher) if divergence == "reverse" else v
     teacher = min(v, teacher) if divergence == "forward" else teacher
-    return max(v, teacher), student, teacher
+    return widest, student, teacher
 
 
 def flatten(target: Target, temperature: float) -> list[Tensor]:

@@ -128,6 +128,29 @@ else:
 
         return types.void(array, offset, _u32, _u32, _u32, _u32), build
 
+    @intrinsic
+    def shared_load(typingctx, array, offset):
+        """One float32 of shared memory; a plain index would first be tested for being negative."""
+
+        def build(context, builder, signature, args):
+            offset = context.cast(builder, args[1], signature.args[1], _i32)
+            pointer = _shared_pointer(context, builder, signature.args[0], args[0], offset, ir.FloatType())
+            return builder.load(pointer, align=4)
+
+        return _f32(array, offset), build
+
+    @intrinsic
+    def shared_store(typingctx, array, offset, value):
+        """One float32 to shared memory."""
+
+        def build(context, builder, signature, args):
+            offset = context.cast(builder, args[1], signature.args[1], _i32)
+            pointer = _shared_pointer(context, builder, signature.args[0], args[0], offset, ir.FloatType())
+            builder.store(args[2], pointer, align=4)
+            return context.get_dummy_value()
+
+        return types.void(array, offset, _f32), build
+
     _REMOTE_STORE = "{.reg .b32 there; mapa.shared::cluster.u32 there, $0, $1; st.shared::cluster.f32 [there], $2;}"
 
     @intrinsic

@@ -55,7 +55,7 @@ def opt_in_bytes(cc: tuple[int, int]) -> int:
 
 def plan(rows: int, width: int, dtype: str, divergence: str, target: str, cc: tuple[int, int]) -> Plan:
     """The launch for ``rows`` rows of ``width`` logits (the wider of student and teacher)."""
-    if width <= WARP_WIDTH:
+    if width <= WARP_WIDTH and target == "dense":
         return _small(rows, width, dtype, divergence, target)
     bytes_per_chunk = 16 * _vectors(dtype, divergence, target)
     chunks = _chunks(width, dtype)

@@ -132,6 +132,14 @@ def shared_store_words(array, offset, a, b, c, d):
     _array(array)[int(offset) : int(offset) + 4] = words.view(_array(array).dtype)
 
 
+def shared_load(array, offset):
+    return np.uint32(_array(array)[int(offset)]).view(np.float32)
+
+
+def shared_store(array, offset, value):
+    _array(array)[int(offset)] = np.float32(value).view(np.uint32)
+
+
 def cluster_rank():
     return np.int32(0)
 
