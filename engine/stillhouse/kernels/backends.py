@@ -44,9 +44,10 @@ def cuda_available() -> tuple[bool, str]:
     """Whether the Numba-CUDA kernels can run here, and why not."""
     try:
         from stillhouse.kernels import cuda
-    except ImportError as error:
+
+        available, why = cuda.available()
+    except (ImportError, AttributeError) as error:
         return False, f"stillhouse.kernels.cuda cannot be imported ({error})"
-    available, why = cuda.available()
     return bool(available), str(why)
 
 

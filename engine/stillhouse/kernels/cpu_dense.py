@@ -7,7 +7,7 @@ from stillhouse.kernels.cpu_jit import compiled
 from stillhouse.kernels.cpu_math import bool_at, f32, f32_at
 from stillhouse.kernels.cpu_rows import LOG2E, dense_row, zero
 
-SERIES = 12  # coefficients of the Jensen-Shannon power series
+SERIES = 16  # what series.jsd_series gives
 SIGNATURE = "void(" + "int64, " * 18 + "float64, " * 3 + f"UniTuple(float32, {SERIES}))"
 
 

@@ -1,7 +1,7 @@
 """The CPU kernels: rows of logits in, a loss for each row and the gradient out. Compiled by Numba, no Python inside.
 
 A row is read once. Pass A keeps exp(student), exp(teacher) and student - teacher in a scratch row that lives in the
-second-level cache, against a running reference that need not be the maximum (float32 exponents leave room for 2^64);
+second-level cache, against a running reference that need not be the maximum (it is raised, and what was computed rescaled, where a block exceeds it by 2^8);
 pass B reads only the scratch, so that writing over the student's logits needs no copy and still vectorises.
 
 Widths: ``v`` columns are worked on; ``vs`` and ``vt`` of them exist in the student and the teacher, the others count
@@ -36,9 +36,8 @@ from stillhouse.kernels.cpu_math import (
 
 BLOCK = 2048  # columns at a time: buffers of 8 KB stay in the first-level cache
 FIRST = 256  # columns whose maximum is the first reference
-ROOM = f32(64.0)  # how far, in powers of two, an exponential may exceed its reference
+ROOM = f32(8.0)  # how far, in powers of two, an exponential may exceed its reference: rounding grows with it
 LOG2E = 1.4426950408889634
-LN2 = 0.6931471805599453
 NEG_INF = f32(-np.inf)
 FORWARD, REVERSE, JSD = 0, 1, 2
 
@@ -120,7 +119,7 @@ def reference_of(address, dtype, width, v, buffer):
 
 
 @njit(error_model="numpy")
-def exponentials(s, t, es, et, diff, n, rs, rt, ks, kt, k):
+def exponentials(s, t, es, et, diff, n, rs, rt, k):
     """Pass A on one block: sums, maxima, and the largest difference."""
     zs = f32(0.0)
     zt = f32(0.0)
@@ -132,8 +131,8 @@ def exponentials(s, t, es, et, diff, n, rs, rt, ks, kt, k):
         b = t[i] - rt
         a = FLOOR if a < FLOOR else a
         b = FLOOR if b < FLOOR else b
-        x = exp2(fma(a, k, -ks))
-        y = exp2(fma(b, k, -kt))
+        x = exp2(a * k)
+        y = exp2(b * k)
         d = a - b
         es[i] = x
         et[i] = y
@@ -147,9 +146,17 @@ def exponentials(s, t, es, et, diff, n, rs, rt, ks, kt, k):
 
 
 @njit
-def rescale(x, n, factor):
+def rescale(x, n, up):
+    factor = 2.0 ** -np.float64(up)
     for i in range(n):
-        x[i] = x[i] * factor
+        x[i] = x[i] * f32(factor)
+    return factor
+
+
+@njit
+def shift(x, n, by):
+    for i in range(n):
+        x[i] = x[i] + by
 
 
 @njit(error_model="numpy")
@@ -158,8 +165,6 @@ def pass_a(sa, ta, sd, td, vs, vt, v, k, es_at, et_at, diff_at, buffer):
     zs = 0.0
     zt = 0.0
     far = f32(0.0)
-    ks = f32(0.0)
-    kt = f32(0.0)
     rs = reference_of(sa, sd, vs, v, buffer)
     rt = reference_of(ta, td, vt, v, buffer)
     for j in range(0, v, BLOCK):
@@ -169,24 +174,20 @@ def pass_a(sa, ta, sd, td, vs, vt, v, k, es_at, et_at, diff_at, buffer):
         es = f32_at(es_at + j * 4)
         et = f32_at(et_at + j * 4)
         diff = f32_at(diff_at + j * 4)
-        a, b, top_s, top_t, most = exponentials(s, t, es, et, diff, n, rs, rt, ks, kt, k)
-        if top_s * k > ks + ROOM or top_t * k > kt + ROOM:  # rare: raise the references, do the block again
-            new_s = max(ks, top_s * k)
-            new_t = max(kt, top_t * k)
-            shift_s = 2.0 ** (np.float64(ks) - np.float64(new_s))
-            shift_t = 2.0 ** (np.float64(kt) - np.float64(new_t))
-            rescale(f32_at(es_at), j, f32(shift_s))
-            rescale(f32_at(et_at), j, f32(shift_t))
-            zs *= shift_s
-            zt *= shift_t
-            ks = new_s
-            kt = new_t
-            a, b, top_s, top_t, most = exponentials(s, t, es, et, diff, n, rs, rt, ks, kt, k)
+        a, b, top_s, top_t, most = exponentials(s, t, es, et, diff, n, rs, rt, k)
+        if top_s * k > ROOM or top_t * k > ROOM:  # raise the references and do the block again
+            up_s = max(maximum(s, n), rs) - rs
+            up_t = max(maximum(t, n), rt) - rt
+            zs *= rescale(f32_at(es_at), j, up_s * k)
+            zt *= rescale(f32_at(et_at), j, up_t * k)
+            shift(f32_at(diff_at), j, up_t - up_s)
+            rs += up_s
+            rt += up_t
+            a, b, top_s, top_t, most = exponentials(s, t, es, et, diff, n, rs, rt, k)
         zs += a
         zt += b
         far = max(far, most)
-    c = (np.float64(ks) - np.float64(kt)) * LN2 + math.log(zs) - math.log(zt)
-    return zs, zt, f32(c), far
+    return zs, zt, f32(math.log(zs) - math.log(zt)), far
 
 
 @njit(error_model="numpy")
@@ -241,10 +242,13 @@ def reverse_block(es, et, diff, g, n, it, c, centre, izs, izt, scale):
 
 @njit(error_model="numpy")
 def jsd_block(es, et, diff, n, it, c, izs, izt, beta, series):
-    """Loss, and sum s log(s/m); log(s/m) replaces the difference in the scratch row."""
+    """Loss, and the mean of w = log(s/m) + log(1 - beta), which replaces the difference in the scratch row.
+
+    Where the two sides share little, log(s/m) is log 1/(1 - beta) nearly everywhere, and only w tells entries apart.
+    """
     loss = f32(0.0)
     mean = f32(0.0)
-    b1, b2, b3, b4, b5, b6, l2, l3, l4, l5, l6, l7 = series
+    b1, b2, b3, b4, b5, b6, l2, l3, l4, l5, l6, l7, log_beta, log_rest, odds, inverse = series
     rest = f32(1.0) - beta
     for i in range(n):
         ps = es[i] * izs
@@ -254,14 +258,17 @@ def jsd_block(es, et, diff, n, it, c, izs, izt, beta, series):
         high = ps if pt < ps else pt
         high = f32(1e-37) if high < f32(1e-37) else high
         swap = x < f32(0.0)
-        mixed = log(fma(rest if swap else beta, low / high, beta if swap else rest))  # log(m / larger)
+        q = (inverse if swap else odds) * (low / high)
+        u = f32(1.0) + q
+        grown = log(u) + (q - (u - f32(1.0)))  # log(1 + q)
         negative = x if swap else f32(0.0)
-        to_s = mixed - negative  # log(m / s)
-        term = -fma(beta * pt, mixed + (x - negative), rest * ps * to_s)
+        base = (log_beta if swap else log_rest) + grown
+        term = -fma(beta * pt, base + (x - negative), rest * ps * (base - negative))
         poly = fma(fma(fma(fma(fma(b6, x, b5), x, b4), x, b3), x, b2), x, b1) * x
         close = fma(fma(fma(fma(fma(l7, x, l6), x, l5), x, l4), x, l3), x, l2) * x * (x * pt)
         near = absolute(x) < f32(0.25)
-        to_s = poly if near else to_s
+        far = ((log_beta - log_rest) - negative if swap else f32(0.0)) + grown
+        to_s = poly - log_rest if near else far
         loss = reduce_add(loss, close if near else term)
         mean = reduce_add(mean, -ps * to_s)
         diff[i] = -to_s
@@ -387,13 +394,13 @@ def dense_row(divergence, sa, ta, out, sd, td, gd, vs, vt, v, wide, it, k, scale
 
 
 @njit(error_model="numpy")
-def student_exponentials(s, es, n, rs, ks, k):
+def student_exponentials(s, es, n, rs, k):
     """Pass A for a student alone."""
     zs = f32(0.0)
     top = FLOOR
     for i in range(n):
         a = s[i] - rs
-        x = exp2(fma(a, k, -ks))
+        x = exp2(a * k)
         es[i] = x
         zs = reduce_add(zs, x)
         top = reduce_max(top, a)
@@ -402,22 +409,20 @@ def student_exponentials(s, es, n, rs, ks, k):
 
 @njit(error_model="numpy")
 def student_pass(sa, sd, vs, k, es_at, buffer):
-    """Fill the scratch row with exponentials of the student; (their sum, reference logit, reference exponent)."""
+    """Fill the scratch row with exponentials of the student; (their sum, the logit that they refer to)."""
     z = 0.0
-    ks = f32(0.0)
     rs = reference_of(sa, sd, vs, vs, buffer)
     for j in range(0, vs, BLOCK):
         n = min(BLOCK, vs - j)
         s = f32_at(block(sa, sd, j, n, vs, buffer))
-        part, top = student_exponentials(s, f32_at(es_at + j * 4), n, rs, ks, k)
-        if top * k > ks + ROOM:
-            shift = 2.0 ** (np.float64(ks) - np.float64(top * k))
-            rescale(f32_at(es_at), j, f32(shift))
-            z *= shift
-            ks = top * k
-            part, top = student_exponentials(s, f32_at(es_at + j * 4), n, rs, ks, k)
+        part, top = student_exponentials(s, f32_at(es_at + j * 4), n, rs, k)
+        if top * k > ROOM:
+            up = maximum(s, n) - rs
+            z *= rescale(f32_at(es_at), j, up * k)
+            rs += up
+            part, top = student_exponentials(s, f32_at(es_at + j * 4), n, rs, k)
         z += part
-    return z, rs, ks
+    return z, rs
 
 
 @njit(error_model="numpy")

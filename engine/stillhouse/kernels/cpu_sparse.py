@@ -13,7 +13,6 @@ from stillhouse.kernels.cpu_math import bool_at, decode_bf16, decode_f16, f32, f
 from stillhouse.kernels.cpu_rows import (
     BLOCK,
     FORWARD,
-    LN2,
     LOG2E,
     REVERSE,
     row_sum,
@@ -75,7 +74,7 @@ def top_k_row(divergence, student, out, dtype, v, wide_indices, values, k, ghost
     coefficients = f32_at(es_at + v * 4)
     indices = i64_at(wide_indices)
     log_t = f32_at(values)
-    z, rs, ks = student_pass(student, dtype, v, f32(it * LOG2E), es_at, scratch)
+    z, rs = student_pass(student, dtype, v, f32(it * LOG2E), es_at, scratch)
     if not (z > 0.0 and z < np.inf):
         return np.nan
     kept = 0.0
@@ -89,7 +88,7 @@ def top_k_row(divergence, student, out, dtype, v, wide_indices, values, k, ghost
         mass += math.exp(log_t[i])
     rest = row_sum(es_at, v)
     z = kept + rest
-    log_z = math.log(z) + ks * LN2
+    log_z = math.log(z)
     log_ghost_s = math.log(rest / z) if rest > 0.0 and k < v else -np.inf
     log_ghost_t = math.log(1.0 - mass) if ghost != 0 and k < v and mass < 1.0 else -np.inf
     loss, d_ghost = outcome(divergence, beta, log_ghost_s, log_ghost_t)
@@ -126,10 +125,10 @@ def sampled_row(student, out, dtype, v, wide_indices, values, k, it, scale, scra
     es = f32_at(es_at)
     indices = i64_at(wide_indices)
     weights = f32_at(values)
-    z, rs, ks = student_pass(student, dtype, v, f32(it * LOG2E), es_at, scratch)
+    z, rs = student_pass(student, dtype, v, f32(it * LOG2E), es_at, scratch)
     if not (z > 0.0 and z < np.inf):
         return np.nan
-    log_z = math.log(z) + ks * LN2
+    log_z = math.log(z)
     loss = 0.0
     total = 0.0
     for i in range(k):

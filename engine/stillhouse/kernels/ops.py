@@ -79,8 +79,8 @@ def _compute_cuda(student: Tensor, arguments: Arguments, out: Tensor | None) -> 
     if count is not None and not per_row:
         factor = torch.where(count > 0, 1.0 / count, 0.0).to(device=student.device, dtype=torch.float32)
     rows = cuda.softmax_kl_fwd_bwd(
-        student, _target(*target), temperature=temperature, divergence=divergence, beta=beta, mask1d_or_None=mask,
-        scale_per_row_or_scalar=1.0 if student.dtype == torch.float16 else factor, out_grad=out,
+        student, _target(*target), temperature=temperature, divergence=divergence, beta=beta, mask=mask,
+        scale=1.0 if student.dtype == torch.float16 else factor, out_grad=out,
     )  # fmt: skip
     return rows if per_row else rows.sum() * factor
 
@@ -154,9 +154,9 @@ class _SoftmaxKL(torch.autograd.Function):
             upstream = upstream / ctx.divisor if isinstance(ctx.divisor, Tensor) or ctx.divisor else upstream * 0
         if torch.compiler.is_compiling():
             return _scaled(gradient, upstream), None, None
-        gradient = _scaled_in_place(gradient, upstream)
+        gradient = scaled_in_place(gradient, upstream)
         if torch.is_grad_enabled():  # create_graph=True
-            gradient = _NoSecondDerivative.apply(gradient.detach().requires_grad_())
+            gradient = no_second_derivative(gradient)
         return gradient, None, None
 
 
@@ -164,7 +164,7 @@ def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     return (gradient * (upstream[:, None] if upstream.dim() else upstream)).to(gradient.dtype)
 
 
-def _scaled_in_place(gradient: Tensor, upstream: Tensor) -> Tensor:
+def scaled_in_place(gradient: Tensor, upstream: Tensor) -> Tensor:
     """The saved gradient times the upstream one: as it is for 1, in place where no second backward will need it."""
     if upstream.dim() == 0 and upstream.device.type == "cpu" and upstream.item() == 1.0:
         return gradient
@@ -172,6 +172,11 @@ def _scaled_in_place(gradient: Tensor, upstream: Tensor) -> Tensor:
         if torch._C._autograd._get_current_graph_task_keep_graph():
             return _scaled(gradient, upstream)
         return gradient.mul_(upstream[:, None] if upstream.dim() else upstream)
+
+
+def no_second_derivative(gradient: Tensor) -> Tensor:
+    """The gradient, such that differentiating it raises."""
+    return _NoSecondDerivative.apply(gradient.detach().requires_grad_())  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _NoSecondDerivative(torch.autograd.Function):

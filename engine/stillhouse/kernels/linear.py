@@ -1,0 +1,263 @@
+"""``linear_softmax_kl``: the last linear layer and the loss over its outputs, a few rows at a time.
+
+Neither the logits (N, V) nor their gradient ever exist whole: a chunk of rows is multiplied out, turned into its
+gradient in place, and folded into the gradients of hidden states, weight and bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stillhouse.kernels import backends, ops, reference
+from stillhouse.kernels.checks import check_floating, check_mask, check_settings, check_target, check_values, fail
+from stillhouse.kernels.loss import Divergence, Reduction, checked, flatten
+from stillhouse.kernels.targets import Sampled, Target, TopK
+
+CHUNK = 1 << 24  # logits that exist at a time: 64 MB in float32
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherHead:
+    """Teacher logits as ``hidden @ weight.T + bias``, multiplied out only for the rows at hand.
+
+    Attributes:
+        hidden: (..., H') last hidden states of the teacher.
+        weight: (Vt, H') its output layer.
+        bias: (Vt,) or None.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+class _Settings(NamedTuple):
+    temperature: float
+    divergence: str
+    beta: float
+    count: float | Tensor
+    per_row: bool
+    backend: str
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def linear_softmax_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Target | TeacherHead,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    divergence: Divergence = "forward",
+    beta: float = 0.5,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+    count: float | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``softmax_kl(hidden @ weight.T + bias, target, ...)`` without holding N x V logits or their gradient.
+
+    Args:
+        hidden: (..., H) last hidden states of the student.
+        weight: (V, H) its output layer, of the same dtype as ``hidden`` (under autocast both are cast).
+        target: as for :func:`softmax_kl`, or a :class:`TeacherHead`, so that the teacher's logits do not exist
+            whole either.
+        bias: (V,) or None.
+        temperature: see :func:`softmax_kl`, as for all that follow.
+        divergence: ``forward``, ``reverse`` or ``jsd``.
+        beta: weight of the teacher in the mixture of ``jsd``.
+        mask: (...) bool, True where a row counts.
+        reduction: ``mean``, ``sum`` or ``none``; the last one multiplies the layer out again in backward.
+        count: what ``mean`` divides by.
+        backend: ``torch``, ``numba`` or ``cuda``.
+
+    Returns:
+        The loss, as of :func:`softmax_kl`. Gradients reach ``hidden``, ``weight`` and ``bias``.
+
+    Raises:
+        ValueError: as :func:`softmax_kl`, and for shapes of hidden, weight and bias that do not fit.
+    """
+    check_settings(temperature, divergence, beta, reduction, count)
+    hidden, weight, bias = _cast(hidden, weight, bias)
+    _check_layer("", hidden, weight, bias)
+    logits = hidden.detach().reshape(-1)[:1].expand(*hidden.shape[:-1], weight.shape[0])  # a shape, no memory
+    flat_mask = None if mask is None else mask.reshape(-1)
+    rows = hidden.shape[:-1]
+    if isinstance(target, TeacherHead):
+        _check_layer("teacher ", target.hidden, target.weight, target.bias)
+        if target.hidden.shape[:-1] != rows:
+            raise fail("teacher hidden shape", tuple(target.hidden.shape), f"{tuple(rows)} + (H',)", "align the rows")
+        if mask is not None:
+            check_mask(logits, mask)
+        flat: Target | TeacherHead = TeacherHead(
+            target.hidden.detach().reshape(-1, target.hidden.shape[-1]), target.weight.detach(),
+            None if target.bias is None else target.bias.detach(),
+        )  # fmt: skip
+    else:
+        check_target(logits, target, mask, temperature, divergence)
+        _, flat, flat_mask = flatten(hidden, target, mask)
+        check_values(flat, weight.shape[0], flat_mask)
+    flat_hidden = hidden.reshape(-1, hidden.shape[-1])
+    if reduction == "sum":
+        count = 1
+    elif count is None:
+        count = flat_hidden.shape[0] if flat_mask is None else flat_mask.sum()
+    settings = _Settings(
+        temperature, divergence, beta, count, reduction == "none", backends.choose(hidden, backend)
+    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss: Tensor = _LinearSoftmaxKL.apply(flat_hidden, weight, bias, flat, flat_mask, settings)  # type: ignore[no-untyped-call]
+    return loss.reshape(rows) if settings.per_row else loss
+
+
+def _cast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            check_floating(name, tensor)
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+        return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return hidden, weight, bias
+
+
+def _check_layer(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_floating(f"{side}hidden", hidden)
+    check_floating(f"{side}weight", weight)
+    if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
+        got = f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}"
+        raise fail(f"{side}layer shapes", got, "(..., H) and (V, H)", "pass weight as torch.nn.Linear holds it")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise fail(f"{side}{name} device", tensor.device, f"{hidden.device}, that of hidden", "move it there")
+        if tensor is not None and tensor.dtype != hidden.dtype:
+            raise fail(f"{side}{name} dtype", tensor.dtype, f"{hidden.dtype}, that of hidden", "cast one of them")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise fail(f"{side}bias shape", tuple(bias.shape), f"({weight.shape[0]},)", "pass the layer's own bias")
+
+
+class _LinearSoftmaxKL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Target | TeacherHead,
+        mask: Tensor | None, settings: _Settings,
+    ) -> Tensor:  # fmt: skip
+        wanted = ctx.needs_input_grad[:3]
+        ctx.wanted, ctx.target, ctx.mask, ctx.settings = wanted, target, mask, settings
+        if settings.per_row:
+            ctx.save_for_backward(hidden, weight, bias)
+            return _run(hidden, weight, bias, target, mask, settings, (False, False, False), None)[0]
+        loss, gradients = _run(hidden, weight, bias, target, mask, settings, wanted, None)
+        ctx.save_for_backward(*gradients)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        with torch.no_grad():
+            if ctx.settings.per_row:
+                hidden, weight, bias = ctx.saved_tensors
+                _, gradients = _run(
+                    hidden, weight, bias, ctx.target, ctx.mask, ctx.settings, ctx.wanted, upstream
+                )
+            else:
+                gradients = tuple(
+                    None if g is None else ops.scaled_in_place(g, upstream) for g in ctx.saved_tensors
+                )
+        if torch.is_grad_enabled():
+            gradients = tuple(None if g is None else ops.no_second_derivative(g) for g in gradients)
+        return (*gradients, None, None, None)
+
+
+def _run(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Target | TeacherHead, mask: Tensor | None,
+    settings: _Settings, wanted: tuple[bool, bool, bool], upstream: Tensor | None,
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:  # fmt: skip
+    """Loss and the gradients that are wanted; ``upstream`` (N,) multiplies the rows' gradients."""
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    d_hidden = torch.empty_like(hidden) if wanted[0] else None
+    d_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if wanted[1] else None
+    d_bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if wanted[2] else None
+    losses = []
+    for chunk in _chunks(hidden.shape[0], weight.shape[0]):
+        part = hidden[chunk]
+        logits = torch.nn.functional.linear(part, weight, bias)
+        loss, gradient = _chunk_loss(logits, _at(target, chunk), None if mask is None else mask[chunk], settings, any(wanted))
+        losses.append(loss)
+        if upstream is not None and gradient is not None:
+            gradient.mul_(upstream[chunk, None])
+        if d_hidden is not None and gradient is not None:
+            torch.mm(gradient, weight, out=d_hidden[chunk])
+        if d_weight is not None and gradient is not None:
+            _accumulate(d_weight, gradient, part)
+        if d_bias is not None and gradient is not None:
+            d_bias += gradient.sum(0, dtype=wide)
+    loss = torch.cat(losses) if settings.per_row else torch.stack(losses).sum()
+    cast = tuple(None if g is None else g.to(hidden.dtype) for g in (d_hidden, d_weight, d_bias))
+    return loss, cast  # type: ignore[return-value]
+
+
+def _accumulate(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+    if total.dtype == gradient.dtype:
+        total.addmm_(gradient.t(), hidden)
+    else:  # 16-bit products, summed over chunks in float32
+        total += gradient.t() @ hidden
+
+
+def _chunks(rows: int, width: int) -> Iterator[slice]:
+    step = max(1, min(rows, CHUNK // width))
+    parts = max(1, -(-rows // step))
+    even = -(-rows // parts)  # no short last chunk, which a matrix product makes poor use of
+    return (slice(first, min(first + even, rows)) for first in range(0, max(rows, 1), max(even, 1)))
+
+
+def _at(target: Target | TeacherHead, chunk: slice) -> Target:
+    if isinstance(target, TeacherHead):
+        return torch.nn.functional.linear(target.hidden[chunk], target.weight, target.bias)
+    if isinstance(target, TopK):
+        return TopK(target.indices[chunk], target.log_probs[chunk], target.rest, target.temperature, target.trusted)
+    if isinstance(target, Sampled):
+        return Sampled(target.indices[chunk], target.weights[chunk], target.temperature, target.trusted)
+    return target[chunk]
+
+
+def _chunk_loss(
+    logits: Tensor, target: Target, mask: Tensor | None, s: _Settings, gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The loss, divided by the count, and the gradient in the place of the logits."""
+    restricted = isinstance(target, TopK) and target.rest == "renormalise" and s.divergence == "reverse"
+    if s.backend == "torch" or restricted:
+        return _torch_chunk(logits, target, mask, s, gradient)
+    fixed = ops.arguments(target, mask, s.count, s.temperature, s.divergence, s.beta, s.per_row)
+    if not gradient:
+        loss: Tensor = torch.ops.stillhouse.softmax_kl.default(logits, *fixed, False)[0]
+        return loss, None
+    loss = torch.ops.stillhouse.softmax_kl_.default(logits, *fixed)
+    if logits.dtype == torch.float16 and not s.per_row:
+        logits.mul_(_inverse(s.count))
+    return loss, logits
+
+
+def _torch_chunk(
+    logits: Tensor, target: Target, mask: Tensor | None, s: _Settings, gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    with torch.set_grad_enabled(gradient):
+        leaf = logits.detach().requires_grad_(gradient)
+        rows = reference.softmax_kl_rows(leaf, target, s.temperature, s.divergence, s.beta, mask)
+        total = rows.sum()
+        if logits.device.type == "cpu":
+            checked(total.item(), rows)
+        factor = 1.0 if s.per_row else _inverse(s.count)
+        d_logits = torch.autograd.grad(total * factor, leaf)[0] if gradient else None
+    return (rows if s.per_row else (total * factor).to(rows.dtype)).detach(), d_logits
+
+
+def _inverse(count: float | Tensor) -> Any:
+    if isinstance(count, Tensor):
+        some = count > 0
+        return torch.where(some, 1.0 / torch.where(some, count, 1).double(), 0.0)
+    return 1.0 / count if count else 0.0

@@ -1,0 +1,237 @@
+"""Every path against the one specification, in value and gradient."""
+
+import pytest
+import torch
+from cases import DIVERGENCES, TEMPERATURES, exact, fused, logits, relative
+from torch.nn.functional import kl_div
+
+from stillhouse.kernels import Sampled, TopK, reference, softmax_kl
+
+WIDTHS = (2, 10, 100, 1000, 4096, 32000, 50257, 151936)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_float32_agrees_with_float64(width, temperature, divergence):
+    rows = 64 if width <= 1000 else 4
+    student, teacher = logits(rows, width, 1), logits(rows, width, 2)
+    settings = {"temperature": temperature, "divergence": divergence}
+    rows_exact, gradient_exact = exact(student, teacher, **settings)
+    rows_fused, gradient_fused = fused(student, teacher, **settings)
+    assert relative(rows_fused, rows_exact) <= 1e-6
+    # A saturated Jensen-Shannon loss has a gradient of zero but for rounding; it is compared with the logits' scale.
+    floor = 1e-6 * temperature if divergence == "jsd" else 0.0
+    assert relative(gradient_fused, gradient_exact, floor) <= 1e-6
+
+
+@pytest.mark.parametrize("temperature", (0.5, 1.0, 4.0))
+def test_the_specification_is_the_textbook_formula(temperature):
+    student, teacher = logits(6, 50, 1, dtype=torch.float64), logits(6, 50, 2, dtype=torch.float64)
+    log_s, log_t = (x.div(temperature).log_softmax(-1) for x in (student, teacher))
+    log_m = torch.logaddexp(log_t + torch.tensor(0.3).double().log(), log_s + torch.tensor(0.7).double().log())
+
+    def kl(log_p, log_q):
+        return kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1) * temperature**2
+
+    expected = {
+        "forward": kl(log_t, log_s),
+        "reverse": kl(log_s, log_t),
+        "jsd": 0.3 * kl(log_t, log_m) + 0.7 * kl(log_s, log_m),
+    }
+    for divergence, rows in expected.items():
+        got = reference.softmax_kl_rows(student, teacher, temperature, divergence, 0.3)
+        assert torch.allclose(got, rows, rtol=1e-6, atol=1e-12), divergence
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("target", ("dense", "ghost", "renormalise"))
+def test_the_specification_passes_gradcheck(divergence, target):
+    student, teacher = logits(3, 7, 1, dtype=torch.float64), logits(3, 7, 2, dtype=torch.float64)
+    against = teacher if target == "dense" else TopK.from_logits(teacher, 3, temperature=2.0, rest=target)
+    mask = torch.tensor([True, False, True])
+    for reduction in ("mean", "sum", "none"):
+        assert torch.autograd.gradcheck(
+            lambda s, r=reduction: softmax_kl(
+                s, against, temperature=2.0, divergence=divergence, beta=0.3, mask=mask, reduction=r
+            ),
+            student.requires_grad_(),
+        )
+
+
+def test_the_specification_passes_gradcheck_for_samples():
+    student, teacher = logits(3, 7, 1, dtype=torch.float64), logits(3, 7, 2, dtype=torch.float64)
+    against = Sampled.from_logits(teacher, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.autograd.gradcheck(lambda s: softmax_kl(s, against), student.requires_grad_())
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("width", (2, 10, 1000, 32000))
+def test_sixteen_bit_gradients_are_within_one_percent(dtype, divergence, width):
+    student, teacher = logits(16, width, 1, dtype=dtype), logits(16, width, 2, dtype=dtype)
+    rows_exact, gradient_exact = exact(student, teacher, divergence=divergence)
+    rows_fused, gradient_fused = fused(student, teacher, divergence=divergence)
+    assert relative(rows_fused, rows_exact) <= 1e-6
+    assert relative(gradient_fused, gradient_exact) <= 1e-2
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("width", (10, 1000, 32000))
+def test_nearly_equal_distributions_keep_their_loss(divergence, width):
+    teacher = logits(16, width, 2)
+    student = teacher + 1e-3 * logits(16, width, 1)
+    rows_exact, gradient_exact = exact(student, teacher, divergence=divergence)
+    rows_fused, gradient_fused = fused(student, teacher, divergence=divergence)
+    assert relative(rows_fused, rows_exact) <= 1e-4
+    assert relative(gradient_fused, gradient_exact) <= 1e-4
+
+
+@pytest.mark.parametrize("beta", (0.1, 0.5, 0.9))
+def test_jsd_at_other_mixtures(beta):
+    student, teacher = logits(16, 1000, 1), logits(16, 1000, 2)
+    rows_exact, gradient_exact = exact(student, teacher, divergence="jsd", beta=beta)
+    rows_fused, gradient_fused = fused(student, teacher, divergence="jsd", beta=beta)
+    assert relative(rows_fused, rows_exact) <= 1e-6
+    assert relative(gradient_fused, gradient_exact) <= 1e-6
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("rest", ("ghost", "renormalise"))
+@pytest.mark.parametrize("k", (1, 8, 300))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_top_k_agrees_with_the_specification(divergence, rest, k, dtype):
+    student, teacher = logits(16, 300, 1, dtype=dtype), logits(16, 300, 2)
+    target = TopK.from_logits(teacher, k, temperature=2.0, rest=rest)
+    if divergence == "reverse" and rest == "renormalise" and k == 1:
+        pytest.skip("a distribution over one entry has neither loss nor gradient")
+    rows_exact, gradient_exact = exact(student, target, temperature=2.0, divergence=divergence)
+    rows_fused, gradient_fused = fused(student, target, temperature=2.0, divergence=divergence)
+    assert relative(rows_fused, rows_exact) <= 2e-6
+    assert relative(gradient_fused, gradient_exact) <= (1e-2 if dtype == torch.bfloat16 else 2e-6)
+
+
+def test_samples_agree_with_the_specification():
+    student, teacher = logits(16, 300, 1), logits(16, 300, 2)
+    target = Sampled.from_logits(teacher, 64, generator=torch.Generator().manual_seed(0))
+    rows_exact, gradient_exact = exact(student, target)
+    rows_fused, gradient_fused = fused(student, target)
+    assert relative(rows_fused, rows_exact) <= 1e-6
+    assert relative(gradient_fused, gradient_exact) <= 1e-6
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_rising_logits_move_the_reference(divergence):
+    """A row whose maximum comes late, far above its beginning, in float32's exponent range."""
+    student, teacher = logits(3, 9000, 1), logits(3, 9000, 2)
+    student[:, 8000:] += 200
+    teacher[:, 4000:] += 300
+    student[1, :300] = teacher[1, :300] = -torch.inf
+    rows_exact, gradient_exact = exact(student, teacher, divergence=divergence)
+    rows_fused, gradient_fused = fused(student, teacher, divergence=divergence)
+    finite = rows_exact.isfinite()
+    assert torch.equal(finite, rows_fused.isfinite())
+    assert relative(rows_fused[finite], rows_exact[finite]) <= 1e-6
+    assert relative(gradient_fused, gradient_exact, 1e-6) <= 1e-6
+
+
+@pytest.mark.parametrize("backend", ("numba", "torch"))
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_minus_infinity_is_an_entry_without_mass(backend, divergence):
+    student, teacher = logits(4, 40, 1), logits(4, 40, 2)
+    teacher[0, 3] = -torch.inf
+    student[1, 5] = -torch.inf
+    student[2, 7] = teacher[2, 7] = -torch.inf
+    rows_exact, gradient_exact = exact(student, teacher, divergence=divergence)
+    rows_fused, gradient_fused = fused(student, teacher, divergence=divergence, backend=backend)
+    finite = rows_exact.isfinite()
+    infinite_row = {"forward": 1, "reverse": 0, "jsd": None}[divergence]
+    assert [i for i in range(4) if not finite[i]] == ([] if infinite_row is None else [infinite_row])
+    assert torch.equal(rows_fused.isposinf(), ~finite)
+    assert relative(rows_fused[finite], rows_exact[finite]) <= 1e-6
+    assert gradient_fused.isfinite().all()
+    assert relative(gradient_fused, gradient_exact) <= 1e-6
+
+
+@pytest.mark.parametrize("backend", ("numba", "torch"))
+def test_all_reductions_and_counts(backend):
+    student, teacher = logits(12, 9, 1).reshape(3, 4, 9), logits(12, 9, 2).reshape(3, 4, 9)
+    mask = torch.rand(3, 4, generator=torch.Generator().manual_seed(0)) > 0.4
+    rows = softmax_kl(student, teacher, mask=mask, reduction="none", backend=backend)
+    assert rows.shape == (3, 4)
+    assert rows[~mask].abs().max() == 0
+    total = rows.sum()
+    valid = mask.sum()
+    for settings, expected in (
+        ({"reduction": "sum"}, total),
+        ({}, total / valid),
+        ({"count": 7}, total / 7),
+        ({"count": 2.5}, total / 2.5),
+        ({"count": torch.tensor(7)}, total / 7),
+        ({"count": torch.tensor(0)}, torch.tensor(0.0)),
+        ({"count": 0}, torch.tensor(0.0)),
+    ):
+        got = softmax_kl(student, teacher, mask=mask, backend=backend, **settings)
+        assert torch.allclose(got, expected, rtol=1e-6), settings
+
+
+@pytest.mark.parametrize("backend", ("numba", "torch"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+def test_gradients_of_every_reduction(backend, dtype):
+    student, teacher = logits(12, 9, 1, dtype=dtype), logits(12, 9, 2, dtype=dtype)
+    rows, mean = exact(student, teacher)
+    weights = torch.rand(12, generator=torch.Generator().manual_seed(0))
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-3
+    for settings, weight in (({}, 1.0), ({"reduction": "sum"}, 12.0), ({"count": torch.tensor(6.0)}, 2.0)):
+        s = student.clone().requires_grad_()
+        (softmax_kl(s, teacher, backend=backend, **settings) * 0.25).backward()
+        assert relative(s.grad, mean * weight * 0.25) <= tolerance
+    s = student.clone().requires_grad_()
+    (softmax_kl(s, teacher, reduction="none", backend=backend) * weights).sum().backward()
+    assert relative(s.grad, mean * 12 * weights[:, None]) <= tolerance
+
+
+def test_layouts_do_not_matter():
+    student, teacher = logits(12, 40, 1), logits(12, 40, 2)
+    expected_rows, expected = fused(student, teacher)
+    for layout in (
+        lambda x: x.t().contiguous().t(),
+        lambda x: torch.cat([x, x], 1)[:, :40],
+        lambda x: torch.stack([x, x], 1)[:, 0],
+    ):
+        s = layout(student).detach().requires_grad_()
+        loss = softmax_kl(s, layout(teacher))
+        (gradient,) = torch.autograd.grad(loss, s)
+        assert torch.equal(gradient.double(), expected)
+    shaped = student.reshape(3, 4, 40).requires_grad_()
+    (gradient,) = torch.autograd.grad(softmax_kl(shaped, teacher.reshape(3, 4, 40)), shaped)
+    assert torch.equal(gradient.double().reshape(12, 40), expected)
+    one = softmax_kl(student[0], teacher[0], reduction="none")
+    assert one.shape == ()
+    assert torch.allclose(one.double(), expected_rows[0])
+
+
+def test_an_expanded_teacher_is_read_by_its_stride():
+    student, teacher = logits(12, 40, 1), logits(1, 40, 2)
+    rows, gradient = fused(student, teacher.expand(12, 40))
+    rows_copied, gradient_copied = fused(student, teacher.repeat(12, 1))
+    assert torch.equal(rows, rows_copied)
+    assert torch.equal(gradient, gradient_copied)
+
+
+@pytest.mark.parametrize("backend", ("numba", "torch"))
+def test_no_rows_at_all_is_zero(backend):
+    student = torch.zeros(0, 5, requires_grad=True)
+    loss = softmax_kl(student, torch.zeros(0, 5), backend=backend)
+    assert loss.item() == 0
+    loss.backward()
+    assert student.grad.shape == (0, 5)
+
+
+def test_mixed_dtypes():
+    student, teacher = logits(8, 100, 1), logits(8, 100, 2)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        rows, gradient = fused(student, teacher.to(dtype))
+        rows_exact, gradient_exact = exact(student, teacher.to(dtype))
+        assert relative(rows, rows_exact) <= 1e-6
+        assert relative(gradient, gradient_exact) <= 1e-6
