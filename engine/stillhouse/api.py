@@ -26,7 +26,7 @@ from stillhouse.hooks import hookimpl
 from stillhouse.losses import cross_entropy, label_loss, regression_loss
 from stillhouse.observers import Observer, RunRecord
 from stillhouse.targets import IGNORE, Batch, LossTerm, StudentOut, Targets, TeacherOut
-from stillhouse.tasks import Builder, Splits, Task, TaskConfig, TensorSplit
+from stillhouse.tasks import Builder, Splits, Task, TaskConfig, TensorSplit, classification, regression
 
 API_VERSION = 1
 """The version of this contract. The engine runs plugins of this version and of the one before."""
@@ -104,8 +104,10 @@ __all__ = [
     "TaskConfig",
     "TeacherOut",
     "TensorSplit",
+    "classification",
     "cross_entropy",
     "hookimpl",
     "label_loss",
+    "regression",
     "regression_loss",
 ]
