@@ -25,6 +25,9 @@ class Mnist1dConfig(TaskConfig):
     unlabelled: int = Field(25_000, ge=0, description="Further samples whose labels are thrown away.")
     validation: int = Field(1000, gt=0)
     seed: int = Field(42, ge=0, description="42 makes the published set.")
+    label_noise: float = Field(
+        0.0, ge=0, le=1, description="Part of the training labels replaced by one of the other nine classes."
+    )
 
 
 class ViewsConfig(Mnist1dConfig):
@@ -64,8 +67,9 @@ class Mnist1d(Task):
         published = make(5000, config.seed, test=1000)
         validation = make(config.validation, config.seed + OFFSETS["validation"])
         unlabelled = make(config.unlabelled, config.seed + OFFSETS["unlabelled"])
+        labels = with_noise(published[1][: config.train], config.label_noise, config.seed)
         return Splits(
-            train=TensorSplit(published[0][: config.train], published[1][: config.train]),
+            train=TensorSplit(published[0][: config.train], labels),
             validation=TensorSplit(*validation[:2]),
             test=TensorSplit(*published[2:]),
             unlabelled=TensorSplit(unlabelled[0]) if config.unlabelled else None,
@@ -95,6 +99,15 @@ class Mnist1dViews(Mnist1d):
         )
         columns = (torch.arange(LENGTH) + shifts) % LENGTH
         return inputs.gather(1, columns) + self.config.noise * torch.randn(inputs.shape, generator=generator)
+
+
+def with_noise(labels: Tensor, part: float, seed: int) -> Tensor:
+    """The labels ``(n,)`` with ``round(part * n)`` of them moved to a wrong class, each as likely as the others."""
+    generator = torch.Generator().manual_seed(seed)
+    wrong = torch.randperm(len(labels), generator=generator)[: round(part * len(labels))]
+    noisy = labels.clone()
+    noisy[wrong] += torch.randint(1, CLASSES, (len(wrong),), generator=generator)
+    return noisy % CLASSES
 
 
 def make(samples: int, seed: int, test: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
