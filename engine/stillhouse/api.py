@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+from stillhouse.conformance import Conformance
 from stillhouse.context import Auxiliary, RunContext, Stage, StepInfo
 from stillhouse.errors import ConfigError, DataError, MissingExtra, PluginError
 from stillhouse.hooks import hookimpl
@@ -64,6 +65,8 @@ class Method:
         Whether teacher and student may have different numbers of outputs.
     regression
         Whether the method has a meaning for float targets; refused before step 0 where it has none.
+    conformance
+        What the checks of ``stillhouse.testing`` should know.
     """
 
     api_version: ClassVar[int]
@@ -71,6 +74,7 @@ class Method:
     requires: ClassVar[frozenset[str]] = frozenset({"logits"})
     different_outputs: ClassVar[bool] = False
     regression: ClassVar[bool] = False
+    conformance: ClassVar[Conformance] = Conformance()
     config: Any
     """The settings, of type ``Config``; a subclass annotates it with its own."""
 
@@ -86,6 +90,7 @@ __all__ = [
     "Batch",
     "Builder",
     "ConfigError",
+    "Conformance",
     "DataError",
     "LossTerm",
     "Method",

@@ -7,15 +7,19 @@ what other distributions bring (empty: none of it); Stillhouse's own plugins are
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import time
 import traceback
+import warnings
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
-from importlib.metadata import EntryPoint, distributions
+from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, distributions
 from typing import Any, Literal
 
-from stillhouse.errors import PluginError, nearest
+from stillhouse.errors import PluginError, PluginWarning, nearest
 
 Kind = Literal["method", "task", "observer", "model"]
 GROUPS: dict[Kind, str] = {
@@ -26,6 +30,8 @@ GROUPS: dict[Kind, str] = {
 }
 ALLOW = "STILLHOUSE_PLUGINS"
 OWN = "stillhouse"
+SLOW = 5.0
+"""Seconds of import from which on a plugin is told that it is slow."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +56,13 @@ def entries(kind: Kind | None = None) -> list[Entry]:
     """Every allowed entry, sorted by kind and name; the same name may stand twice."""
     wanted = {group: name for name, group in GROUPS.items() if kind in (None, name)}
     found = set()
-    for distribution in distributions():
-        points = [point for point in distribution.entry_points if point.group in wanted]
+    for installed in distributions():
+        points = [point for point in installed.entry_points if point.group in wanted]
         if not points:
             continue
-        name = str(distribution.metadata["Name"])
+        name = str(installed.metadata["Name"])
         for point in points:
-            entry = Entry(wanted[point.group], point.name, name, distribution.version, point.value)
+            entry = Entry(wanted[point.group], point.name, name, installed.version, point.value)
             if _allowed(entry):
                 found.add(entry)
     order = list(GROUPS)
@@ -105,17 +111,55 @@ def find(kind: Kind, name: str) -> Entry:
 def load(entry: Entry) -> Any:
     """Import what the entry names.
 
-    Raises PluginError, naming the plugin, its distribution and the line that failed.
+    Raises PluginError, naming the plugin, its distribution and the line that failed. What the plugin prints
+    meanwhile never reaches standard output: it is told in a PluginWarning, as is a slow import.
     """
+    import stillhouse.api  # noqa: F401 - its time, torch's above all, is none of the plugin's
+
+    printed, started = io.StringIO(), time.perf_counter()
     try:
-        return EntryPoint(entry.name, entry.value, GROUPS[entry.kind]).load()
+        with redirect_stdout(printed):
+            made = EntryPoint(entry.name, entry.value, GROUPS[entry.kind]).load()
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a plugin may raise anything at import, SystemExit too
-        frames = traceback.extract_tb(error.__traceback__)
-        where = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-        what = f"{type(error).__name__}: {error}"
-        raise PluginError(
-            f"{entry} can't be loaded from {entry.value}: {what}{where}; "
-            f"mend or uninstall {entry.distribution}, or drop '{entry.name}' from the config"
-        ) from error
+        raise _unloadable(entry, error) from error
+    seconds = time.perf_counter() - started
+    if printed.getvalue():
+        first = "".join(printed.getvalue().strip().splitlines()[:1])
+        _warn(entry, f"printed {first!r} while it was imported; expected silence: take the print out")
+    if seconds > SLOW:
+        _warn(
+            entry,
+            f"took {seconds:.1f} s to import; expected less than {SLOW:.0f}: import heavy packages inside hooks",
+        )
+    return made
+
+
+def _warn(entry: Entry, message: str) -> None:
+    warnings.warn(f"{entry} {message}", PluginWarning, stacklevel=3)
+
+
+def _unloadable(entry: Entry, error: BaseException) -> PluginError:
+    where = ""
+    frames = traceback.extract_tb(error.__traceback__)
+    if frames and "importlib" not in frames[-1].filename:
+        where = f" at {frames[-1].filename}:{frames[-1].lineno}"
+    fix = f"mend or uninstall {entry.distribution}, or drop '{entry.name}' from the config"
+    if isinstance(error, ModuleNotFoundError):
+        if not _installed(entry.distribution):
+            return PluginError(
+                f"{entry} was uninstalled after it was listed; install {entry.distribution} again"
+            )
+        if error.name and error.name != entry.value.partition(":")[0].partition(".")[0]:
+            fix = f"install '{error.name}', {fix}"
+    what = f"{type(error).__name__}: {error}"
+    return PluginError(f"{entry} can't be loaded from {entry.value}: {what}{where}; {fix}")
+
+
+def _installed(name: str) -> bool:
+    try:
+        distribution(name)
+    except PackageNotFoundError:
+        return False
+    return True

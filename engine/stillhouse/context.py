@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from stillhouse.errors import ConfigError
-from stillhouse.targets import Batch
+from stillhouse.targets import Batch, StudentOut
 
 if TYPE_CHECKING:
     from stillhouse.models import Captures
@@ -146,6 +146,7 @@ class RunContext:
     chosen: dict[str, Any] = field(default_factory=dict)
     say: Callable[[str], None] = lambda message: None
     build: Callable[[Mapping[str, Any]], nn.Module] | None = None
+    look: Callable[[str, Batch], StudentOut] | None = None
 
     @property
     def student(self) -> nn.Module:
@@ -167,12 +168,25 @@ class RunContext:
         self.chosen[name] = {"value": value, "why": why}
         self.say(f"{name} = {value} ({why})")
 
+    def outputs(self, role: str = STUDENT, batch: Batch | None = None) -> StudentOut:
+        """Outputs and asked-for features of ``teacher`` or a model by name, in eval mode and without a graph.
+
+        batch
+            Default: the probe, for finding out shapes.
+        """
+        rows = self.probe if batch is None else batch
+        if self.look is None or rows is None:
+            raise ConfigError(f"outputs of '{role}': got no model and no rows to call it on")
+        return self.look(role, rows)
+
     def capture(self, role: str, module: str) -> None:
         """Ask for the output of a named module at every forward pass.
 
         role
             ``teacher``, or a model's name. The output is then in ``teacher_out.features[module]``
             or ``student_out.features[module]``.
+        module
+            The module's name; with ``:input`` behind it, what the module reads is taken instead.
 
         Raises ConfigError, offering the nearest names, if there is no such module.
         """

@@ -14,17 +14,20 @@ from typing import Any, TypeVar
 
 import pluggy
 import torch
+from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from stillhouse.api import API_VERSION, CAPABILITIES, Method
+from stillhouse.api import API_VERSION, CAPABILITIES, Method, MethodConfig
 from stillhouse.context import Auxiliary, RunContext, Stage, StepInfo
 from stillhouse.errors import PluginError, nearest
-from stillhouse.hooks import FIRST_RESULT, PROJECT, LifeHooks, StepHooks
+from stillhouse.hooks import FIRST_RESULT, PROJECT, SINCE, LifeHooks, StepHooks
 from stillhouse.targets import Batch, LossTerm, StudentOut, Targets, TeacherOut
 from stillhouse.tasks import Split
 
 T = TypeVar("T")
+_MOVE = "make tensors with device=student_out.logits.device, and leave the models where they are"
+_MUTABLE = (list, dict, set, bytearray)
 MARK = f"{PROJECT}_impl"
 
 
@@ -68,7 +71,7 @@ def blame(error: BaseException, note: str) -> None:
 
 def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
+        return f"a tensor of shape {tuple(value.shape)} on {value.device}"
     return f"{type(value).__name__} {value!r}"[:120]
 
 
@@ -87,7 +90,8 @@ class Plugins:
             if self._manager.has_plugin(plugin.name):
                 raise PluginError(f"{plugin} is named twice; name each method once")
             self._manager.register(plugin.method, plugin.name)
-        self._calls = {name: self._implementations(name) for name in hook_arguments()}
+        self._all = {name: self._implementations(name) for name in hook_arguments()}
+        self._calls = self._all
         for name in FIRST_RESULT:
             claims = self._calls[name]
             if len(claims) > 1:
@@ -101,6 +105,12 @@ class Plugins:
             Implementation(by_name[impl.plugin_name], hook, impl.function, tuple(impl.argnames))
             for impl in found
         )
+
+    def wrap(self, wrapper: Callable[[Implementation], Implementation] | None) -> None:
+        """Call every implementation through ``wrapper`` from now on; None: as they are."""
+        self._calls = self._all
+        if wrapper is not None:
+            self._calls = {name: tuple(map(wrapper, calls)) for name, calls in self._all.items()}
 
     def implements(self, hook: str) -> bool:
         """Whether any plugin implements ``hook``."""
@@ -145,6 +155,10 @@ class Plugins:
                 student_out=student_out, teacher_out=teacher_out, targets=targets, batch=batch, step=step
             )
             for name, term in _terms(call, given).items():
+                if student_out is not None and term.value.device != student_out.logits.device:
+                    raise call.wrong(
+                        term.value, f"'{name}' on the student's device, {student_out.logits.device}: {_MOVE}"
+                    )
                 terms[f"{call.plugin.name}.{name}"] = term
         return terms
 
@@ -261,15 +275,42 @@ def hook_arguments() -> dict[str, tuple[str, ...]]:
 def check(plugin: Plugin) -> None:
     """Raise PluginError for whatever would make the plugin's hooks misbehave or be ignored."""
     kind = type(plugin.method)
-    version = getattr(kind, "api_version", None)
-    if version not in (API_VERSION, API_VERSION - 1):
-        spoken = f"{API_VERSION - 1} or {API_VERSION}" if API_VERSION > 1 else f"{API_VERSION}"
-        advice = "upgrade stillhouse" if isinstance(version, int) and version > API_VERSION else "upgrade it"
-        raise PluginError(f"{plugin}: api_version is {version}, expected {spoken}; {advice}")
+    check_version(plugin, kind)
+    check_config(plugin, kind.Config, MethodConfig)
     for name in sorted(kind.requires - CAPABILITIES):
         raise PluginError(f"{plugin}: requires '{name}': no such capability{nearest(name, CAPABILITIES)}")
     for name, value in _attributes(kind):
         _check_attribute(plugin, name, value)
+
+
+def check_version(who: object, kind: type) -> None:
+    """Raise PluginError unless ``kind`` was written for a version of the contract that is still spoken."""
+    version = getattr(kind, "api_version", None)
+    spoken = range(max(1, API_VERSION - 1), API_VERSION + 1)
+    if version not in spoken:
+        known = " or ".join(map(str, spoken))
+        advice = "upgrade stillhouse" if isinstance(version, int) and version > API_VERSION else "upgrade it"
+        raise PluginError(f"{who}: api_version is {version}, expected {known}; {advice}")
+
+
+def check_config(who: object, config: Any, base: type[BaseModel]) -> None:
+    """Raise PluginError for a Config that is none, or that has a default which two runs would share."""
+    if not (isinstance(config, type) and issubclass(config, base)):
+        raise PluginError(f"{who}: Config is {config!r}; expected a subclass of {base.__name__}")
+    for name, field in config.model_fields.items():
+        if isinstance(field.default, _MUTABLE):
+            raise PluginError(
+                f"{who}: config field '{name}' has the mutable default {field.default!r}; expected one that nobody "
+                f"can change: a tuple, or Field(default_factory={type(field.default).__name__})"
+            )
+        if field.default_factory is None or field.default_factory_takes_validated_data:
+            continue
+        first, second = (field.get_default(call_default_factory=True) for _ in range(2))
+        if first is second and isinstance(first, _MUTABLE):
+            raise PluginError(
+                f"{who}: config field '{name}' has a default_factory that hands out one {type(first).__name__} "
+                "again and again; expected a new one at each call"
+            )
 
 
 def _attributes(kind: type) -> Iterator[tuple[str, Any]]:
@@ -282,7 +323,8 @@ def _check_attribute(plugin: Plugin, name: str, value: Any) -> None:
     hooks = hook_arguments()
     options = _marked(value)
     if options is None:
-        if name in hooks and value is not None:
+        young = SINCE.get(name, 1) > type(plugin.method).api_version
+        if name in hooks and value is not None and not young:
             raise PluginError(f"{plugin}: '{name}' is a hook's name without its mark; put @hookimpl on it")
         return
     if not inspect.isfunction(value):

@@ -18,6 +18,10 @@ class PluginError(StillhouseError):
     """A plugin that can't be found, loaded or trusted; the message names it and its distribution."""
 
 
+class PluginWarning(UserWarning):
+    """A plugin that works and behaves badly, named with its distribution."""
+
+
 class DataError(StillhouseError):
     """Data that can't be trained on."""
 

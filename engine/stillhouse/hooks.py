@@ -123,5 +123,11 @@ class LifeHooks:
         """Take back what ``state_dict`` gave; called with this plugin's own state only."""
 
 
+SINCE: dict[str, int] = {}
+"""Hooks that are younger than version 1, each with the api_version that brought it.
+
+An older plugin may use such a name for a method of its own.
+"""
+
 FIRST_RESULT = ("teacher_forward", "student_update", "stages", "stage_rows")
 """Hooks of which one run may have one implementation."""

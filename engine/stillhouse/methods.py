@@ -9,26 +9,45 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from stillhouse import catalog
-from stillhouse.api import Method, Observer, Task
+from stillhouse.api import Method, MethodConfig, Observer, Task, TaskConfig
 from stillhouse.config import Named, explain
-from stillhouse.dispatch import Plugin, blame
+from stillhouse.dispatch import Plugin, blame, check_config, check_version
 from stillhouse.errors import ConfigError, PluginError
+from stillhouse.observers import ObserverConfig
 
 MethodLike = str | Method | Mapping[str, Any] | Named
 _BASES: dict[str, type] = {"method": Method, "task": Task, "observer": Observer}
+_CONFIGS: dict[str, type[BaseModel]] = {
+    "method": MethodConfig,
+    "task": TaskConfig,
+    "observer": ObserverConfig,
+}
+
+
+def loaded(entry: catalog.Entry) -> Any:
+    """The class that the entry names.
+
+    Raises PluginError where it can't be loaded, is not of the kind, speaks another version of the contract, or
+    has a Config that can't be trusted.
+    """
+    made = catalog.load(entry)
+    base = _BASES[entry.kind]
+    if not (isinstance(made, type) and issubclass(made, base)):
+        raise PluginError(f"{entry}: {entry.value} is {made!r}; expected a subclass of {base.__name__}")
+    kind: Any = made
+    check_version(entry, kind)
+    check_config(entry, kind.Config, _CONFIGS[entry.kind])
+    return kind
 
 
 def configured(kind: catalog.Kind, spec: Named, path: str) -> tuple[catalog.Entry, Any]:
     """Load the named plugin and build it with its validated settings.
 
-    Raises PluginError where it can't be found, loaded or is not of the kind; ConfigError with the
-    config path for its settings.
+    Raises PluginError where it can't be found, loaded or trusted; ConfigError with the config path for its
+    settings.
     """
     entry = catalog.find(kind, spec.name)
-    made = catalog.load(entry)
-    base = _BASES[kind]
-    if not (isinstance(made, type) and issubclass(made, base)):
-        raise PluginError(f"{entry}: {entry.value} is {made!r}; expected a subclass of {base.__name__}")
+    made = loaded(entry)
     settings = settings_of(made.Config, spec.settings, path)
     try:
         return entry, made(settings)

@@ -70,24 +70,29 @@ class Captures:
         self._models[role] = model
 
     def add(self, role: str, name: str) -> None:
-        """Take the output of ``name`` at each forward pass of ``role``; asking twice is the same as once."""
+        """Take the output of ``name`` at each forward pass of ``role``; asking twice is the same as once.
+
+        ``name:input`` takes what the module reads instead.
+        """
         if role not in self._models:
             raise ConfigError(f"features of '{role}': no such model{nearest(role, self._models)}")
         taken = self._taken.setdefault(role, {})
         if name in taken:
             return
         modules = dict(self._models[role].named_modules())
-        if name not in modules or name == "":
-            offered = nearest(name, [module for module in modules if module])
+        path, _, side = name.partition(":")
+        if path not in modules or path == "" or side not in ("", "input"):
+            offered = nearest(path, [module for module in modules if module])
             raise ConfigError(
                 f"{role}.{name}: no such module in {type(self._models[role]).__name__}{offered}"
             )
         taken[name] = torch.empty(0)
 
         def keep(module: nn.Module, given: Any, output: Any) -> None:
-            taken[name] = output[0] if isinstance(output, tuple) else output
+            found = given if side else output
+            taken[name] = found[0] if isinstance(found, tuple) else found
 
-        self._handles.append(modules[name].register_forward_hook(keep))
+        self._handles.append(modules[path].register_forward_hook(keep))
 
     def asked(self, role: str) -> bool:
         """Whether any feature of ``role`` was asked for."""

@@ -63,7 +63,7 @@ class Recorder:
         step, config = loop.at.step, self.config
         logging = step % config.log_every == 0
         if (self._every_update or logging) and not math.isfinite(metrics["loss"].item()):
-            raise self._diverged(step, metrics)
+            raise self._diverged(loop, metrics)
         self.display.advance(step)
         if logging:
             self._log(loop, metrics)
@@ -117,7 +117,8 @@ class Recorder:
         for observer in self.observers:
             observer.on_metrics(row)
 
-    def _diverged(self, step: int, metrics: Mapping[str, Tensor]) -> Diverged:
+    def _diverged(self, loop: Loop, metrics: Mapping[str, Tensor]) -> Diverged:
+        step = loop.at.step
         bad = [name for name, value in metrics.items() if not math.isfinite(value.item()) and name != "loss"]
         kept = None if self.folder is None else checkpoint.newest(self.folder / rundir.CHECKPOINTS)
         last = f"; the checkpoint of update {checkpoint.step_of(kept)} is kept" if kept else ""
@@ -125,8 +126,10 @@ class Recorder:
             ", ".join(f"{name} = {metrics[name].item()}" for name in bad)
             or "the sum of finite terms overflowed"
         )
+        named = {name.partition(".")[0] for name in bad}
+        who = " and ".join(str(plugin) for plugin in loop.step.plugins.plugins if plugin.name in named)
         return Diverged(
-            f"loss is not finite after update {step}: {what}{last}. Lower optimizer.lr, set clip, or look at the "
+            f"loss is not finite after update {step}: {what}{f' of {who}' if who else ''}{last}. Lower optimizer.lr, set clip, or look at the "
             "inputs of that term"
         )
 

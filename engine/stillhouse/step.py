@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from stillhouse.api import Auxiliary
 from stillhouse.context import STUDENT, TARGET, TEACHER, RunContext, Stage, StepInfo
 from stillhouse.dispatch import Plugin, Plugins
-from stillhouse.errors import ConfigError
+from stillhouse.errors import ConfigError, nearest
 from stillhouse.methods import MethodLike, as_plugins
 from stillhouse.models import Captures, evaluating, forward, freeze, stochastic_module, versions
 from stillhouse.softlabels import SoftLabels
 from stillhouse.targets import Batch, LossTerm, StudentOut, Targets, TeacherOut
 from stillhouse.tasks import Splits
+from stillhouse.watch import UPDATES, check_kept, watched
 
 OFFERED = frozenset({"logits", "deterministic_teacher", "hidden_states", "labels", "student_update"})
 
@@ -90,8 +91,19 @@ class DistillStep:
             self.captures,
             say=say,
             build=build,
+            look=self._look,
         )
-        self._probe(probe, frozenset(offers))
+        self._count = None if teacher is None else teacher.register_forward_pre_hook(self._called)
+        self._teacher_version = 0 if teacher is None else versions(teacher)
+        self.teacher_calls = 0
+        try:
+            self._set_up(probe, models, frozenset(offers))
+        except BaseException:
+            self.close()  # a refused plugin leaves no hook on models that others go on using
+            raise
+
+    def _set_up(self, probe: Batch, models: dict[str, nn.Module], offers: frozenset[str]) -> None:
+        self._probe(probe, offers)
         self.plugins.notify("on_run_start", run=self.run)
         self.auxiliary = self.plugins.auxiliary_modules(self.run)
         for name, auxiliary in self.auxiliary.items():
@@ -102,13 +114,13 @@ class DistillStep:
             for name, model in models.items()
         }
         self.stages = self._checked(self.plugins.stages(self.run))
+        self.check_teacher()
         self.teacher_calls = 0
-        self._count = None if teacher is None else teacher.register_forward_pre_hook(self._called)
-        self._teacher_version = 0 if teacher is None else versions(teacher)
         self.info = StepInfo()
         self._open = 0
         self._kept: SoftLabels | None = None
         self._stand_in: nn.Module | None = self.teacher
+        self._watched = 0
         self.begin(self.stages[0])
 
     # One step, as the paper writes it.
@@ -150,6 +162,8 @@ class DistillStep:
         self.info.labelled = sum(batch.labelled for batch in batches)
         self.info.micro, self.info.micros = 0, len(batches)
         self._open = len(batches)
+        if self._watched <= UPDATES:
+            self._watch()
 
     def end_update(self, metrics: Mapping[str, Tensor]) -> None:
         """Tell the plugins, and move on by one update."""
@@ -178,6 +192,23 @@ class DistillStep:
             return None
         return StudentOut(forward(student, batch.inputs), self.captures.take(name))
 
+    def _watch(self) -> None:
+        """Look at what the plugins do to what they are handed, in the first updates of a stage."""
+        for plugin in self.plugins.plugins if self._watched else ():
+            check_kept(plugin)
+        first, done = self._watched == 0, self._watched == UPDATES
+        if first or done:
+            self.plugins.wrap(None if done else lambda call: watched(call, self.teacher))
+        self._watched += 1
+
+    def _look(self, role: str, batch: Batch) -> StudentOut:
+        """A model's outputs and features, in eval mode and without a graph."""
+        model = self.teacher if role == TEACHER else self.run.models.get(role)
+        if model is None:
+            raise ConfigError(f"outputs of '{role}': no such model{nearest(role, self.run.models)}")
+        logits = _outputs(model, batch.for_teacher if role == TEACHER else batch.inputs)
+        return StudentOut(logits, self.captures.take(role))
+
     # Stages.
 
     def begin(self, stage: Stage, steps: int = 0, kept: SoftLabels | None = None) -> None:
@@ -188,6 +219,7 @@ class DistillStep:
             model's outputs keeps a frozen copy of that model.
         """
         self.info.stage, self.info.stage_index, self.info.stage_steps = stage, 0, steps
+        self._watched = 0
         trained = self.trained(stage)
         for name, model in self.run.models.items():
             model.train(name in trained)

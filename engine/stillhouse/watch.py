@@ -1,0 +1,76 @@
+"""What a plugin may not do to what it is handed, looked for in the first updates of every stage.
+
+A tensor written to in place, a teacher that changes and a graph that is kept show in every update alike, so
+that looking at the first ones finds them, and the others cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from stillhouse.dispatch import Implementation, Plugin
+from stillhouse.errors import PluginError
+from stillhouse.models import versions
+from stillhouse.targets import Batch, StudentOut, Targets, TeacherOut
+
+UPDATES = 2
+"""How many updates of a stage are watched."""
+
+
+def watched(call: Implementation, teacher: nn.Module | None) -> Implementation:
+    """The same implementation; PluginError after a call that wrote to its arguments or to the teacher."""
+
+    def function(*values: Any) -> Any:
+        given = [
+            (f"{name}{where}", tensor)
+            for name, value in zip(call.arguments, values, strict=True)
+            if isinstance(value, Batch | StudentOut | TeacherOut | Targets)
+            for where, tensor in tensors(value)
+        ]
+        before = [tensor._version for _, tensor in given]  # noqa: SLF001
+        frozen = 0 if teacher is None else versions(teacher)
+        answer = call.function(*values)
+        for (name, tensor), version in zip(given, before, strict=True):
+            if tensor._version != version:  # noqa: SLF001
+                raise PluginError(
+                    f"{call.plugin}: hook '{call.hook}' wrote to {name} in place, which other plugins and the next "
+                    f"epoch read too; expected it untouched: work on {name}.clone()"
+                )
+        if teacher is not None and versions(teacher) != frozen:
+            raise PluginError(
+                f"{call.plugin}: hook '{call.hook}' wrote to the teacher's weights or buffers; a teacher stays as "
+                "it is, bit for bit: copy it to train it"
+            )
+        return answer
+
+    return replace(call, function=function)
+
+
+def check_kept(plugin: Plugin) -> None:
+    """PluginError if the method holds a tensor with its graph between two updates."""
+    for where, tensor in tensors(vars(plugin.method)):
+        if tensor.grad_fn is not None:
+            raise PluginError(
+                f"{plugin} keeps a tensor with its graph from one update to the next in self{where}, and with it "
+                "every activation; expected nothing that needs a gradient: keep tensor.detach()"
+            )
+
+
+def tensors(value: Any, where: str = "", depth: int = 4) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in plain containers and dataclasses, each with its path; modules are not looked into."""
+    if isinstance(value, Tensor):
+        yield where, value
+    elif depth and isinstance(value, Mapping):
+        for name, item in list(value.items()):
+            yield from tensors(item, f"{where}.{name}", depth - 1)
+    elif depth and isinstance(value, list | tuple | set | deque):
+        for number, item in enumerate(list(value)):
+            yield from tensors(item, f"{where}[{number}]", depth - 1)
+    elif depth and is_dataclass(value) and not isinstance(value, type):
+        for part in fields(value):
+            yield from tensors(getattr(value, part.name), f"{where}.{part.name}", depth - 1)
