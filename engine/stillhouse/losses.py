@@ -35,16 +35,21 @@ def cross_entropy(logits: Tensor, labels: Tensor, step: StepInfo, mask: Tensor |
     index = labels.reshape(-1)
     if mask is not None:
         index = index.where(mask.reshape(-1), index.new_full((), IGNORE))
+    if mask is not None or step.labelled != step.rows:
+        # torch's backward multiplies an ignored row by 0, and NaN times 0 is NaN: put 0 in before.
         flat = flat.where((index != IGNORE)[:, None], flat.new_zeros(()))
     return F.cross_entropy(flat, index, reduction="sum", ignore_index=IGNORE) / max(step.labelled, 1.0)
 
 
-def regression_loss(outputs: Tensor, labels: Tensor, step: StepInfo) -> Tensor:
+def regression_loss(outputs: Tensor, labels: Tensor, step: StepInfo, mask: Tensor | None = None) -> Tensor:
     """Squared error: a scalar, the mean over outputs and over the update's rows.
 
-    outputs ``(B, D)`` or ``(B,)``, labels of the same number of elements.
+    outputs ``(B, D)`` or ``(B,)``, labels of the same number of elements; rows where mask ``(B,)`` is
+    False give no loss and no gradient, whatever they hold.
     """
     error = outputs.float().reshape(len(outputs), -1) - labels.float().reshape(len(labels), -1)
+    if mask is not None:
+        error = error.where(mask[:, None], error.new_zeros(()))
     return step.mean(error.square().mean(-1))
 
 
@@ -58,4 +63,4 @@ def label_loss(logits: Tensor, labels: Tensor | None, step: StepInfo, mask: Tens
         raise ConfigError("a loss on labels got a batch without labels; expected labels in the split")
     if not labels.is_floating_point() or (labels.shape == logits.shape and logits.shape[-1] > 1):
         return cross_entropy(logits, labels, step, mask)
-    return regression_loss(logits, labels, step)
+    return regression_loss(logits, labels, step, mask)

@@ -23,7 +23,15 @@ def check(optimizer: OptimizerConfig, scheduler: Named | None) -> None:
     """Raise ConfigError for a name or an argument that torch does not have."""
     parameter = torch.nn.Parameter(torch.zeros(()))
     made = make_optimizer([{"params": [parameter]}], optimizer)
-    make_scheduler(made, scheduler, 10)
+    schedule = make_scheduler(made, scheduler, 10)
+    for path, kind in (("optimizer", made), ("scheduler", schedule)):
+        try:
+            if kind is not None:
+                kind.step()
+        except TypeError as error:  # LBFGS wants a closure, ReduceLROnPlateau a metric
+            raise ConfigError(
+                f"{path}: {type(kind).__name__} can't be used here, a step takes no arguments: {error}"
+            ) from None
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
