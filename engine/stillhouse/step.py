@@ -72,10 +72,14 @@ class DistillStep:
         say: Callable[[str], None] = lambda message: None,
         build: Callable[[Mapping[str, Any]], nn.Module] | None = None,
     ) -> None:
-        loaded = isinstance(method, list) and all(isinstance(item, Plugin) for item in method)
+        loaded = (
+            isinstance(method, list) and bool(method) and all(isinstance(item, Plugin) for item in method)
+        )
         self.plugins = Plugins(method if loaded else as_plugins(method))  # type: ignore[arg-type]
-        self.teacher = None if teacher is None else freeze(teacher)
         models = {STUDENT: student} if target is None else {STUDENT: student, TARGET: target}
+        if teacher is not None:
+            _refuse_shared(models, teacher)
+        self.teacher = None if teacher is None else freeze(teacher)
         watched = models if teacher is None else {**models, TEACHER: teacher}
         probe = as_batch(probe)
         self.captures = Captures(watched)
@@ -258,7 +262,10 @@ class DistillStep:
             )
 
     def close(self) -> None:
-        """Remove the hooks from the models."""
+        """Remove the hooks from the models; what a stage froze can be trained again."""
+        for parameters in getattr(self, "trainable", {}).values():
+            for parameter in parameters:
+                parameter.requires_grad_(True)
         self.captures.close()
         if self._count is not None:
             self._count.remove()
@@ -325,6 +332,17 @@ class DistillStep:
                     known = ", ".join(self.run.models)
                     raise ConfigError(f"stage '{stage.name}' names '{name}'; known models: {known}")
         return stages
+
+
+def _refuse_shared(models: Mapping[str, nn.Module], teacher: nn.Module) -> None:
+    frozen = {id(parameter) for parameter in teacher.parameters()}
+    for role, model in models.items():
+        for name, parameter in model.named_parameters():
+            if id(parameter) in frozen:
+                raise ConfigError(
+                    f"the {role}'s '{name}' is the same tensor as one of the teacher's, which stays frozen; "
+                    "expected models of their own: copy.deepcopy one of them"
+                )
 
 
 def _total(terms: Mapping[str, LossTerm]) -> Tensor:
