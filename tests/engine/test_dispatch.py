@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 
 import pytest
-import toys
 import torch
+import toys
 from torch import nn
 
 from stillhouse.api import Auxiliary, LossTerm, Method, Stage, StepInfo, StudentOut, Targets, hookimpl
