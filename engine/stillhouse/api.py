@@ -27,7 +27,7 @@ from stillhouse.hooks import hookimpl
 from stillhouse.losses import cross_entropy, label_loss, regression_loss
 from stillhouse.observers import Observer, RunRecord
 from stillhouse.targets import IGNORE, Batch, LossTerm, StudentOut, Targets, TeacherOut
-from stillhouse.tasks import Builder, Splits, Task, TaskConfig, TensorSplit, classification, regression
+from stillhouse.tasks import Builder, Split, Splits, Task, TaskConfig, TensorSplit, classification, regression
 
 API_VERSION = 1
 """The version of this contract. The engine runs plugins of this version and of the one before."""
@@ -100,6 +100,7 @@ __all__ = [
     "PluginError",
     "RunContext",
     "RunRecord",
+    "Split",
     "Splits",
     "Stage",
     "StepInfo",
