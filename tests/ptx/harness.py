@@ -61,8 +61,8 @@ def run(student, target, *, temperature=1.0, divergence="forward", beta=0.5, mas
     memory = machine.memory
     s = memory.add(bits(student), shift[0])
     addresses = [memory.add(bits(x), shift[1] if kind == "dense" else 0) for x in tensors]
-    g = s if inplace else memory.add(np.zeros_like(bits(student)), shift[2], initialised=False)
-    loss = memory.add(np.zeros(rows, np.float32), initialised=False)
+    g = s if inplace else memory.add(np.zeros_like(bits(student)), shift[2], output=True)
+    loss = memory.add(np.zeros(rows, np.float32), output=True)
     masks = memory.add(mask.numpy()) if mask is not None else 0
     scales = memory.add(scale.numpy()) if scale is not None else 0
     values = arguments.pack(

@@ -153,6 +153,10 @@ class Machine:
             self.counts.instructions += len(lanes)
         if name in ("ld", "st"):
             self._move(one, parts, lanes)
+        elif parts == ["atom", "shared", "or", "b32"]:
+            space, offsets = self._resolve(parts, self._address(one.operands[1], lanes), lanes, one)
+            values = self._value(one.operands[2], np.uint32, lanes)
+            self._set(one.operands[0], space.atomic_or(offsets, values, lanes, one.text), lanes)
         elif name in ("bra", "ret", "exit"):
             self._leave(one, name, lanes)
         elif name in ("bar", "barrier"):

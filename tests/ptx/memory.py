@@ -12,7 +12,7 @@ import numpy as np
 
 GLOBAL_BASE = 1 << 28
 GUARD = 256
-NOBODY, SEVERAL = -1, -2
+NOBODY, SEVERAL, ATOMIC = -1, -2, -3
 
 
 class PtxError(AssertionError):
@@ -76,6 +76,16 @@ class Shadow:
         return bad
 
 
+    def atomic(self, cells, lanes):
+        """Atomic operations need no order among themselves, only against plain accesses."""
+        last = np.where(self.writer[cells] == ATOMIC, NOBODY, self.writer[cells])
+        bad = self.clock.unordered(lanes, last, *self.when_written[:, cells])
+        bad |= self.clock.unordered(lanes, self.reader[cells], *self.when_read[:, cells])
+        self.writer[cells] = ATOMIC
+        self.when_written[:, cells] = self._now(lanes)
+        return bad
+
+
 class Space:
     """A flat byte space with bounds, initialisation and race checks; ``cell`` bytes share one shadow entry."""
 
@@ -85,6 +95,7 @@ class Space:
         self.bytes = np.zeros(size, np.uint8)
         self.allowed = np.zeros(size, np.bool_)
         self.written = np.zeros(size, np.bool_)
+        self.readable = np.zeros(size, np.bool_)
         self.shadow = Shadow(size // cell, clock)
 
     def _cells(self, offsets, width):
@@ -102,7 +113,7 @@ class Space:
         size = np.dtype(kind).itemsize
         width = size * count
         self.check(offsets, width, text)
-        if not (self.written[offsets] & self.written[offsets + width - 1]).all():
+        if not (self.readable[offsets] & self.readable[offsets + width - 1]).all():
             raise PtxError(f"read of {self.name} memory that nothing wrote: {text}")
         cells = self._cells(offsets, width)
         if self.shadow.read(cells.ravel(), np.repeat(lanes, cells.shape[1])).any():
@@ -121,7 +132,21 @@ class Space:
         for i, value in enumerate(values):
             view[offsets // size + i] = value
         for i in range(width):
-            self.written[offsets + i] = True
+            self.written[offsets + i] = self.readable[offsets + i] = True
+
+
+    def atomic_or(self, offsets, values, lanes, text):
+        """One lane after another; the values from before."""
+        self.check(offsets, 4, text)
+        if not self.readable[offsets].all():
+            raise PtxError(f"read of {self.name} memory that nothing wrote: {text}")
+        if self.shadow.atomic(offsets // self.cell, lanes).any():
+            raise PtxError(f"race: atomic on {self.name} memory not ordered after a plain access: {text}")
+        view, before = self.bytes.view(np.uint32), np.zeros(len(lanes), np.uint32)
+        for i, (cell, value) in enumerate(zip(offsets // 4, values)):
+            before[i] = view[cell]
+            view[cell] |= value
+        return before
 
 
 class GlobalMemory(Space):
@@ -131,11 +156,13 @@ class GlobalMemory(Space):
         super().__init__("global", size, 2, clock)
         self.end = GUARD
 
-    def add(self, data: np.ndarray, shift: int = 0, initialised: bool = True) -> int:
+    def add(self, data: np.ndarray, shift: int = 0, output: bool = False) -> int:
+        """The address of a copy of ``data``; an output starts as NaN, which may be read but must be overwritten."""
         raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
         start = self.end + shift
         span = slice(start, start + raw.size)
-        self.bytes[span], self.allowed[span], self.written[span] = raw, True, initialised
+        self.bytes[span], self.written[span] = (0xFF, False) if output else (raw, True)
+        self.allowed[span] = self.readable[span] = True
         self.end = -(-(start + raw.size + GUARD) // 256) * 256
         return GLOBAL_BASE + start
 

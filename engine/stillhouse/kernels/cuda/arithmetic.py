@@ -18,14 +18,16 @@ from stillhouse.kernels.cuda import intrinsics as ptx
 
 device = cuda.jit(device=True, forceinline=True)
 
-I32, F32 = np.int32, np.float32
+I32, U32, F32 = np.int32, np.uint32, np.float32
 LOWEST = F32(-3.0e38)  # a finite start for running maxima: -inf minus -inf is NaN
 LN2 = F32(0.6931471805599453)
 TWO_OVER_LN2 = F32(2.8853900817779268)
 THIRD, FIFTH, SEVENTH, NINTH = F32(1 / 3), F32(1 / 5), F32(1 / 7), F32(1 / 9)
 ZERO, ONE, FAR = F32(0.0), F32(1.0), F32(1.0e4)
 PHI = tuple(F32(math.log(2) ** n / math.factorial(n)) for n in range(2, 6))  # of the series of 2^g - 1 - g ln 2
-NEAR = F32(0.0625)
+CUMULANT = tuple(F32(-(math.log(2) ** (n - 1)) * (n - 1) / math.factorial(n)) for n in range(2, 6))
+SIX, TWELVE = F32(6.0), F32(12.0)
+NEAR, NEAR_MIXTURE = F32(0.0625), F32(0.125)
 RATIO_LOW, RATIO_HIGH = F32(0.7), F32(1.4)
 
 
@@ -109,7 +111,16 @@ def row_known(k2, ct, dt, cs, ds, beta):
     """What the pair functions take besides the logits: everything that a row's elements share."""
     it, is_ = ptx.reciprocal(dt), ptx.reciprocal(ds)
     delta = log2_ratio(it, is_)
-    return k2, -ct, -cs, it, is_, delta, (cs - ct) + delta, beta
+    return k2, -ct, -cs, it, is_, delta, (cs - ct) + delta, beta, *mixture_series(beta)
+
+
+@device
+def mixture_series(beta):
+    """Cumulants of a coin of bias beta, as coefficients of ``jsd_pair``'s series in log2 units, divided by ln 2."""
+    other = ONE - beta
+    b, skew = beta * other, other - beta
+    fourth, fifth = b * (ONE - SIX * b), b * skew * (ONE - TWELVE * b)
+    return b * CUMULANT[0], b * skew * CUMULANT[1], fourth * CUMULANT[2], fifth * CUMULANT[3]
 
 
 @device
@@ -126,7 +137,7 @@ def bregman(weighted, gap, change):
 @device
 def forward_pair(xt, xs, known):
     """(loss, p_s - p_t, unused): the gradient needs no sum over the row."""
-    k2, nt, ns, it, is_, delta, shift, beta = known
+    k2, nt, ns, it, is_, delta, shift, beta, c2, c3, c4, c5 = known
     zt, zs = ptx.fma(xt, k2, nt), ptx.fma(xs, k2, ns)
     pt = ptx.exp2(zt) * it
     change = ptx.exp2(zs) * is_ - pt
@@ -137,7 +148,7 @@ def forward_pair(xt, xs, known):
 @device
 def reverse_pair(xt, xs, known):
     """(loss, p_s, p_s log2(p_s / p_t)): the gradient is p_s (log(p_s / p_t) - its mean)."""
-    k2, nt, ns, it, is_, delta, shift, beta = known
+    k2, nt, ns, it, is_, delta, shift, beta, c2, c3, c4, c5 = known
     zt, zs = ptx.fma(xt, k2, nt), ptx.fma(xs, k2, ns)
     ps = ptx.exp2(zs) * is_
     gap = (zs - zt) - delta
@@ -151,20 +162,23 @@ def jsd_pair(xt, xs, known):
 
     By the ratio q <= 1 of the smaller probability to the larger, so that nothing overflows. With the mixture
     m = w_big + w_small q over the larger probability, loss / p_big = -(m log m + w_small q log(1 / q)).
+    Near q = 1 that cancels. There loss / m = L' x - L with x = log(p_t / p_s) and L = log(1 + beta (exp(x) - 1)),
+    which generates the cumulants of a coin: its series has no terms that cancel.
     The gap is clamped to finite numbers, also where it is -inf minus -inf; its probabilities are then zero.
     """
-    k2, nt, ns, it, is_, delta, shift, beta = known
-    gap = ptx.fmin(ptx.fmax(ptx.fma(xt - xs, k2, shift), -FAR), FAR)
-    teacher_bigger = gap > ZERO
+    k2, nt, ns, it, is_, delta, shift, beta, c2, c3, c4, c5 = known
+    signed = ptx.fmin(ptx.fmax(ptx.fma(xt - xs, k2, shift), -FAR), FAR)
+    teacher_bigger = signed > ZERO
     z_big = ptx.fma(xt if teacher_bigger else xs, k2, nt if teacher_bigger else ns)
     big = ptx.exp2(z_big) * (it if teacher_bigger else is_)
     w_small = ONE - beta if teacher_bigger else beta
-    gap = abs(gap)
+    gap = abs(signed)
     ratio = ptx.exp2(-gap)
     weighted_ratio = w_small * ratio
     mixture = (ONE - w_small) + weighted_ratio
     log_mixture = ptx.log2_approx(mixture)
-    loss = big * ptx.fma(mixture, log_mixture, weighted_ratio * gap)
+    series = ptx.fma(signed, ptx.fma(signed, ptx.fma(signed, c5, c4), c3), c2) * signed * signed * mixture
+    loss = big * (series if gap < NEAR_MIXTURE else ptx.fma(mixture, log_mixture, weighted_ratio * gap))
     ps = big * (ratio if teacher_bigger else ONE)
     return loss, ps, ps * ((gap if teacher_bigger else ZERO) + log_mixture)
 
@@ -188,3 +202,19 @@ def jsd_factors(loss_factor, grad_factor, beta):
 
 
 FACTORS = {"forward": forward_factors, "reverse": reverse_factors, "jsd": jsd_factors}  # what the pairs leave out
+
+
+@device
+def log2_of(x):
+    """log2 of a normal float32 to its last bits, for what a whole row shares: exponent, and a series around one."""
+    bits = ptx.float_as_word(x)
+    exponent = I32(bits >> U32(23)) - I32(127)
+    m = ptx.word_as_float(U32((bits & U32(0x7FFFFF)) | U32(0x3F800000)))
+    if m > RATIO_HIGH:
+        m = m * F32(0.5)
+        exponent = I32(exponent + 1)
+    u = (m - ONE) * ptx.reciprocal(m + ONE)
+    v = u * u
+    series = ptx.fma(v, ptx.fma(v, ptx.fma(v, ptx.fma(v, NINTH, SEVENTH), FIFTH), THIRD), ONE)
+    result = F32(exponent) + u * series * TWO_OVER_LN2
+    return result if x > ZERO and x < F32(np.inf) else ptx.log2_approx(x)

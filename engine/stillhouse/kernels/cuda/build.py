@@ -18,28 +18,19 @@ from typing import Any
 from stillhouse.kernels.cuda.plan import Spec
 
 ENTRY = "stillhouse_softmax_kl"
-SOURCES = (
-    "arithmetic", "build", "intrinsics", "merge", "plan", "rows", "small", "sparse", "sparse_small", "vectors",
-)  # fmt: skip
+SOURCES = ("arithmetic", "build", "chunks", "intrinsics", "merge", "plan", "rows", "small", "sparse", "vectors")
 _COMPILING = threading.Lock()
 
 
 def kernel_function(spec: Spec) -> tuple[Any, tuple[Any, ...]]:
     """The undecorated kernel of a specification, and its Numba signature."""
-    from stillhouse.kernels.cuda import rows
+    from stillhouse.kernels.cuda import rows, small, sparse
 
-    if spec.target == "sparse":
-        from stillhouse.kernels.cuda import sparse, sparse_small
-
-        if spec.family == "small":
-            return sparse_small.small_sparse_kernel(spec.dtype, spec.divergence, spec.threads, spec.lanes), sparse.SIGNATURE
-        kernel = sparse.sparse_rows_kernel(spec.dtype, spec.divergence, spec.threads, spec.cluster, spec.staged)
-        return kernel, sparse.SIGNATURE
     if spec.family == "small":
-        from stillhouse.kernels.cuda import small
-
         return small.small_kernel(spec.dtype, spec.divergence, spec.threads, spec.lanes), small.SIGNATURE
-    return rows.rows_kernel(spec.dtype, spec.divergence, spec.threads, spec.cluster, spec.staged), rows.SIGNATURE
+    made = sparse.sparse_kernel if spec.target == "sparse" else rows.rows_kernel
+    signature = sparse.SIGNATURE if spec.target == "sparse" else rows.SIGNATURE
+    return made(spec.dtype, spec.divergence, spec.threads, spec.cluster, spec.staged), signature
 
 
 @contextmanager

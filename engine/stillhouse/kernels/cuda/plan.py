@@ -57,7 +57,8 @@ def plan(rows: int, width: int, dtype: str, divergence: str, target: str, cc: tu
     """The launch for ``rows`` rows of ``width`` logits (the wider of student and teacher)."""
     if width <= WARP_WIDTH and target == "dense":
         return _small(rows, width, dtype, divergence, target)
-    bytes_per_chunk = 16 * _vectors(dtype, divergence, target)
+    marks = 1 if target == "sparse" else 0  # a bit for each element: is it among the k?
+    bytes_per_chunk = 16 * _vectors(dtype, divergence, target) + marks
     chunks = _chunks(width, dtype)
     limit = opt_in_bytes(cc)
     comfortable = limit // 2  # two blocks share a multiprocessor
@@ -67,7 +68,8 @@ def plan(rows: int, width: int, dtype: str, divergence: str, target: str, cc: tu
     if not fits and cc >= (9, 0) and _span(chunks, 16) * bytes_per_chunk <= limit:
         fits = [16]
     if not fits:
-        return Plan(Spec("rows", target, dtype, divergence, 512, 1, False), rows, 0, chunks + 32)
+        span = _span(chunks, 1)
+        return Plan(Spec("rows", target, dtype, divergence, 512, 1, False), rows, span * marks, span)
     cluster = fits[0]
     span = _span(chunks, cluster)
     spec = Spec("rows", target, dtype, divergence, _threads(width // cluster), cluster)

@@ -13,51 +13,13 @@ from numba import cuda, types
 
 from stillhouse.kernels.cuda import intrinsics as ptx
 from stillhouse.kernels.cuda.arithmetic import FACTORS, LOWEST, PAIRS, ZERO, absorb, device, row_known, sum8
+from stillhouse.kernels.cuda.chunks import is_kept, row_geometry, row_scale, walk
 from stillhouse.kernels.cuda.merge import SCRATCH, merges
 from stillhouse.kernels.cuda.vectors import codec
 
 I32, I64, F32 = np.int32, np.int64, np.float32
 HUGE = F32(3.0e38)
 
-
-def row_geometry(size: int, group: int):
-    """Device function: where the chunks of a row lie, and which of them are whole on every tensor.
-
-    ``origin`` is the element at which chunk 0 starts (at most 0), chunks [first, last) are whole, ``count`` is their
-    number. Tensors that are not aligned alike have no whole chunk: all of the row then moves by element.
-    """
-    stride = 8 * group
-
-    @device
-    def geometry(s_row, t_row, g_row, width, whole):
-        misfit = ((s_row ^ t_row) | (s_row ^ g_row)) & I64(15)
-        head = I32((I64(16) - (s_row & I64(15))) & I64(15)) // I32(size)
-        origin = I32(head - stride) if head > I32(0) else I32(0)
-        count = I32(I32((width - origin + stride - 1) // I32(stride)) * group)
-        first = I32(group) if head > I32(0) else I32(0)
-        last = I32(I32((whole - origin) // I32(stride)) * group)
-        if misfit != I64(0) or last < first:
-            first = I32(0)
-            last = I32(0)
-        return origin, first, last, count
-
-    return geometry
-
-
-def is_kept(mask, row):
-    keep = True
-    if mask != I64(0):
-        keep = ptx.load_u8(mask + I64(row)) != np.uint32(0)
-    return keep
-
-
-def row_scale(scale, row, factor):
-    if scale != I64(0):
-        factor = factor * ptx.load_f32(scale + I64(row) * 4)
-    return factor
-
-
-is_kept, row_scale = device(is_kept), device(row_scale)
 
 def eight_pairs(pair):
     """Device function: a pair function over eight elements -> (sum of losses, second results, third results)."""
@@ -109,42 +71,16 @@ def rows_kernel(dtype: str, divergence: str, threads: int, cluster: int, staged:
     """
     code, wide, pair, merge = codec(dtype), codec("f32"), PAIRS[divergence], merges(threads, cluster)
     size, forward = code.size, divergence == "forward"
-    first_element, decode, encode = code.first_element, code.decode, code.encode
+    decode, encode = code.decode, code.encode
     put, put_edge, fetch_edge, stage, unstage = code.put, code.put_edge, code.fetch_edge, code.stage, code.unstage
+    steps = walk(code, threads)
+    whole_of, edges, edge, mine, element_of = steps.whole_of, steps.edges, steps.edge, steps.mine, steps.element_of
+    clear_row, stride = steps.clear_row, steps.stride
     fetch, fetch_last = code.fetch if staged else code.fetch_kept, code.fetch
     encode_wide, decode_wide, stage_wide, unstage_wide = wide.encode, wide.decode, wide.stage, wide.unstage
     softmax_two, sum_two = merge.softmax_two, merge.sum_two
     geometry = row_geometry(size, code.group)
-    stride = I64(threads * 8 * size)  # bytes from a thread's chunk to its next
     eight, factors = eight_pairs(pair), FACTORS[divergence]
-
-    @device
-    def whole_of(chunks):
-        """This thread's whole chunks, as slots of the slice: (first, end, bytes from the row's start to the first).
-
-        At most one group before the first whole chunk hangs over the start of the row.
-        """
-        origin, first, last, count, lo, hi, tid = chunks
-        chunk = I32(lo + tid)
-        chunk = chunk if chunk >= first else I32(chunk + threads)
-        return I32(chunk - lo), I32(min(hi, last) - lo), I64(origin + first_element(chunk)) * size
-
-    @device
-    def edges(chunks):
-        """How many chunks of the row are not whole: [0, first) and [last, count)."""
-        return I32(chunks[1] + chunks[3] - chunks[2])
-
-    @device
-    def edge(j, chunks):
-        return j if j < chunks[1] else I32(j - chunks[1] + chunks[2])
-
-    @device
-    def mine(chunk, chunks):
-        return chunk >= chunks[4] and chunk < chunks[5]
-
-    @device
-    def element_of(chunk, chunks):
-        return I32(chunks[0] + first_element(chunk))
 
     @device
     def take(words, slot, span, sa, sb, ta, tb, k2, state):
@@ -272,20 +208,6 @@ def rows_kernel(dtype: str, divergence: str, threads: int, cluster: int, staged:
                     a, b, c = eight(xs, xt, known)
                 ga, gb = encode(centred(b, c, mean, grad_scale))
                 put_edge(g_row, e, v, ga, gb)
-            j = I32(j + threads)
-
-    @device
-    def clear_row(g_row, v, chunks):
-        za, zb = encode((ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO))
-        slot, stop, at = whole_of(chunks)
-        while slot < stop:
-            put(g_row + at, za, zb)
-            slot, at = I32(slot + threads), at + stride
-        j = chunks[6]
-        while j < edges(chunks):
-            chunk = edge(j, chunks)
-            if mine(chunk, chunks):
-                put_edge(g_row, element_of(chunk, chunks), v, za, zb)
             j = I32(j + threads)
 
     def kernel(s, t, g, loss, mask, scale, v, t_stride, s_width, t_width, span, k2, grad_factor, loss_factor, beta):

@@ -17,7 +17,8 @@ from stillhouse.kernels.cuda import intrinsics as ptx
 from stillhouse.kernels.cuda.arithmetic import (
     FACTORS, LOWEST, PAIRS, ZERO, device, eight_max, eight_sum, row_known, warp_max, warp_sum,
 )  # fmt: skip
-from stillhouse.kernels.cuda.rows import HUGE, SIGNATURE, is_kept, row_scale
+from stillhouse.kernels.cuda.chunks import is_kept, row_scale
+from stillhouse.kernels.cuda.rows import HUGE, SIGNATURE
 from stillhouse.kernels.cuda.vectors import codec
 
 I32, I64, F32, U32 = np.int32, np.int64, np.float32, np.uint32

@@ -33,6 +33,11 @@ def _sixteen_bit(low, high, pack, minus_infinity):
         return I32(chunk * 8)
 
     @device
+    def place(element):
+        """The number of an element in the order of chunks, eight to each."""
+        return element
+
+    @device
     def fetch(address):
         a = ptx.load_words(address)
         return a, a
@@ -113,6 +118,12 @@ def _single(nothing=U32(0xFF800000)):
     @device
     def first_element(chunk):
         return I32((chunk >> I32(5)) * 256 + (chunk & I32(31)) * 4)
+
+    @device
+    def place(element):
+        group, half = element >> I32(8), (element >> I32(7)) & I32(1)
+        quad, i = (element >> I32(2)) & I32(31), element & I32(3)
+        return I32((group << I32(8)) + (quad << I32(3)) + (half << I32(2)) + i)
 
     @device
     def fetch(address):
@@ -196,7 +207,7 @@ def _single(nothing=U32(0xFF800000)):
 
 def _methods(scope):
     wanted = (
-        "first_element fetch fetch_kept decode encode put fetch_edge put_edge load_one store_one stage unstage"
+        "first_element place fetch fetch_kept decode encode put fetch_edge put_edge load_one store_one stage unstage"
     ).split()
     return {name: scope[name] for name in wanted}
 

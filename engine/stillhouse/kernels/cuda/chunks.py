@@ -1,0 +1,108 @@
+"""How a row is cut into chunks and dealt out, for the kernels that give a row to one block or to a cluster."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+
+from stillhouse.kernels.cuda import intrinsics as ptx
+from stillhouse.kernels.cuda.arithmetic import ZERO, device
+
+I32, I64, F32 = np.int32, np.int64, np.float32
+
+
+def row_geometry(size: int, group: int):
+    """Device function: where the chunks of a row lie, and which of them are whole on every tensor.
+
+    ``origin`` is the element at which chunk 0 starts (at most 0), chunks [first, last) are whole, ``count`` is their
+    number. Tensors that are not aligned alike have no whole chunk: all of the row then moves by element.
+    """
+    stride = 8 * group
+
+    @device
+    def geometry(s_row, t_row, g_row, width, whole):
+        misfit = ((s_row ^ t_row) | (s_row ^ g_row)) & I64(15)
+        head = I32((I64(16) - (s_row & I64(15))) & I64(15)) // I32(size)
+        origin = I32(head - stride) if head > I32(0) else I32(0)
+        count = I32(I32((width - origin + stride - 1) // I32(stride)) * group)
+        first = I32(group) if head > I32(0) else I32(0)
+        last = I32(I32((whole - origin) // I32(stride)) * group)
+        if misfit != I64(0) or last < first:
+            first = I32(0)
+            last = I32(0)
+        return origin, first, last, count
+
+    return geometry
+
+
+def is_kept(mask, row):
+    keep = True
+    if mask != I64(0):
+        keep = ptx.load_u8(mask + I64(row)) != np.uint32(0)
+    return keep
+
+
+def row_scale(scale, row, factor):
+    if scale != I64(0):
+        factor = factor * ptx.load_f32(scale + I64(row) * 4)
+    return factor
+
+
+is_kept, row_scale = device(is_kept), device(row_scale)
+
+
+def walk(code: SimpleNamespace, threads: int) -> SimpleNamespace:
+    """Device functions over ``chunks``: (origin, first, last, count, lo, hi, tid), see ``row_geometry``.
+
+    This block has the chunks [lo, hi). Each of its threads takes every ``threads``-th of the whole ones, and of the
+    others, the edges.
+    """
+    size, first_element, encode, put, put_edge = code.size, code.first_element, code.encode, code.put, code.put_edge
+    stride = I64(threads * 8 * size)  # bytes from a thread's chunk to its next
+
+    @device
+    def whole_of(chunks):
+        """This thread's whole chunks, as slots of the slice: (first, end, bytes from the row's start to the first).
+
+        At most one group before the first whole chunk hangs over the start of the row.
+        """
+        origin, first, last, count, lo, hi, tid = chunks
+        chunk = I32(lo + tid)
+        chunk = chunk if chunk >= first else I32(chunk + threads)
+        return I32(chunk - lo), I32(min(hi, last) - lo), I64(origin + first_element(chunk)) * size
+
+    @device
+    def edges(chunks):
+        """How many chunks of the row are not whole: [0, first) and [last, count)."""
+        return I32(chunks[1] + chunks[3] - chunks[2])
+
+    @device
+    def edge(j, chunks):
+        return j if j < chunks[1] else I32(j - chunks[1] + chunks[2])
+
+    @device
+    def mine(chunk, chunks):
+        return chunk >= chunks[4] and chunk < chunks[5]
+
+    @device
+    def element_of(chunk, chunks):
+        return I32(chunks[0] + first_element(chunk))
+
+    @device
+    def clear_row(g_row, v, chunks):
+        za, zb = encode((ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO))
+        slot, stop, at = whole_of(chunks)
+        while slot < stop:
+            put(g_row + at, za, zb)
+            slot, at = I32(slot + threads), at + stride
+        j = chunks[6]
+        while j < edges(chunks):
+            chunk = edge(j, chunks)
+            if mine(chunk, chunks):
+                put_edge(g_row, element_of(chunk, chunks), v, za, zb)
+            j = I32(j + threads)
+
+    return SimpleNamespace(
+        whole_of=whole_of, edges=edges, edge=edge, mine=mine, element_of=element_of, clear_row=clear_row, stride=stride
+    )

@@ -1,0 +1,346 @@
+"""Kernels for top-k teachers and sampled labels: the student's row is read once and the gradient written once.
+
+A top-k teacher makes k + 1 outcomes: its entries, and everything else as one (see ``kernels/reference.py``). The
+entries are first marked in a bitmap in shared memory; the pass over the row then sums what is not marked, with a
+maximum of its own, so that the mass outside is exact however small it is. Each entry's gradient is stored by one
+thread before the last pass, which leaves marked elements as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from numba import cuda, types
+
+from stillhouse.kernels.cuda import intrinsics as ptx
+from stillhouse.kernels.cuda.arguments import GHOST, SAMPLED, WITHIN
+from stillhouse.kernels.cuda.arithmetic import FACTORS, LN2, LOWEST, ONE, PAIRS, ZERO, absorb, device, log2_of, mixture_series
+from stillhouse.kernels.cuda.chunks import is_kept, row_geometry, row_scale, walk
+from stillhouse.kernels.cuda.merge import SCRATCH, merges
+from stillhouse.kernels.cuda.vectors import codec
+
+I32, I64, F32, U32 = np.int32, np.int64, np.float32, np.uint32
+LOG2E = F32(math.log2(math.e))
+MINUS_INFINITY = F32(-np.inf)
+HUGE = F32(3.0e38)
+
+SIGNATURE = (*[types.int64] * 8, *[types.int32] * 4, *[types.float32] * 4)
+
+
+@device
+def unmarked(x, marks, mark):
+    return MINUS_INFINITY if (marks & mark) != U32(0) else x
+
+
+@device
+def others_only(x, marks):
+    """Eight logits, the marked ones as -inf."""
+    if marks == U32(0):
+        return x
+    return (
+        unmarked(x[0], marks, U32(1)), unmarked(x[1], marks, U32(2)),
+        unmarked(x[2], marks, U32(4)), unmarked(x[3], marks, U32(8)),
+        unmarked(x[4], marks, U32(16)), unmarked(x[5], marks, U32(32)),
+        unmarked(x[6], marks, U32(64)), unmarked(x[7], marks, U32(128)),
+    )  # fmt: skip
+
+
+@device
+def chosen(new, old, marks, mark):
+    return old if (marks & mark) != U32(0) else new
+
+
+@device
+def keep_marked(new, old, marks):
+    return (
+        chosen(new[0], old[0], marks, U32(1)), chosen(new[1], old[1], marks, U32(2)),
+        chosen(new[2], old[2], marks, U32(4)), chosen(new[3], old[3], marks, U32(8)),
+        chosen(new[4], old[4], marks, U32(16)), chosen(new[5], old[5], marks, U32(32)),
+        chosen(new[6], old[6], marks, U32(64)), chosen(new[7], old[7], marks, U32(128)),
+    )  # fmt: skip
+
+
+@device
+def scaled_powers(x, k2, n, f):
+    return (
+        f * ptx.exp2(ptx.fma(x[0], k2, n)), f * ptx.exp2(ptx.fma(x[1], k2, n)),
+        f * ptx.exp2(ptx.fma(x[2], k2, n)), f * ptx.exp2(ptx.fma(x[3], k2, n)),
+        f * ptx.exp2(ptx.fma(x[4], k2, n)), f * ptx.exp2(ptx.fma(x[5], k2, n)),
+        f * ptx.exp2(ptx.fma(x[6], k2, n)), f * ptx.exp2(ptx.fma(x[7], k2, n)),
+    )  # fmt: skip
+
+
+@device
+def index_at(indices, i):
+    return I32(ptx.load_i64(indices + I64(i) * 8))
+
+
+@device
+def value_at(values, i):
+    return ptx.load_f32(values + I64(i) * 4)
+
+
+def sparse_kernel(dtype: str, divergence: str, threads: int, cluster: int, staged: bool) -> Callable:
+    """The kernel (undecorated) of one dtype, divergence, block and cluster size.
+
+    Its arguments: addresses of student, indices (int64), log-probabilities or weights (float32), mass outside
+    (float32, or 0), gradient, loss, mask (or 0), scale (or 0); V, k, the mode, chunks in a block's slice; then the
+    same factors as for dense teachers.
+    """
+    code, pair, factors, merge = codec(dtype), PAIRS[divergence], FACTORS[divergence], merges(threads, cluster)
+    size, forward, marks_at = code.size, divergence == "forward", 4 * code.vectors if staged else 0
+    decode, encode, put, put_edge, fetch_edge = code.decode, code.encode, code.put, code.put_edge, code.fetch_edge
+    stage, unstage, place, load_one, store_one = code.stage, code.unstage, code.place, code.load_one, code.store_one
+    fetch, fetch_last = code.fetch if staged else code.fetch_kept, code.fetch
+    softmax_two, sum_two, geometry = merge.softmax_two, merge.sum_two, row_geometry(size, code.group)
+    steps = walk(code, threads)
+    whole_of, edges, edge, mine, element_of = steps.whole_of, steps.edges, steps.edge, steps.mine, steps.element_of
+    clear_row, stride = steps.clear_row, steps.stride
+
+    @device
+    def mark(words, span, indices, k, chunks):
+        """Set the bit of every entry in this block's slice. An or of bits is the same in whatever order."""
+        origin, lo, hi, tid = chunks[0], chunks[4], chunks[5], chunks[6]
+        base = I32(span * marks_at)
+        i = tid
+        while i < k:
+            bit = I32(place(I32(index_at(indices, i) - origin)) - lo * 8)
+            if bit >= I32(0) and bit < I32((hi - lo) * 8):
+                cuda.atomic.or_(words, U32(base + (bit >> I32(5))), U32(1) << U32(bit & I32(31)))
+            i = I32(i + threads)
+
+    @device
+    def clear_marks(words, span, tid):
+        base, count = I32(span * marks_at), I32(span >> I32(2))
+        i = tid
+        while i < count:
+            ptx.shared_store(words, I32(base + i), ZERO)
+            i = I32(i + threads)
+
+    @device
+    def marks_of(words, span, slot):
+        word = ptx.float_as_word(ptx.shared_load(words, I32(span * marks_at + (slot >> I32(2)))))
+        return U32((word >> U32((slot & I32(3)) << I32(3))) & U32(255))
+
+    @device
+    def take(words, span, slot, a, b, k2, c, d):
+        if staged:
+            stage(words, I32(0), span, slot, a, b)
+        return absorb(others_only(decode(a, b), marks_of(words, span, slot)), k2, c, d)
+
+    @device
+    def absorb_row(words, span, s_row, v, chunks, k2):
+        """Keep the row, and (C, D) of what is not marked."""
+        c, d = LOWEST, ZERO
+        slot, stop, at = whole_of(chunks)
+        while slot < stop:
+            a, b = fetch(s_row + at)
+            c, d = take(words, span, slot, a, b, k2, c, d)
+            slot, at = I32(slot + threads), at + stride
+        j = chunks[6]
+        while j < edges(chunks):
+            chunk = edge(j, chunks)
+            if mine(chunk, chunks):
+                a, b = fetch_edge(s_row, element_of(chunk, chunks), v)
+                c, d = take(words, span, I32(chunk - chunks[4]), a, b, k2, c, d)
+            j = I32(j + threads)
+        return c, d
+
+    @device
+    def absorb_entries(s_row, indices, k, k2, tid):
+        """(C, D) of the k entries alone."""
+        c, d = LOWEST, ZERO
+        i = tid
+        while i < k:
+            x = load_one(s_row + I64(index_at(indices, i)) * size)
+            higher = ptx.fmax(x * k2, c)
+            d = ptx.fma(d, ptx.exp2(c - higher), ptx.exp2(ptx.fma(x, k2, -higher)))
+            c = higher
+            i = I32(i + threads)
+        return c, d
+
+    @device
+    def outcome(log_p, log_q, beta):
+        """The pair function of two log2-probabilities."""
+        return pair(log_p, log_q, (ONE, ZERO, ZERO, ONE, ONE, ZERO, ZERO, beta, *mixture_series(beta)))
+
+    @device
+    def entry_sums(s_row, indices, values, k, mode, k2, n, log_d, beta, shift, tid):
+        total, mean = ZERO, ZERO
+        i = tid
+        while i < k:
+            x = load_one(s_row + I64(index_at(indices, i)) * size)
+            log_q, value = ptx.fma(x, k2, n) - log_d, value_at(values, i)
+            if mode == I32(SAMPLED):
+                total, mean = total - value * log_q * LN2, mean + value
+            else:
+                a, b, c = outcome(value * LOG2E, log_q, beta)
+                total, mean = total + a, mean + ptx.fma(b, -shift, c)
+            i = I32(i + threads)
+        return total, mean
+
+    @device
+    def weight_of(indices, values, k, i, index):
+        """(Is this the first draw of that index?, the weight of all of its draws)."""
+        first, weight = True, ZERO
+        j = I32(0)
+        while j < k:
+            if index_at(indices, j) == index:
+                weight = weight + value_at(values, j)
+                if j < i:
+                    first = False
+            j = I32(j + 1)
+        return first, weight
+
+    @device
+    def write_entries(s_row, g_row, indices, values, k, mode, k2, n, log_d, beta, mean, grad_scale, chunks):
+        i = chunks[6]
+        while i < k:
+            index = index_at(indices, i)
+            bit = place(I32(index - chunks[0]))
+            if mine(bit >> I32(3), chunks):
+                first, weight = True, ZERO
+                if mode == I32(SAMPLED):
+                    first, weight = weight_of(indices, values, k, i, index)
+                if first:  # the others must not read what the first one overwrites
+                    log_q = ptx.fma(load_one(s_row + I64(index) * size), k2, n) - log_d
+                    if mode == I32(SAMPLED):
+                        gradient = mean * ptx.exp2(log_q) - weight
+                    else:
+                        a, b, c = outcome(value_at(values, i) * LOG2E, log_q, beta)
+                        gradient = b if forward else ptx.fma(b, -mean, c)
+                    store_one(g_row + I64(index) * size, gradient * grad_scale)
+            i = I32(i + threads)
+
+    @device
+    def write_row(words, span, s_row, g_row, v, chunks, k2, n, f):
+        """f 2^(k2 x - C) everywhere but at the marked elements, which have their gradient already."""
+        slot, stop, at = whole_of(chunks)
+        while slot < stop:
+            if staged:
+                a, b = unstage(words, I32(0), span, slot)
+            else:
+                a, b = fetch_last(s_row + at)
+            gradient, marks = scaled_powers(decode(a, b), k2, n, f), marks_of(words, span, slot)
+            if marks != U32(0):
+                a, b = fetch_last(g_row + at)
+                gradient = keep_marked(gradient, decode(a, b), marks)
+            a, b = encode(gradient)
+            put(g_row + at, a, b)
+            slot, at = I32(slot + threads), at + stride
+        j = chunks[6]
+        while j < edges(chunks):
+            chunk = edge(j, chunks)
+            if mine(chunk, chunks):
+                e = element_of(chunk, chunks)
+                slot = I32(chunk - chunks[4])
+                if staged:
+                    a, b = unstage(words, I32(0), span, slot)
+                else:
+                    a, b = fetch_edge(s_row, e, v)
+                gradient, marks = scaled_powers(decode(a, b), k2, n, f), marks_of(words, span, slot)
+                if marks != U32(0):
+                    a, b = fetch_edge(g_row, e, v)
+                    gradient = keep_marked(gradient, decode(a, b), marks)
+                a, b = encode(gradient)
+                put_edge(g_row, e, v, a, b)
+            j = I32(j + threads)
+
+    @device
+    def row_sums(mode, ck, dk, co, do):
+        """(C, log2 D) of the student's distribution, and log2 of the mass outside of the k entries."""
+        if mode == I32(WITHIN):
+            return ck, log2_of(dk), MINUS_INFINITY
+        c = co
+        d = do
+        if mode != I32(SAMPLED):
+            c = ptx.fmax(ck, co)
+            d = dk * ptx.exp2(ck - c) + do * ptx.exp2(co - c)
+        log_d = log2_of(d)
+        return c, log_d, (co - c) + log2_of(do) - log_d
+
+    def kernel(
+        s, indices, values, outside, g, loss, mask, scale, v, k, mode, span, k2, grad_factor, loss_factor, beta
+    ):  # fmt: skip
+        words = cuda.shared.array(0, np.uint32, alignment=16)
+        scratch = cuda.shared.array(SCRATCH, np.float32)
+        tid = I32(cuda.threadIdx.x)
+        row = I32(I32(cuda.blockIdx.x) // I32(cluster))
+        rank = I32(0)
+        if cluster > 1:
+            ptx.cluster_arrive()
+            rank = ptx.cluster_rank()
+        s_row, g_row = s + I64(row) * v * size, g + I64(row) * v * size
+        indices, values = indices + I64(row) * k * 8, values + I64(row) * k * 4
+        origin, first, last, count = geometry(s_row, s_row, g_row, v, v)
+        lo = I32(rank * span)
+        chunks = (origin, first, last, count, lo, min(I32(lo + span), count), tid)
+        leader = rank == I32(0) and tid == I32(0)
+        if not is_kept(mask, row):
+            if cluster > 1:
+                ptx.cluster_wait()
+            clear_row(g_row, v, chunks)
+            if leader:
+                ptx.store_f32(loss + I64(row) * 4, ZERO)
+            return
+
+        clear_marks(words, span, tid)
+        cuda.syncthreads()
+        if mode != I32(SAMPLED):
+            mark(words, span, indices, k, chunks)
+            cuda.syncthreads()
+        co, do = absorb_row(words, span, s_row, v, chunks, k2)
+        ck, dk = LOWEST, ZERO
+        if rank == I32(0) and mode != I32(SAMPLED):
+            ck, dk = absorb_entries(s_row, indices, k, k2, tid)
+        if cluster > 1:
+            ptx.cluster_wait()
+        ck, dk, co, do = softmax_two(scratch, tid, rank, ck, dk, co, do)
+        c, log_d, log_rest = row_sums(mode, ck, dk, co, do)
+        n = -c
+
+        # What is outside is one outcome more, unless nothing is. Where it has most of the mass, the mean of the
+        # logarithms is nearly its own: taking all of them relative to it keeps the digits of the difference.
+        rest = mode != I32(SAMPLED) and mode != I32(WITHIN) and k < v
+        rest_loss, rest_second, rest_third, shift, over = ZERO, ZERO, ZERO, ZERO, ZERO
+        if rest:
+            log_p = MINUS_INFINITY
+            if mode == I32(GHOST):
+                log_p = log2_of(ptx.load_f32(outside + I64(row) * 4))
+            rest_loss, rest_second, rest_third = outcome(log_p, log_rest, beta)
+            if log_rest > F32(-120.0):
+                over = ptx.exp2(-log_rest)
+                if not forward and rest_third < HUGE:
+                    shift = rest_third * over
+        total, mean = ZERO, ZERO
+        if rank == I32(0):
+            total, mean = entry_sums(s_row, indices, values, k, mode, k2, n, log_d, beta, shift, tid)
+            if leader and rest:
+                total = total + rest_loss
+                if shift == ZERO and not forward:
+                    mean = mean + rest_third
+        total, mean = sum_two(scratch, tid, rank, total, mean)
+        loss_scale, grad_scale = factors(loss_factor, row_scale(scale, row, grad_factor), beta)
+        share = rest_second * over if forward else -mean  # of its probability that an unmarked gradient is
+        if shift == ZERO and not forward:
+            share = ptx.fma(rest_third, over, -mean)
+        if mode == I32(SAMPLED):
+            loss_scale, grad_scale, share = loss_factor, row_scale(scale, row, grad_factor), mean
+        elif mode == I32(WITHIN):
+            share = ZERO
+        if leader:
+            ptx.store_f32(loss + I64(row) * 4, total * loss_scale)
+
+        if mode != I32(SAMPLED) and mean > HUGE:  # as for dense teachers: loss inf, and no gradient
+            clear_row(g_row, v, chunks)
+            return
+        centre = mean if mode == I32(SAMPLED) else mean + shift
+        write_entries(s_row, g_row, indices, values, k, mode, k2, n, log_d, beta, centre, grad_scale, chunks)
+        if mode == I32(SAMPLED):
+            mark(words, span, indices, k, chunks)
+        cuda.syncthreads()
+        write_row(words, span, s_row, g_row, v, chunks, k2, n, grad_scale * share * ptx.exp2(-log_d))
+
+    return kernel
