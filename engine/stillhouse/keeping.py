@@ -55,6 +55,6 @@ def _teachers(loop: Loop, split: Split) -> SoftLabels | None:
         return None
     with evaluating(teacher):
         width = forward(teacher, probe.for_teacher)[0].numel()
-    if 4 * width * len(split) > LIMIT:
+    if stage.top_per_class is None and 4 * width * len(split) > LIMIT:
         return None
     return write_soft_labels(teacher, split, {"teacher": digest(teacher)}, device=loop.device)[0]

@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 from stillhouse import optim
 from stillhouse.checkpoint import RandomState
 from stillhouse.config import Training
-from stillhouse.context import Stage
+from stillhouse.context import TEACHER, Stage
 from stillhouse.errors import ConfigError
 from stillhouse.order import Order
 from stillhouse.softlabels import SoftLabels
@@ -48,11 +48,15 @@ class Loop:
     ) -> None:
         self.step, self.splits, self.settings, self.device = step, splits, settings, device
         self.watcher = watcher
+        for stage in step.stages:
+            if stage.top_per_class is not None and not self._keepable(stage):
+                raise _nothing_kept(stage)
         self.lengths = stage_lengths(step.stages, settings.steps)
         self.at = Position()
         self.random = RandomState.seeded(settings.seed)
         self.optimizer: torch.optim.Optimizer | None = None
         self._trained: tuple[str, ...] = ()
+        self._stand_in: Mapping[str, Tensor] | None = None
         self._ready = self._running = False
 
     def run(self, steps: int | None = None) -> bool:
@@ -125,10 +129,20 @@ class Loop:
             self.rows = most_confident(kept, stage, self.split)
         self.order = self._order(len(self.split) if self.rows is None else len(self.rows))
         self.step.begin(stage, self.lengths[self.at.stage], kept)
+        if self._stand_in is not None and self.step.stand_in is not None:
+            self.step.stand_in.load_state_dict(self._stand_in)
+        self._stand_in = None
         self.step.info.index, self.step.info.stage_index = self.at.step, self.at.stage_step
         self.model = self.step.model(stage)
         self._optimize(stage)
         self._ready = True
+
+    def _keepable(self, stage: Stage) -> bool:
+        plugins, captures = self.step.plugins, self.step.captures
+        if not self.splits.stage(stage.data).fixed or plugins.implements("batch_transform"):
+            return False
+        asked = captures.asked(TEACHER) or plugins.implements("teacher_forward")
+        return stage.teacher != TEACHER or (self.settings.cache_teacher and not asked)
 
     def _order(self, rows: int) -> Order:
         return Order(rows, self.settings.batch_size, self.settings.seed, self.at.stage)
@@ -170,6 +184,7 @@ class Loop:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on, and nothing of the teacher."""
         optimizing = self.optimizer is not None
+        stand_in = self.step.stand_in if self.at.stage_step else None
         return {
             "position": asdict(self.at),
             "models": {name: model.state_dict() for name, model in self.step.run.models.items()},
@@ -179,6 +194,8 @@ class Loop:
             "trained": list(self._trained),
             "random": (RandomState.capture() if self._running else self.random).state,
             "teacher_calls": self.step.teacher_calls,
+            # A model that was copied when the stage began: it can't be made again from the model trained since.
+            "stand_in": None if stand_in is None else stand_in.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -189,6 +206,7 @@ class Loop:
         self.at = Position(**state["position"])
         self.step.teacher_calls = state["teacher_calls"]
         self.random = RandomState(state["random"])
+        self._stand_in = state["stand_in"]
         if state["optimizer"] is not None:
             self._restore_optimizer(state)
 
@@ -229,16 +247,20 @@ def micro_batches(batch: Batch, size: int | None) -> list[Batch]:
 def most_confident(kept: SoftLabels | None, stage: Stage, split: Split) -> Tensor:
     """Ids of the ``stage.top_per_class`` rows of each class that the kept soft labels are surest of."""
     if kept is None:
-        raise ConfigError(
-            f"stage '{stage.name}' chooses rows by kept soft labels, and none can be kept here: "
-            "the split's rows must be fixed, and cache_teacher true"
-        )
+        raise _nothing_kept(stage)
     confidence, predicted = kept.logits.softmax(-1).max(-1)
     chosen = []
     for label in predicted.unique():
         ids = (predicted == label).nonzero()[:, 0]
         chosen.append(ids[confidence[ids].argsort(descending=True, stable=True)[: stage.top_per_class]])
     return torch.cat(chosen).sort().values.cpu()
+
+
+def _nothing_kept(stage: Stage) -> ConfigError:
+    return ConfigError(
+        f"stage '{stage.name}' chooses rows by kept soft labels, and none can be kept here: "
+        "the split's rows must be fixed, and cache_teacher true"
+    )
 
 
 def parameter_groups(step: DistillStep, trained: Sequence[str]) -> list[dict[str, Any]]:

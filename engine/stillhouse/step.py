@@ -238,6 +238,11 @@ class DistillStep:
         if kept is None and stage.teacher not in (TEACHER, None):
             self._stand_in = freeze(copy.deepcopy(self.run.models[str(stage.teacher)]))
 
+    @property
+    def stand_in(self) -> nn.Module | None:
+        """The frozen copy of a model that stands where the teacher does; None where the teacher itself does."""
+        return None if self._stand_in is self.teacher else self._stand_in
+
     def trained(self, stage: Stage) -> tuple[str, ...]:
         """Names of the modules that a stage trains."""
         if stage.train is not None:
