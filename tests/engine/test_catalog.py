@@ -65,7 +65,7 @@ def test_a_broken_plugin_that_nobody_names_is_in_nobodys_way(install):
 
 def test_an_entry_point_to_nothing_is_refused(install):
     install("acme", point("mine", "acme_mine:Missing"), acme_mine=GOOD)
-    with pytest.raises(PluginError, match="Missing"):
+    with pytest.raises(PluginError, match=r"Missing"):
         as_plugins("mine")
 
 
@@ -74,7 +74,7 @@ def test_an_entry_point_to_something_else_is_refused_and_not_called(install, val
     mark = tmp_path / "called"
     source = GOOD + f"\n    def function(*args):\n        open({str(mark)!r}, 'w')\n"
     install("acme", point("mine", value), acme_mine=source)
-    with pytest.raises(PluginError, match="expected a subclass of Method"):
+    with pytest.raises(PluginError, match=r"expected a subclass of Method"):
         as_plugins("mine")
     assert not mark.exists()
 
@@ -92,12 +92,12 @@ def test_two_plugins_with_one_name_are_refused_naming_both(install):
 
 def test_a_built_ins_name_can_not_be_taken_in_silence(install):
     install("acme", point("kd", "acme_mine:Mine"), acme_mine=GOOD)
-    with pytest.raises(PluginError, match="two plugins are called 'kd'"):
+    with pytest.raises(PluginError, match=r"two plugins are called 'kd'"):
         as_plugins("kd")
 
 
 def test_a_misspelt_plugin_is_refused_with_the_nearest_name():
-    with pytest.raises(PluginError, match="no method is called 'sdl'; did you mean 'sld'"):
+    with pytest.raises(PluginError, match=r"no method is called 'sdl'; did you mean 'sld'"):
         as_plugins("sdl")
 
 
@@ -119,7 +119,7 @@ class TestAllowList:
 
     def test_a_hidden_plugin_is_missed_with_the_reason(self, monkeypatch):
         monkeypatch.setenv("STILLHOUSE_PLUGINS", "")
-        with pytest.raises(PluginError, match="STILLHOUSE_PLUGINS='' may hide it"):
+        with pytest.raises(PluginError, match=r"STILLHOUSE_PLUGINS='' may hide it"):
             as_plugins("mine")
 
     def test_settles_a_double_claim(self, monkeypatch, install):
@@ -129,7 +129,7 @@ class TestAllowList:
 
 
 def test_settings_in_python_are_checked_like_a_configs():
-    with pytest.raises(ValueError, match="method.temprature: unknown; did you mean 'temperature'"):
+    with pytest.raises(ValueError, match=r"method.temprature: unknown; did you mean 'temperature'"):
         as_plugins({"name": "kd", "temprature": 2})
     with pytest.raises(ValueError, match=r"methods\.1\.temperature: "):
         as_plugins(["kd", {"name": "sld", "temperature": 0}])

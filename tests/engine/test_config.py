@@ -83,7 +83,7 @@ class TestKeys:
         ]
 
     def test_a_config_does_not_change_after_it_was_read(self):
-        with pytest.raises(ValueError, match="frozen"):
+        with pytest.raises(ValueError, match=r"frozen"):
             validate(PLAIN).steps = 3
 
 
@@ -164,7 +164,7 @@ class TestYaml:
             read(str(path))
 
     def test_a_file_that_is_not_there_offers_the_nearest_shipped_config(self):
-        with pytest.raises(ConfigError, match="did you mean 'mnist1d-sld'"):
+        with pytest.raises(ConfigError, match=r"did you mean 'mnist1d-sld'"):
             read("mnist1d-sdl")
 
     def test_a_resolved_config_reads_back_as_itself(self):

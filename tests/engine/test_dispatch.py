@@ -156,7 +156,7 @@ class TestContract:
         assert "'logit': no such capability; did you mean 'logits'?" in message
 
     def test_the_same_name_twice_is_refused(self):
-        with pytest.raises(PluginError, match="named twice"):
+        with pytest.raises(PluginError, match=r"named twice"):
             Plugins([plugin(method()), plugin(method())])
 
     @pytest.mark.parametrize("hook", ["teacher_forward", "student_update", "stages"])
@@ -232,7 +232,7 @@ class TestWhatAHookGives:
         def stages(self, run):
             return ["distil"]
 
-        with pytest.raises(PluginError, match="expected a list of Stage"):
+        with pytest.raises(PluginError, match=r"expected a list of Stage"):
             DistillStep(method(stages=stages)(), student=toys.net(), probe=toys.rows(2))
 
     def test_a_stage_on_an_unknown_model_is_refused_before_the_first_step(self):
@@ -240,7 +240,7 @@ class TestWhatAHookGives:
         def stages(self, run):
             return [Stage("one", model="studnet")]
 
-        with pytest.raises(ValueError, match="stage 'one' names 'studnet'; known models: student"):
+        with pytest.raises(ValueError, match=r"stage 'one' names 'studnet'; known models: student"):
             DistillStep(method(stages=stages)(), student=toys.net(), probe=toys.rows(2))
 
     def test_auxiliary_modules_must_be_modules(self):
@@ -248,7 +248,7 @@ class TestWhatAHookGives:
         def auxiliary_modules(self, run):
             return {"head": 3}
 
-        with pytest.raises(PluginError, match="an nn.Module or Auxiliary under 'head'"):
+        with pytest.raises(PluginError, match=r"an nn.Module or Auxiliary under 'head'"):
             DistillStep(method(auxiliary_modules=auxiliary_modules)(), student=toys.net(), probe=toys.rows(2))
 
     def test_auxiliary_modules_are_named_after_their_plugin(self):
@@ -282,5 +282,5 @@ def test_a_failing_hook_is_named_with_its_plugin_and_distribution():
 
 def test_no_loss_term_at_all_is_refused():
     step = DistillStep(method()(), student=toys.net(), probe=toys.rows(2))
-    with pytest.raises(ValueError, match="no plugin gave a loss term"):
+    with pytest.raises(ValueError, match=r"no plugin gave a loss term"):
         step(step.run.student, toys.rows(2))

@@ -101,7 +101,7 @@ def test_masked_rows_count_nowhere_in_a_regression(bad):
 
 
 def test_a_batch_without_labels_is_refused():
-    with pytest.raises(ConfigError, match="without labels"):
+    with pytest.raises(ConfigError, match=r"without labels"):
         label_loss(logits(), None, StepInfo())
 
 

@@ -233,7 +233,7 @@ class TestEmbedded:
             ConfigError, match=r"student\.33: no such module in Sequential; (did you mean|known)"
         ):
             step.run.capture("student", "33")
-        with pytest.raises(ConfigError, match="no such model; did you mean 'student'"):
+        with pytest.raises(ConfigError, match=r"no such model; did you mean 'student'"):
             step.run.capture("studnet", "0")
 
 
@@ -263,7 +263,9 @@ class TestTeacher:
             def on_run_start(self, run):
                 self.teacher = run.teacher
 
-        with pytest.raises(PluginError, match="plugin 'writes' .* wrote to the teacher's weights or buffers"):
+        with pytest.raises(
+            PluginError, match=r"plugin 'writes' .* wrote to the teacher's weights or buffers"
+        ):
             toys.loop(Writes()).run()
 
     def test_one_that_is_written_to_later_is_noticed_at_the_stages_end(self):
@@ -272,7 +274,7 @@ class TestTeacher:
         loop.run(8)
         with torch.no_grad():
             teacher[0].weight.add_(1)
-        with pytest.raises(ConfigError, match="written to, by one of: plugin 'kd'"):
+        with pytest.raises(ConfigError, match=r"written to, by one of: plugin 'kd'"):
             loop.run()
 
     def test_a_hook_may_answer_in_its_place(self):
@@ -302,7 +304,7 @@ class TestTeacher:
 
     def test_the_student_itself_can_not_be_its_own_teacher_object(self):
         net = toys.net()
-        with pytest.raises(ConfigError, match="same"):
+        with pytest.raises(ConfigError, match=r"same"):
             step_of("kd", net, net)
 
 
@@ -344,12 +346,12 @@ class TestRefusedBeforeTheFirstStep:
         step_of("sld", toys.net(), toys.net(16, dropout=0.5).train())
 
     def test_no_teacher_where_one_is_needed(self):
-        with pytest.raises(ConfigError, match="plugin 'kd' .* needs a teacher, and there is none"):
+        with pytest.raises(ConfigError, match=r"plugin 'kd' .* needs a teacher, and there is none"):
             DistillStep("kd", student=toys.net(), probe=toys.rows(2))
 
     def test_no_labels_where_some_are_needed(self):
         with pytest.raises(
-            ConfigError, match="'hard_labels' .* needs labels, and the training split has none"
+            ConfigError, match=r"'hard_labels' .* needs labels, and the training split has none"
         ):
             DistillStep("hard_labels", student=toys.net(), probe=toys.rows(2)[0])
 
@@ -358,7 +360,7 @@ class TestRefusedBeforeTheFirstStep:
             requires = frozenset({"student_update"})
 
         with pytest.raises(
-            ConfigError, match="'needs' .* requires 'student_update', which this trainer does not"
+            ConfigError, match=r"'needs' .* requires 'student_update', which this trainer does not"
         ):
             DistillStep(Needs(), student=toys.net(), probe=toys.rows(2), offers=OFFERED - {"student_update"})
 
@@ -366,7 +368,7 @@ class TestRefusedBeforeTheFirstStep:
         class Needs(toys.Squares):
             requires = frozenset({"unlabelled"})
 
-        with pytest.raises(ConfigError, match="needs an unlabelled split"):
+        with pytest.raises(ConfigError, match=r"needs an unlabelled split"):
             DistillStep(Needs(), student=toys.net(), probe=toys.rows(2), splits=toys.splits(unlabelled=0))
 
     def test_a_model_that_gives_no_logits(self):
@@ -374,7 +376,7 @@ class TestRefusedBeforeTheFirstStep:
             def forward(self, inputs):
                 return {"out": inputs}
 
-        with pytest.raises(ConfigError, match="Odd gave dict; expected a tensor of logits"):
+        with pytest.raises(ConfigError, match=r"Odd gave dict; expected a tensor of logits"):
             step_of("kd", Odd())
 
     def test_a_hook_that_can_not_work_is_refused_here_already(self):
@@ -382,7 +384,7 @@ class TestRefusedBeforeTheFirstStep:
             @hookimpl
             def on_step_ended(self, step): ...
 
-        with pytest.raises(PluginError, match="did you mean 'on_step_end'"):
+        with pytest.raises(PluginError, match=r"did you mean 'on_step_end'"):
             step_of(Bad(), toys.net())
 
     def test_no_method_at_all(self):

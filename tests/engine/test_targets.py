@@ -49,5 +49,5 @@ def test_the_teacher_reads_the_students_inputs_unless_it_has_its_own():
 
 def test_dense_logits_are_asked_for_by_name():
     kept = TopK.from_logits(torch.randn(4, 10), 3)
-    with pytest.raises(ConfigError, match="got TopK for the teacher's logits; expected a dense tensor"):
+    with pytest.raises(ConfigError, match=r"got TopK for the teacher's logits; expected a dense tensor"):
         Targets(soft=kept).dense
