@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict
 
 from stillhouse.conformance import Conformance
 from stillhouse.context import Auxiliary, RunContext, Stage, StepInfo
-from stillhouse.errors import ConfigError, DataError, MissingExtra, PluginError
+from stillhouse.errors import ConfigError, DataError, Diverged, MissingExtra, PluginError
 from stillhouse.hooks import hookimpl
 from stillhouse.losses import cross_entropy, label_loss, regression_loss
 from stillhouse.observers import Observer, RunRecord
@@ -92,6 +92,7 @@ __all__ = [
     "ConfigError",
     "Conformance",
     "DataError",
+    "Diverged",
     "LossTerm",
     "Method",
     "MethodConfig",

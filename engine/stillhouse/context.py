@@ -132,6 +132,8 @@ class RunContext:
     build
         Makes a further model from ``{"name": ..., argument: ...}``, as the config's ``student`` is made
         (a teacher assistant, a specialist); None where the surrounding trainer knows models as objects only.
+    methods
+        Names of the run's methods, in order: the prefixes of their loss terms.
     """
 
     models: dict[str, nn.Module]
@@ -147,6 +149,7 @@ class RunContext:
     say: Callable[[str], None] = lambda message: None
     build: Callable[[Mapping[str, Any]], nn.Module] | None = None
     look: Callable[[str, Batch], StudentOut] | None = None
+    methods: tuple[str, ...] = ()
 
     @property
     def student(self) -> nn.Module:

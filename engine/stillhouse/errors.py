@@ -26,6 +26,10 @@ class DataError(StillhouseError):
     """Data that can't be trained on."""
 
 
+class Diverged(StillhouseError):
+    """A loss term is NaN or infinite; the last good checkpoint is kept."""
+
+
 class CheckpointError(StillhouseError):
     """A checkpoint or a run directory that can't be read, or is another run's."""
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from stillhouse import checkpoint, rundir
 from stillhouse.config import RunConfig
 from stillhouse.display import Display
-from stillhouse.errors import CheckpointError, StillhouseError
+from stillhouse.errors import CheckpointError, Diverged, StillhouseError
 from stillhouse.evaluate import score
 from stillhouse.files import write_text
 from stillhouse.keeping import keep
@@ -30,10 +30,6 @@ from stillhouse.tasks import Split, Task
 
 class Interrupted(StillhouseError):
     """Ctrl-C: the update was finished and a checkpoint written."""
-
-
-class Diverged(StillhouseError):
-    """A loss term is NaN or infinite; the last good checkpoint is kept."""
 
 
 class Recorder:
