@@ -132,7 +132,7 @@ class RunContext:
     build
         Makes a further model from ``{"name": ..., argument: ...}``, as the config's ``student`` is made
         (a teacher assistant, a specialist); None where the surrounding trainer knows models as objects only.
-    methods
+    method_names
         Names of the run's methods, in order: the prefixes of their loss terms.
     """
 
@@ -149,7 +149,7 @@ class RunContext:
     say: Callable[[str], None] = lambda message: None
     build: Callable[[Mapping[str, Any]], nn.Module] | None = None
     look: Callable[[str, Batch], StudentOut] | None = None
-    methods: tuple[str, ...] = ()
+    method_names: tuple[str, ...] = ()
 
     @property
     def student(self) -> nn.Module:

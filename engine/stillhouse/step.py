@@ -96,7 +96,7 @@ class DistillStep:
             say=say,
             build=build,
             look=self._look,
-            methods=tuple(plugin.name for plugin in self.plugins.plugins),
+            method_names=tuple(plugin.name for plugin in self.plugins.plugins),
         )
         self._count = None if teacher is None else teacher.register_forward_pre_hook(self._called)
         self._teacher_version = 0 if teacher is None else versions(teacher)
