@@ -1,0 +1,242 @@
+"""Hybrid loss: classification error, inference error and other methods' terms, with weights that are learned.
+
+The name HLDM stands in no published paper; this is our reading of its source text, grounded in uncertainty
+weighting (Kendall et al. 2018), GradNorm (Chen et al. 2018) and dynamic weight averaging (Liu et al. 2019).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from stillhouse.api import (
+    Auxiliary,
+    Batch,
+    ConfigError,
+    Diverged,
+    LossTerm,
+    Method,
+    MethodConfig,
+    RunContext,
+    StepInfo,
+    StudentOut,
+    Targets,
+    hookimpl,
+    label_loss,
+    regression_loss,
+)
+from stillhouse.kernels import softmax_kl
+from stillhouse_hldm.history import History
+from stillhouse_hldm.weighting import DWA, Fixed, GradNorm, Simplex, Uncertainty, Weighting
+
+POINTS = 400
+"""How many points the plot of the weights has."""
+
+
+class HLDMConfig(MethodConfig):
+    """Settings of HLDM."""
+
+    weighting: Literal["uncertainty", "gradnorm", "dwa", "fixed", "simplex"] = Field(
+        "uncertainty", description="How the weights are found."
+    )
+    terms: tuple[Literal["ce", "kd"], ...] | None = Field(
+        None, description="Terms of its own; default: both where it is the run's only method, else none."
+    )
+    temperature: float = Field(4.0, gt=0, description="T of its own term kd, which is multiplied by T^2.")
+    weights: dict[str, float] = Field(
+        default_factory=dict,
+        description="fixed: weights by the term's name, as in {hldm.kd: 0.9}; default 1.",
+    )
+    scales: dict[str, float] = Field(
+        default_factory=dict,
+        description="uncertainty: what a term is divided by where it is balanced, by name; default: T^2 for hldm.kd.",
+    )
+    bound: float = Field(5.0, gt=0, description="uncertainty: greatest |s|; weights lie in exp(-s).")
+    alpha: float = Field(
+        1.5, ge=0, description="gradnorm: pull towards equal training rates; 0: equal norms."
+    )
+    layer: str | None = Field(
+        None,
+        description="gradnorm: the module whose parameters the norms are taken at; default: the whole model.",
+    )
+    window: int = Field(100, gt=0, description="dwa: updates in one mean.")
+    dwa_temperature: float = Field(2.0, gt=0, description="dwa: T of the softmax; large: equal weights.")
+    entropy: float | None = Field(
+        None, gt=0, description="simplex: tau, weight of the entropy; has no default."
+    )
+    lr: float | None = Field(None, gt=0, description="Learning rate of the weights; default: the run's.")
+
+    @model_validator(mode="after")
+    def _no_collapse(self) -> HLDMConfig:
+        if self.weighting == "simplex" and self.entropy is None:
+            raise ValueError(
+                "weighting is simplex without entropy, which puts all weight on the smallest loss and ignores the "
+                "others; expected entropy above 0 (near the losses' size), or weighting: uncertainty"
+            )
+        if self.weights and self.weighting != "fixed":
+            raise ValueError(
+                f"weights are given, and weighting {self.weighting} finds its own; set weighting: fixed"
+            )
+        return self
+
+
+class HLDM(Method):
+    """``sum_i w_i L_i`` over the terms of every method of the run, w_i from ``weighting``.
+
+    Its own terms are CE with the labels (squared error for regression) and ``T^2 KL(teacher || student)``.
+    L_i is a term times the weight that its method gave it. The parameters of the weighting train on a loss in
+    which the terms are constants, and the student on one in which the weights are.
+    """
+
+    api_version = 1
+    Config = HLDMConfig
+    regression = True
+    config: HLDMConfig
+
+    def __init__(self, config: HLDMConfig | None = None) -> None:
+        super().__init__(config)
+        self.weighting = self._make()
+        self.history = History()
+
+    def _make(self) -> Weighting:
+        config = self.config
+        if config.weighting == "uncertainty":
+            return Uncertainty(config.bound, {"hldm.kd": config.temperature**2, **config.scales})
+        if config.weighting == "gradnorm":
+            return GradNorm(config.alpha)
+        if config.weighting == "dwa":
+            return DWA(config.window, config.dwa_temperature)
+        if config.weighting == "simplex":
+            assert config.entropy is not None
+            return Simplex(config.entropy)
+        return Fixed(config.weights)
+
+    @hookimpl
+    def on_run_start(self, run: RunContext) -> None:
+        self._run, self._checked = run, False
+        alone = len(run.method_names) < 2
+        self._terms = self.config.terms if self.config.terms is not None else (("ce", "kd") if alone else ())
+        if self.config.terms is None:
+            why = "the run has no other method" if alone else "the run's other methods bring terms"
+            run.chose("hldm.terms", list(self._terms), why)
+        for name in (*self.config.weights, *self.config.scales):
+            if name.partition(".")[0] not in run.method_names:
+                raise ConfigError(
+                    f"hldm: '{name}' names a term of no method of this run ({', '.join(run.method_names)}); expected "
+                    "METHOD.TERM, as in kd.kl"
+                )
+        self._every = max(1, run.steps // POINTS)
+        self._floats = run.probe is not None and run.probe.labels is not None
+        self._floats = self._floats and run.probe.labels.is_floating_point()  # type: ignore[union-attr]
+
+    @hookimpl
+    def auxiliary_modules(self, run: RunContext) -> dict[str, nn.Module | Auxiliary]:
+        self.weighting.to(next(run.target.parameters()).device)
+        options = {"weight_decay": 0.0} | ({} if self.config.lr is None else {"lr": self.config.lr})
+        return {"weights": Auxiliary(self.weighting, options)}
+
+    @hookimpl
+    def loss_terms(
+        self, student_out: StudentOut, targets: Targets, batch: Batch, step: StepInfo
+    ) -> dict[str, LossTerm]:
+        found = {}
+        if "ce" in self._terms and targets.labels is not None:
+            found["ce"] = LossTerm(label_loss(student_out.logits, targets.labels, step, batch.mask))
+        if "kd" in self._terms and targets.soft is not None:
+            found["kd"] = LossTerm(self._inference_error(student_out.logits, targets, batch, step))
+        return found
+
+    def _inference_error(self, logits: Tensor, targets: Targets, batch: Batch, step: StepInfo) -> Tensor:
+        if self._floats:
+            return regression_loss(logits, targets.dense, step, batch.mask)
+        return softmax_kl(
+            logits, targets.soft, temperature=self.config.temperature, mask=batch.mask, count=step.rows
+        )
+
+    @hookimpl
+    def combine_terms(self, terms: dict[str, LossTerm], step: StepInfo) -> Mapping[str, LossTerm]:
+        if not terms:
+            return terms
+        names = list(terms)
+        losses = [term.weight * term.value for term in terms.values()]
+        constant = torch.stack([loss.detach().float() for loss in losses])
+        self._check(names, constant, step)
+        if step.micro == 0:
+            self.weighting.prepare()
+        slots = self.weighting.slots(names).to(constant.device)
+        weights = self.weighting.weights(slots).to(constant.device)
+        combined = {
+            name: LossTerm(term.value, weight * term.weight)
+            for (name, term), weight in zip(terms.items(), weights, strict=True)
+        }
+        if torch.is_grad_enabled():
+            objective = self.weighting.objective(
+                slots, constant, lambda: self._norms(losses, step), step.share
+            )
+            if objective is not None:
+                loss, own = objective
+                # The terms are in the sum already: this one adds its gradient and its own part.
+                combined["hldm.balance"] = LossTerm(loss - loss.detach() + own.detach())
+        for name, weight in zip(names, weights, strict=True):
+            combined[f"hldm.weight.{name}"] = LossTerm(weight * step.share, 0.0)  # shown, not learned from
+        return combined
+
+    def _check(self, names: list[str], losses: Tensor, step: StepInfo) -> None:
+        """Stop at a term that is not finite, before its gradient reaches anything; name unknown weights."""
+        if losses.device.type == "cpu" and not torch.isfinite(losses).all():
+            bad = [f"{name} = {value}" for name, value in zip(names, losses.tolist(), strict=True)]
+            bad = [item for item, fine in zip(bad, torch.isfinite(losses).tolist(), strict=True) if not fine]
+            raise Diverged(
+                f"hldm: got a loss term that is not finite in update {step.index}: {', '.join(bad)}; the student is "
+                "as it was before, and the last checkpoint is kept. Lower optimizer.lr, set clip, or look at the "
+                "inputs of that term"
+            )
+        if self._checked:
+            return
+        self._checked = True
+        for name in (*self.config.weights, *self.config.scales):
+            # A method with stages of its own may bring the term later.
+            if name not in names and step.stage.name == "train":
+                raise ConfigError(f"hldm: '{name}' is no term of this run; its terms are {', '.join(names)}")
+
+    def _norms(self, losses: list[Tensor], step: StepInfo) -> Tensor:
+        """Norm of each term's gradient at the model's, or the chosen layer's, trained parameters ``(n,)``."""
+        model = self._run.models[step.stage.model or self._run.target_name]
+        if self.config.layer is not None:
+            model = dict(model.named_modules()).get(self.config.layer, model)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        found = []
+        for loss in losses:
+            if not loss.requires_grad:
+                found.append(loss.new_zeros(()))
+                continue
+            grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+            squares = [grad.float().square().sum() for grad in grads if grad is not None]
+            found.append(torch.stack(squares).sum().sqrt() if squares else loss.new_zeros(()))
+        return torch.stack(found).detach()
+
+    @hookimpl
+    def on_step_end(self, step: StepInfo, metrics: Mapping[str, Tensor]) -> None:
+        self.weighting.observe(metrics)
+        if step.index % self._every == 0:
+            shown = {name: float(metrics[f"hldm.weight.{name}"]) for name in self.weighting.names
+                     if f"hldm.weight.{name}" in metrics}  # fmt: skip
+            self.history.add(step.index, step.stage.name, shown)
+
+    @hookimpl
+    def on_run_end(self, run: RunContext) -> None:
+        if run.dir is not None:
+            self.history.write(run.dir, self.config.weighting)
+
+    @hookimpl
+    def state_dict(self) -> dict[str, Any]:
+        return {"names": list(self.weighting.names), "history": list(self.history.rows)}
+
+    @hookimpl
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.weighting.names = list(state["names"])
+        self.history.rows = list(state["history"])
