@@ -44,7 +44,7 @@ class Diabetes(Task):
     teachers = {"mlp": wide_mlp}
     students = {"mlp": small_mlp}
     # Few rows: a short training with strong decay stops before it fits them one by one.
-    teacher_training = {"steps": 300, "batch_size": 64, "optimizer": {"lr": 1e-3, "weight_decay": 0.1}}
+    teacher_training = {"steps": 60, "batch_size": 64, "optimizer": {"lr": 1e-3, "weight_decay": 0.1}}
 
     def splits(self) -> Splits:
         try:
