@@ -1,0 +1,258 @@
+"""Checks of what a method computes: gradients, finite numbers, masks, micro-batches, determinism."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stillhouse.api import Batch
+from stillhouse.models import digest
+from stillhouse.testing.checks import CheckFunction, NotApplicable, expect
+from stillhouse.testing.rig import Rig, Subject, everything, toy_student, toy_teacher
+from stillhouse.testing.toys import FLAG
+
+
+def gradient_reaches_the_student(subject: Subject, folder: Path) -> None:
+    """Training changes the model that is evaluated, by gradients alone."""
+    rig = Rig(subject, everything(subject, folder=folder))
+    before = {name: tensor.clone() for name, tensor in rig.final.state_dict().items()}
+    rig.loop.run()
+    changed = [
+        name for name, tensor in rig.final.state_dict().items() if not torch.equal(tensor, before[name])
+    ]
+    expect(
+        bool(changed),
+        subject,
+        "no weight of the student changed in a run; expected its loss to depend on them",
+    )
+
+
+def teacher_is_untouched(subject: Subject, folder: Path) -> None:
+    """The teacher's weights stay as they are, bit for bit, and it gets no gradient and no train mode."""
+    rig = Rig(subject, everything(subject, folder=folder))
+    if rig.teacher is None:
+        raise NotApplicable("runs without a teacher")
+    before = digest(rig.teacher)
+    rig.loop.run()
+    expect(digest(rig.teacher) == before, subject, "wrote to the teacher's weights")
+    for name, parameter in rig.teacher.named_parameters():
+        frozen = parameter.grad is None and not parameter.requires_grad
+        expect(frozen, subject, f"unfroze the teacher's '{name}'; expected no gradient there")
+    modes = [name for name, module in rig.teacher.named_modules() if module.training]
+    expect(not modes, subject, "put the teacher into train mode; expected eval mode")
+
+
+def finite_in_float32(subject: Subject, folder: Path) -> None:
+    """Losses and weights are finite with large logits, in float32."""
+    _finite(subject, folder, "fp32")
+
+
+def finite_in_bf16(subject: Subject, folder: Path) -> None:
+    """Losses and weights are finite with large logits, under bf16 autocast."""
+    _finite(subject, folder, "bf16")
+
+
+def _finite(subject: Subject, folder: Path, precision: str) -> None:
+    given = everything(subject, folder=folder, precision=precision, learning_rate=1e-4)
+    teacher = None if given.teacher is None else toy_teacher(scale=60.0)
+    rig = Rig(subject, replace(given, teacher=teacher, student=toy_student(scale=60.0)))
+    rig.loop.run()
+    expect(not rig.unfinished(), subject, f"in {precision} with logits around 60: {rig.unfinished()}")
+
+
+def takes_a_batch_of_one(subject: Subject, folder: Path) -> None:
+    """A batch may hold one sample."""
+    rig = Rig(subject, everything(subject, folder=folder, batch_size=1))
+    rig.loop.run()
+    expect(not rig.unfinished(), subject, f"with one sample in a batch: {rig.unfinished()}")
+
+
+def masked_rows_are_ignored(subject: Subject, folder: Path) -> None:
+    """Masked rows give no loss and no gradient, whatever they hold; the mean is over the others."""
+    mask = torch.tensor([True, False, True, True, False, True, True, False])
+
+    def holding(content: float) -> Any:
+        def make(batch: Batch) -> Batch:
+            inputs = batch.inputs.clone()
+            inputs[~mask, 0] = content
+            return replace(batch, inputs=inputs, mask=mask)
+
+        return make
+
+    def without(batch: Batch) -> Batch:
+        return Batch(
+            batch.inputs[mask],
+            None if batch.labels is None else batch.labels[mask],
+            batch.ids,
+            mask=mask[mask],
+        )
+
+    draws = _draws(subject, folder)
+    makers = [holding(0.5), holding(2 * FLAG), without]
+    runs = [Rig(subject, everything(subject, folder=folder)).updates(make) for make in makers]
+    for (stage, metrics, gradient), infinite, absent in zip(*runs, strict=True):
+        where = f"in stage '{stage.name}'"
+        message = f"{where} a masked row changed the {{}}; expected it to count nowhere: use batch.mask"
+        expect(
+            _close(gradient, infinite[2]), subject, message.format("gradient when its logits were infinite")
+        )
+        expect(_close(metrics["loss"], infinite[1]["loss"]), subject, message.format("loss"))
+        expect(  # with fewer rows other random numbers are drawn for each
+            draws or (_close(metrics["loss"], absent[1]["loss"]) and _close(gradient, absent[2])),
+            subject,
+            f"{where} the loss with masked rows is {float(metrics['loss']):.6g}, without these rows "
+            f"{float(absent[1]['loss']):.6g}; expected the same: divide by step.rows",
+        )
+
+
+def micro_batches_do_not_matter(subject: Subject, folder: Path) -> None:
+    """An update's gradient is the same in one, two and four micro-batches."""
+    if _draws(subject, folder):
+        raise NotApplicable("draws random numbers in a step, other ones for every split of it")
+    runs = [
+        Rig(subject, everything(subject, folder=folder, micro_batch_size=size)).updates(_same)
+        for size in (None, 4, 2)
+    ]
+    for (stage, metrics, whole), *others in zip(*runs, strict=True):
+        for parts, (_, terms, gradient) in zip((2, 4), others, strict=True):
+            expect(
+                _close(whole, gradient),
+                subject,
+                f"in stage '{stage.name}' the gradient of {parts} micro-batches differs from that of one batch by "
+                f"{float((whole - gradient).abs().max()):.3g} (loss {float(metrics['loss']):.6g} and "
+                f"{float(terms['loss']):.6g}); expected the same: divide by step.rows, or multiply by step.share",
+            )
+
+
+def _draws(subject: Subject, folder: Path) -> bool:
+    """Whether an update depends on torch's random numbers."""
+    first, second = (Rig(subject, everything(subject, folder=folder)).updates(_same, seed) for seed in (0, 1))
+    return any(
+        not torch.equal(one[1]["loss"], other[1]["loss"]) for one, other in zip(first, second, strict=True)
+    )
+
+
+def _same(batch: Batch) -> Batch:
+    return batch
+
+
+def same_seed_same_bits(subject: Subject, folder: Path) -> None:
+    """Two runs with one seed give the same weights and losses, bit for bit."""
+    rigs = [Rig(subject, everything(subject, folder=folder / str(number))) for number in (1, 2)]
+    for rig in rigs:
+        rig.loop.run()
+    expect(
+        rigs[0].metrics == rigs[1].metrics, subject, "two runs with one seed had different losses" + _RANDOM
+    )
+    first, second = (rig.weights() for rig in rigs)
+    for name, tensor in first.items():
+        expect(
+            torch.equal(tensor, second[name]), subject, f"two runs with one seed differ in {name}" + _RANDOM
+        )
+
+
+_RANDOM = "; expected the same bits: draw from torch's global generator, or from one seeded with run.seed"
+
+
+def student_equal_to_teacher_gives_the_minimum(subject: Subject, folder: Path) -> None:
+    """Each term that declares a minimum has it where the student is a copy of the teacher, and never less."""
+    declared = subject.conformance.minimum
+    if not declared:
+        raise NotApplicable("conformance.minimum declares none")
+    given = everything(subject, folder=folder)
+    same = Rig(
+        subject, replace(given, student=copy.deepcopy(given.teacher) if given.teacher else toy_student())
+    )
+    other = Rig(subject, given)
+    equal: dict[str, float] = {}
+    unequal: dict[str, float] = {}
+    for rig, found in ((same, equal), (other, unequal)):
+        for _, metrics, _ in rig.updates(_same):
+            for name, value in metrics.items():
+                found.setdefault(name.removeprefix(f"{subject.name}."), float(value))
+    for name, minimum in declared.items():
+        expect(name in equal, subject, f"declares a minimum for '{name}'; its terms are {', '.join(equal)}")
+        expect(
+            abs(equal[name] - minimum) <= 1e-5,
+            subject,
+            f"'{name}' is {equal[name]:.6g} where student and teacher are equal; it declares {minimum:.6g}",
+        )
+        expect(
+            unequal[name] >= minimum - 1e-6,
+            subject,
+            f"'{name}' is {unequal[name]:.6g} for another student; it declares {minimum:.6g} as its minimum",
+        )
+
+
+def batch_is_untouched(subject: Subject, folder: Path) -> None:
+    """What the batch holds is the same after an update as before."""
+    held: list[tuple[Batch, Batch]] = []
+
+    def make(batch: Batch) -> Batch:
+        batch = replace(batch, extra={"kind": torch.zeros(len(batch))})
+        held.append((batch, copy.deepcopy(batch)))
+        return batch
+
+    list(Rig(subject, everything(subject, folder=folder)).updates(make))
+    for batch, before in held:
+        for name in ("inputs", "labels", "ids"):
+            now, then = getattr(batch, name), getattr(before, name)
+            expect(
+                now is None or torch.equal(now, then),
+                subject,
+                f"changed batch.{name} in place; expected it untouched: give a new Batch from batch_transform",
+            )
+        expect(batch.extra.keys() == before.extra.keys(), subject, "changed the keys of batch.extra")
+
+
+def no_graph_is_kept(subject: Subject, folder: Path) -> None:
+    """The student's outputs of one update are gone when the next has been made."""
+    rig = Rig(subject, everything(subject, folder=folder))
+    seen: list[weakref.ref[Tensor]] = []
+
+    def remember(module: Any, given: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.grad_fn is not None:
+            seen.append(weakref.ref(output))
+
+    handles = [model.register_forward_hook(remember) for model in rig.step.run.models.values()]
+    rig.loop.run()
+    for handle in handles:
+        handle.remove()
+    rig.step.captures.close()
+    gc.collect()
+    alive = sum(output() is not None for output in seen)
+    expect(
+        alive == 0,
+        subject,
+        f"{alive} of {len(seen)} outputs of the student, with their graphs, are alive after the run; expected none: "
+        "keep tensor.detach()",
+    )
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        return False
+    scale = max(float(a.abs().max()), float(b.abs().max()), 1e-3)
+    return float((a - b).abs().max()) <= 2e-5 * scale
+
+
+CHECKS: tuple[CheckFunction, ...] = (
+    gradient_reaches_the_student,
+    teacher_is_untouched,
+    finite_in_float32,
+    finite_in_bf16,
+    takes_a_batch_of_one,
+    masked_rows_are_ignored,
+    micro_batches_do_not_matter,
+    same_seed_same_bits,
+    student_equal_to_teacher_gives_the_minimum,
+    batch_is_untouched,
+    no_graph_is_kept,
+)

@@ -1,0 +1,123 @@
+"""Checks of a task: its data, its models and its metric."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stillhouse.api import Batch, Task
+from stillhouse.models import arguments_model, forward
+from stillhouse.tasks import Split, TensorSplit
+from stillhouse.testing.checks import CheckFunction, NotApplicable, expect
+from stillhouse.testing.rig import Subject
+from stillhouse.testing.state_checks import config_round_trips
+
+
+def splits_are_sound(subject: Subject, folder: Path) -> None:
+    """There are training rows, the rows of every split are finite, and batches carry their ids."""
+    data = _task(subject).splits()
+    data.validate()
+    for name, split in data.items():
+        index = torch.tensor([len(split) - 1, 0])
+        ids = split.batch(index).ids
+        expect(
+            ids is not None and torch.equal(ids, index),
+            subject,
+            f"batches of the {name} split hold ids {ids}; expected the row numbers asked for",
+        )
+
+
+def splits_are_the_same_each_time(subject: Subject, folder: Path) -> None:
+    """The same settings make the same rows, and the process's random numbers are left alone."""
+    before = torch.get_rng_state()
+    first = _task(subject).splits().fingerprint()
+    expect(
+        torch.equal(before, torch.get_rng_state()),
+        subject,
+        "splits() draws from torch's global random numbers; expected a generator with a seed of the config's",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(1234)
+        again = _task(subject).splits().fingerprint()
+    expect(first == again, subject, "two calls of splits() made different rows; expected the same")
+
+
+def test_rows_are_in_no_other_split(subject: Subject, folder: Path) -> None:
+    """No test row stands in the training, validation or unlabelled rows."""
+    data = _task(subject).splits()
+    if not isinstance(data.test, TensorSplit):
+        raise NotApplicable("has no test split in memory")
+    held_out = _digests(data.test)
+    for name, split in data.items():
+        if name != "test" and isinstance(split, TensorSplit):
+            shared = len(held_out & _digests(split))
+            expect(not shared, subject, f"{shared} rows of the test split stand in the {name} split too")
+
+
+def _digests(split: TensorSplit) -> set[bytes]:
+    inputs = split.inputs if isinstance(split.inputs, Tensor) else next(iter(split.inputs.values()))
+    return {row.contiguous().numpy().tobytes() for row in inputs}
+
+
+def models_fit_the_data(subject: Subject, folder: Path) -> None:
+    """Every teacher and student is built from its defaults and takes a batch."""
+    task = _task(subject)
+    batch = task.splits().train.batch(torch.arange(2))
+    for role, builders in (("teacher", task.teachers), ("student", task.students)):
+        for name, build in builders.items():
+            arguments_model(build)()
+            with torch.random.fork_rng():
+                given = forward(build().eval(), batch.for_teacher if role == "teacher" else batch.inputs)
+            expect(
+                given.shape[0] == 2 and _covers(given, batch),
+                subject,
+                f"{role} '{name}' gives outputs of shape {tuple(given.shape)} for two rows; expected a row of logits "
+                "for each, with a column for each class",
+            )
+
+
+def _covers(outputs: Tensor, batch: Batch) -> bool:
+    if batch.labels is None or batch.labels.is_floating_point():
+        return True
+    return outputs.shape[:-1] == batch.labels.shape and int(batch.labels.max()) < outputs.shape[-1]
+
+
+def metric_is_scored_and_higher_is_better(subject: Subject, folder: Path) -> None:
+    """``score`` gives the metric, and gives right answers more than wrong ones."""
+    task = _task(subject)
+    split: Split | None = task.splits().validation
+    labels = None if split is None else split.batch(torch.arange(min(64, len(split)))).labels
+    if labels is None:
+        raise NotApplicable("has no labelled validation split")
+    if labels.is_floating_point():
+        right, wrong = labels.reshape(len(labels), -1), -labels.reshape(len(labels), -1)
+    else:
+        right = 10 * torch.nn.functional.one_hot(labels.clamp(min=0)).float()
+        wrong = -right
+    scores = [task.score(outputs, labels) for outputs in (right, wrong)]
+    expect(
+        task.metric in scores[0], subject, f"score() gives {', '.join(scores[0])}; expected '{task.metric}'"
+    )
+    expect(
+        scores[0][task.metric] > scores[1][task.metric],
+        subject,
+        f"right outputs score {scores[0][task.metric]:.4g} and wrong ones {scores[1][task.metric]:.4g} in "
+        f"'{task.metric}'; expected more for the right ones",
+    )
+
+
+def _task(subject: Subject) -> Task:
+    made: Task = subject.kind(subject.settings())
+    return made
+
+
+CHECKS: tuple[CheckFunction, ...] = (
+    config_round_trips,
+    splits_are_sound,
+    splits_are_the_same_each_time,
+    test_rows_are_in_no_other_split,
+    models_fit_the_data,
+    metric_is_scored_and_higher_is_better,
+)
