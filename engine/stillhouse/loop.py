@@ -87,7 +87,9 @@ class Loop:
     def _update(self) -> None:
         step, settings = self.step, self.settings
         index = self.order.batch(self.at.stage_step)
-        batch = self.split.batch(index if self.rows is None else self.rows[index]).to(self.device)
+        batch = self.split.batch(index if self.rows is None else self.rows[index])
+        if self.device.type != "cpu":
+            batch = batch.to(self.device)
         parts = micro_batches(batch, settings.micro_batch_size)
         step.begin_update(parts)
         metrics: dict[str, Tensor] = {}
