@@ -30,7 +30,7 @@ def exact(student, target, *, temperature=1.0, divergence="forward", beta=0.5, m
     return rows.detach(), gradient
 
 
-def fused(student, target, *, dtype_out=torch.float64, **settings):
+def fused(student, target, **settings):
     """(loss of each row, gradient of the mean), by the default backend."""
     s = student.detach().clone().requires_grad_()
     (gradient,) = torch.autograd.grad(softmax_kl(s, target, **settings), s)

@@ -85,7 +85,7 @@ def linear_softmax_kl(
     check_settings(temperature, divergence, beta, reduction, count)
     hidden, weight, bias = _cast(hidden, weight, bias)
     _check_layer("", hidden, weight, bias)
-    logits = hidden.detach().reshape(-1)[:1].expand(*hidden.shape[:-1], weight.shape[0])  # a shape, no memory
+    logits = hidden.new_empty(1).expand(*hidden.shape[:-1], weight.shape[0])  # a shape, no memory
     flat_mask = None if mask is None else mask.reshape(-1)
     rows = hidden.shape[:-1]
     if isinstance(target, TeacherHead):
@@ -186,7 +186,8 @@ def _run(
     for chunk in _chunks(hidden.shape[0], weight.shape[0]):
         part = hidden[chunk]
         logits = torch.nn.functional.linear(part, weight, bias)
-        loss, gradient = _chunk_loss(logits, _at(target, chunk), None if mask is None else mask[chunk], settings, any(wanted))
+        kept = None if mask is None else mask[chunk]
+        loss, gradient = _chunk_loss(logits, _at(target, chunk), kept, settings, any(wanted))
         losses.append(loss)
         if upstream is not None and gradient is not None:
             gradient.mul_(upstream[chunk, None])

@@ -1,0 +1,266 @@
+"""``stillhouse bench kernels``: softmax-KL forward and backward beside torch, torch.compile and the memory floor.
+
+Every contender of a shape runs once in each round, so that a busy moment of the machine falls on all of them; what
+is compared are the medians, and the medians of the ratios within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stillhouse.kernels import Sampled, TopK, explain, linear_softmax_kl, softmax_kl
+
+SHAPES = ("128x10", "4096x1000", "1024x32000", "256x151936")
+QUICK = ("128x10", "512x1000", "64x32000")
+LINEAR = (8192, 32000, 512)
+QUICK_LINEAR = (512, 4000, 128)
+TEMPERATURE = 2.0
+Step = Callable[[], Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure, default cpu")
+    parser.add_argument("--shapes", nargs="+", metavar="NxV", help=f"rows x vocabulary, default {' '.join(SHAPES)}")
+    parser.add_argument("--quick", action="store_true", help="small shapes, few rounds")
+    parser.add_argument("--rounds", type=int, help="rounds of each shape, default 9 (3 with --quick)")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--no-linear", action="store_true", help="leave the fused linear layer out")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write every measured time here")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="also draw the medians here")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's parser."""
+    made = argparse.ArgumentParser(prog="stillhouse bench kernels", description=__doc__)
+    add_arguments(made)
+    return made
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measure, print a table, and write what was asked for."""
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("device: got cuda; expected a CUDA device that torch sees. Fix: --device cpu.")
+        return 2
+    rounds = args.rounds or (3 if args.quick else 9)
+    backend, why = explain(device)
+    print(f"backend {backend} ({why}); torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads")
+    results = []
+    for shape in args.shapes or (QUICK if args.quick else SHAPES):
+        rows, width = (int(part) for part in shape.lower().split("x"))
+        results.append(_dense(rows, width, device, rounds, compiled=not args.no_compile))
+        _print(results[-1])
+    if not args.no_linear:
+        results.append(_linear(*(QUICK_LINEAR if args.quick else LINEAR), device, max(2, rounds // 3)))
+        _print(results[-1])
+    if args.json:
+        args.json.write_text(json.dumps({"backend": backend, "torch": torch.__version__, "results": results}, indent=1))
+    if args.plot:
+        _plot(results, args.plot)
+    return 0
+
+
+def _eager(student: Tensor, teacher: Tensor) -> Tensor:
+    log_s = torch.log_softmax(student / TEMPERATURE, -1)
+    log_t = torch.log_softmax(teacher / TEMPERATURE, -1)
+    return torch.nn.functional.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * TEMPERATURE**2
+
+
+def _step(loss: Callable[[Tensor], Tensor], logits: Tensor) -> Step:
+    def step() -> None:
+        leaf = logits.detach().requires_grad_()
+        loss(leaf).backward()  # type: ignore[no-untyped-call]
+
+    return step
+
+
+def _in_place(logits: Tensor, target: Any) -> Step:
+    """The kernel overwrites the logits; they hold a gradient afterwards, which costs the next round the same."""
+
+    def step() -> None:
+        leaf = logits.detach().requires_grad_()
+        softmax_kl(leaf.view_as(leaf), target, temperature=TEMPERATURE, inplace=True).backward()  # type: ignore[no-untyped-call]
+
+    return step
+
+
+def _dense(rows: int, width: int, device: torch.device, rounds: int, *, compiled: bool) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (
+        (3 * torch.randn(rows, width, generator=generator)).to(device) for _ in range(2)
+    )
+    scratch, other = student.clone(), torch.empty_like(student)
+    half, half_teacher = student.bfloat16(), teacher.bfloat16()
+    k = min(64, width)
+    top_k = TopK.from_logits(teacher, k, temperature=TEMPERATURE)
+    sampled = Sampled.from_logits(teacher, k, temperature=TEMPERATURE)
+
+    def kernel(target: Any, **settings: Any) -> Callable[[Tensor], Tensor]:
+        return lambda s: softmax_kl(s, target, temperature=TEMPERATURE, **settings)
+
+    contenders: dict[str, Step] = {
+        "floor": lambda: (other.copy_(teacher), student.sum()),
+        "eager": _step(lambda s: _eager(s, teacher), student),
+        "fused": _step(kernel(teacher), student),
+        "fused in place": _in_place(scratch, teacher),
+        "fused reverse": _step(kernel(teacher, divergence="reverse"), student),
+        "fused jsd": _step(kernel(teacher, divergence="jsd"), student),
+        "fused top-k": _step(kernel(top_k), student),
+        "fused sampled": _step(kernel(sampled), student),
+        "eager bf16": _step(lambda s: _eager(s, half_teacher), half),
+        "fused bf16": _step(kernel(half_teacher), half),
+    }
+    if compiled:
+        program = torch.compile(_eager)
+        contenders["compile"] = _step(lambda s: program(s, teacher), student)
+    liger = _liger(device)
+    if liger is not None:
+        contenders["liger"] = _step(lambda s: liger(s, teacher), student)
+    return _measure(f"{rows}x{width}", contenders, device, rounds, inner=200 if rows * width < 10_000 else 1)
+
+
+def _liger(device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:
+    if device.type != "cuda":
+        return None
+    try:
+        from liger_kernel.transformers import LigerKLDIVLoss
+    except ImportError:
+        return None
+    loss = LigerKLDIVLoss(reduction="batchmean", log_target=True)
+
+    def run(student: Tensor, teacher: Tensor) -> Tensor:
+        log_s, log_t = (torch.log_softmax(x / TEMPERATURE, -1) for x in (student, teacher))
+        return loss(log_s, log_t) * TEMPERATURE**2  # type: ignore[no-any-return]
+
+    return run
+
+
+def _linear(rows: int, width: int, hidden: int, device: torch.device, rounds: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(rows, hidden, generator=generator).to(device).requires_grad_()
+    weight = (torch.randn(width, hidden, generator=generator) / hidden**0.5).to(device).requires_grad_()
+    teacher = torch.randn(rows, width, generator=generator).to(device)
+
+    def step(loss: Callable[[], Tensor]) -> Step:
+        def run() -> None:
+            states.grad = weight.grad = None
+            loss().backward()  # type: ignore[no-untyped-call]
+
+        return run
+
+    contenders = {
+        "eager": step(lambda: _eager(states @ weight.t(), teacher)),
+        "fused": step(lambda: softmax_kl(states @ weight.t(), teacher, temperature=TEMPERATURE)),
+        "linear fused": step(lambda: linear_softmax_kl(states, weight, teacher, temperature=TEMPERATURE)),
+    }
+    return _measure(f"linear {rows}x{width}x{hidden}", contenders, device, rounds, inner=1)
+
+
+def _measure(
+    name: str, contenders: dict[str, Step], device: torch.device, rounds: int, *, inner: int
+) -> dict[str, Any]:
+    memory = {key: _peak(step, device) for key, step in contenders.items()}  # also warms up
+    times: dict[str, list[float]] = {key: [] for key in contenders}
+    for _ in range(rounds):
+        for key, step in contenders.items():
+            times[key].append(_time(step, device, inner))
+    return {"shape": name, "ms": times, "peak_mib": memory}
+
+
+def _time(step: Step, device: torch.device, inner: int) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(inner):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / inner * 1e3
+
+
+def _peak(step: Step, device: torch.device) -> float:
+    """Largest sum of tensor memory taken during one step, beyond what was there, in MiB."""
+    step()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    from torch.profiler import ProfilerActivity, profile
+
+    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        step()
+    held = peak = 0
+    for event in record.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak / 2**20
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the profiler's C++ side writes to the error stream."""
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _ratio(result: dict[str, Any], numerator: str, denominator: str) -> float | None:
+    times = result["ms"]
+    if numerator not in times or denominator not in times:
+        return None
+    pairs = zip(times[numerator], times[denominator], strict=True)
+    return statistics.median(above / below for above, below in pairs)
+
+
+def _print(result: dict[str, Any]) -> None:
+    print(f"\n{result['shape']:<24}{'ms':>10}{'eager / it':>12}{'compile / it':>14}{'it / floor':>12}{'peak MiB':>10}")
+    for key, times in result["ms"].items():
+        against = "eager bf16" if key == "fused bf16" else "eager"
+        cells = (
+            _ratio(result, against, key),
+            None if "bf16" in key else _ratio(result, "compile", key),
+            None if "bf16" in key else _ratio(result, key, "floor"),
+        )
+        shown = "".join(
+            f"{'' if cell is None else f'{cell:.2f}':>{size}}" for cell, size in zip(cells, (12, 14, 12), strict=True)
+        )
+        print(f"  {key:<22}{statistics.median(times):>10.3f}{shown}{result['peak_mib'][key]:>10.1f}")
+
+
+def _plot(results: Sequence[dict[str, Any]], path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(results), figsize=(4 * len(results), 4), squeeze=False)
+    for axis, result in zip(axes[0], results, strict=True):
+        names = list(result["ms"])
+        axis.barh(names, [statistics.median(result["ms"][name]) for name in names])
+        axis.set_title(result["shape"])
+        axis.set_xlabel("ms, forward + backward")
+        axis.set_xscale("log")
+        axis.invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)

@@ -1,0 +1,96 @@
+"""Refusals say got, expected and fix, and are the same on every backend."""
+
+import pytest
+import torch
+
+from stillhouse.kernels import Sampled, TeacherHead, TopK, linear_softmax_kl, softmax_kl
+
+S, T = torch.zeros(4, 5), torch.zeros(4, 5)
+INDEX = torch.tensor([[0, 1]] * 4)
+LOG = torch.tensor([[0.5, 0.3]] * 4).log()
+
+
+def indices(*row):
+    return torch.tensor([row] * 4)
+
+
+CASES = {
+    "rows that differ": (lambda b: softmax_kl(S, torch.zeros(3, 5), backend=b), "target shape"),
+    "a missing dimension": (lambda b: softmax_kl(S, torch.zeros(5), backend=b), "target shape"),
+    "rows that would broadcast": (lambda b: softmax_kl(S, torch.zeros(1, 5), backend=b), "target shape"),
+    "integer logits": (lambda b: softmax_kl(S.long(), T, backend=b), "student_logits dtype"),
+    "integer teacher": (lambda b: softmax_kl(S, T.int(), backend=b), "target dtype"),
+    "no tensor": (lambda b: softmax_kl(S, [[0.0]], backend=b), "target"),
+    "no columns": (lambda b: softmax_kl(torch.zeros(4, 0), T, backend=b), "student_logits shape"),
+    "temperature 0": (lambda b: softmax_kl(S, T, temperature=0.0, backend=b), "temperature"),
+    "temperature below 0": (lambda b: softmax_kl(S, T, temperature=-1.0, backend=b), "temperature"),
+    "temperature NaN": (lambda b: softmax_kl(S, T, temperature=float("nan"), backend=b), "temperature"),
+    "temperature infinite": (lambda b: softmax_kl(S, T, temperature=float("inf"), backend=b), "temperature"),
+    "an unknown divergence": (lambda b: softmax_kl(S, T, divergence="kl", backend=b), "divergence"),
+    "beta at the end": (lambda b: softmax_kl(S, T, divergence="jsd", beta=1.0, backend=b), "beta"),
+    "an unknown reduction": (lambda b: softmax_kl(S, T, reduction="batchmean", backend=b), "reduction"),
+    "a count without a mean": (lambda b: softmax_kl(S, T, reduction="sum", count=3, backend=b), "count"),
+    "a count below 0": (lambda b: softmax_kl(S, T, count=-1, backend=b), "count"),
+    "a count with a shape": (lambda b: softmax_kl(S, T, count=torch.ones(2), backend=b), "count"),
+    "a mask of another shape": (lambda b: softmax_kl(S, T, mask=torch.ones(4, 5).bool(), backend=b), "mask shape"),
+    "a mask of integers": (lambda b: softmax_kl(S, T, mask=torch.ones(4), backend=b), "mask dtype"),
+    "another device": (lambda b: softmax_kl(S, T.to("meta"), backend=b), "target device"),
+    "an index too large": (lambda b: softmax_kl(S, TopK(indices(0, 5), LOG), backend=b), "TopK.indices"),
+    "an index below 0": (lambda b: softmax_kl(S, TopK(indices(-1, 2), LOG), backend=b), "TopK.indices"),
+    "a repeated index": (lambda b: softmax_kl(S, TopK(indices(2, 2), LOG), backend=b), "TopK.indices"),
+    "probabilities for logs": (lambda b: softmax_kl(S, TopK(INDEX, LOG.exp()), backend=b), "TopK.log_probs"),
+    "NaN log-probabilities": (lambda b: softmax_kl(S, TopK(INDEX, LOG * torch.nan), backend=b), "TopK.log_probs"),
+    "an unknown rest": (lambda b: softmax_kl(S, TopK(INDEX, LOG, rest="drop"), backend=b), "TopK.rest"),
+    "a ghost moved": (lambda b: softmax_kl(S, TopK(INDEX, LOG), temperature=2.0, backend=b), "TopK.temperature"),
+    "32-bit indices": (lambda b: softmax_kl(S, TopK(INDEX.int(), LOG), backend=b), "TopK.indices dtype"),
+    "k above V": (lambda b: softmax_kl(S[:, :1], TopK(INDEX, LOG), backend=b), "TopK k"),
+    "unequal shapes": (lambda b: softmax_kl(S, TopK(INDEX, LOG[:, :1]), backend=b), "TopK shapes"),
+    "negative weights": (lambda b: softmax_kl(S, Sampled(INDEX, indices(2.0, -1.0)), backend=b), "Sampled.weights"),
+    "weights that do not sum": (lambda b: softmax_kl(S, Sampled(INDEX, indices(1.0, 1.0)), backend=b), "Sampled.weights"),
+    "a sample out of range": (lambda b: softmax_kl(S, Sampled(indices(0, 9), indices(0.5, 0.5)), backend=b), "Sampled.indices"),
+    "samples backwards": (
+        lambda b: softmax_kl(S, Sampled(INDEX, indices(0.5, 0.5)), divergence="reverse", backend=b), "divergence"),
+    "samples moved": (
+        lambda b: softmax_kl(S, Sampled(INDEX, indices(0.5, 0.5)), temperature=2.0, backend=b), "Sampled.temperature"),
+    "in place on a leaf": (lambda b: softmax_kl(torch.zeros(4, 5, requires_grad=True), T, inplace=True, backend=b), "inplace"),
+    "NaN logits": (lambda b: softmax_kl(S.clone().index_fill_(0, torch.tensor(2), torch.nan), T, backend=b), "NaN.*row 2"),
+    "infinite logits": (lambda b: softmax_kl(S.clone().index_fill_(0, torch.tensor(1), torch.inf), T, backend=b), "NaN.*row 1"),
+    "no finite logit": (lambda b: softmax_kl(S, T.clone().index_fill_(0, torch.tensor(3), -torch.inf), backend=b), "NaN.*row 3"),
+    "one NaN in a teacher": (lambda b: softmax_kl(S, T.index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(torch.nan)), backend=b), "NaN.*row 1"),
+    "layers that do not fit": (lambda b: linear_softmax_kl(torch.zeros(4, 3), torch.zeros(5, 2), T, backend=b), "layer shapes"),
+    "a bias of another size": (
+        lambda b: linear_softmax_kl(torch.zeros(4, 3), torch.zeros(5, 3), T, bias=torch.zeros(4), backend=b), "bias shape"),
+    "a layer of another type": (
+        lambda b: linear_softmax_kl(torch.zeros(4, 3), torch.zeros(5, 3).double(), T, backend=b), "weight dtype"),
+    "a teacher of other rows": (
+        lambda b: linear_softmax_kl(
+            torch.zeros(4, 3), torch.zeros(5, 3), TeacherHead(torch.zeros(2, 3), torch.zeros(5, 3)), backend=b),
+        "teacher hidden shape"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused_alike_on_every_backend(case):
+    call, what = CASES[case]
+    messages = set()
+    for backend in ("numba", "torch"):
+        with pytest.raises(ValueError, match=what) as refusal:
+            call(backend)
+        messages.add(str(refusal.value))
+    (message,) = messages
+    assert "got" in message
+    assert "expected" in message
+    assert "Fix:" in message
+
+
+def test_a_trusted_index_out_of_range_is_still_an_error():
+    with pytest.raises(ValueError, match="row 0.*trusted"):
+        softmax_kl(S, TopK(indices(0, 5_000_000), LOG, trusted=True), backend="numba")
+
+
+@pytest.mark.parametrize(("backend", "why"), (("triton", "backend"), ("cuda", "backend='cuda'")))
+def test_a_backend_that_cannot_run_is_refused(backend, why):
+    with pytest.raises(ValueError, match=why):
+        softmax_kl(S, T, backend=backend)
+    with pytest.raises(ValueError, match="float64"):
+        softmax_kl(S.double(), T, backend="numba")

@@ -1,0 +1,113 @@
+"""The fused last layer against the same layer and loss apart."""
+
+import pytest
+import torch
+from cases import logits, relative
+from test_processes import allocated
+
+from stillhouse.kernels import Sampled, TeacherHead, TopK, linear, linear_softmax_kl, softmax_kl
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(linear, "CHUNK", 7 * 50)  # 7 rows of 50 at a time
+
+
+def layer(dtype=torch.float32):
+    hidden, weight, bias = logits(40, 16, 1, 1.0), logits(50, 16, 2, 1.0), logits(1, 50, 3, 1.0)[0]
+    return [x.to(dtype).requires_grad_() for x in (hidden, weight, bias)]
+
+
+def targets():
+    teacher = logits(40, 50, 4)
+    return {
+        "dense": teacher,
+        "top-k": TopK.from_logits(teacher, 5, temperature=2.0),
+        "renormalised": TopK.from_logits(teacher, 5, temperature=2.0, rest="renormalise"),
+        "sampled": Sampled.from_logits(teacher, 5, temperature=2.0, generator=torch.Generator().manual_seed(0)),
+    }
+
+
+@pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
+@pytest.mark.parametrize("divergence", ("forward", "reverse", "jsd"))
+@pytest.mark.parametrize("kind", ("dense", "top-k", "renormalised", "sampled"))
+def test_agrees_with_the_parts(kind, divergence, reduction):
+    if kind == "sampled" and divergence != "forward":
+        pytest.skip("samples are for the forward divergence")
+    inputs, target = layer(), targets()[kind]
+    settings = {
+        "temperature": 2.0, "divergence": divergence, "reduction": reduction, "mask": torch.arange(40) % 5 != 0
+    }  # fmt: skip
+    upstream = torch.rand(40) if reduction == "none" else torch.tensor(0.7)
+    hidden, weight, bias = inputs
+    got = linear_softmax_kl(hidden, weight, target, bias=bias, **settings)
+    mine = torch.autograd.grad((got * upstream).sum(), inputs)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    expected = softmax_kl(torch.nn.functional.linear(*exact), target, **settings)
+    theirs = torch.autograd.grad((expected * upstream).sum(), exact)
+    assert got.shape == expected.shape
+    assert relative(got, expected) <= 2e-6
+    for one, two in zip(mine, theirs, strict=True):
+        assert relative(one, two) <= 3e-6
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.float16))
+def test_other_types(dtype):
+    inputs, target = layer(dtype), targets()["dense"].to(dtype)
+    got = linear_softmax_kl(*inputs[:2], target, bias=inputs[2])
+    mine = torch.autograd.grad(got * 0.5, inputs)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    theirs = torch.autograd.grad(0.5 * softmax_kl(torch.nn.functional.linear(*exact), target.double()), exact)
+    tolerance = {torch.float64: 1e-12, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    for one, two in zip(mine, theirs, strict=True):
+        assert one.dtype == dtype
+        assert relative(one, two) <= tolerance
+
+
+def test_a_teacher_of_hidden_states():
+    hidden, weight, _ = layer()
+    states, head, bias = logits(40, 8, 5, 1.0), logits(60, 8, 6, 1.0), logits(1, 60, 7)[0]
+    got = linear_softmax_kl(hidden, weight, TeacherHead(states, head, bias))
+    expected = softmax_kl(hidden @ weight.t(), torch.nn.functional.linear(states, head, bias))
+    assert torch.allclose(got, expected, rtol=1e-5)
+    for one, two in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (got, expected)), strict=True):
+        assert relative(one, two) <= 3e-6
+
+
+def test_only_the_gradients_that_are_wanted():
+    hidden, weight, bias = (x.detach() for x in layer())
+    target = targets()["dense"]
+    weight.requires_grad_()
+    linear_softmax_kl(hidden, weight, target, bias=bias).backward()
+    assert hidden.grad is None
+    assert weight.grad is not None
+    assert not linear_softmax_kl(hidden, weight.detach(), target, bias=bias).requires_grad
+
+
+def test_leading_dimensions_and_no_rows():
+    hidden, weight, _ = layer()
+    target = targets()["dense"]
+    flat = linear_softmax_kl(hidden, weight, target, reduction="none")
+    shaped = linear_softmax_kl(hidden.reshape(4, 10, 16), weight, target.reshape(4, 10, 50), reduction="none")
+    assert torch.equal(shaped.reshape(-1), flat)
+    assert linear_softmax_kl(hidden[:0], weight, target[:0]).item() == 0
+
+
+@pytest.mark.slow
+def test_memory_stays_below_a_tenth_of_the_unfused_path(monkeypatch):
+    monkeypatch.undo()
+    rows, width, size = 4096, 32000, 512
+    hidden, weight = torch.randn(rows, size).requires_grad_(), (torch.randn(width, size) / 22).requires_grad_()
+    teacher = torch.randn(rows, width)
+
+    def step(loss):
+        def run():
+            hidden.grad = weight.grad = None
+            loss().backward()
+
+        return run
+
+    own = allocated(step(lambda: (hidden.sum() + weight.sum()) * 1.0))
+    unfused = allocated(step(lambda: softmax_kl(hidden @ weight.t(), teacher)))
+    fused = allocated(step(lambda: linear_softmax_kl(hidden, weight, teacher)))
+    assert fused - own <= 0.1 * (unfused - own)

@@ -1,0 +1,240 @@
+"""Threads, forks, processes and memory."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from cases import DIVERGENCES, logits
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader, Dataset
+
+from stillhouse.kernels import TopK, softmax_kl
+
+ROWS, WIDTH = 64, 3000  # enough for several threads
+
+
+def loss_and_gradient(seed=1, divergence="forward", target=None):
+    student = logits(ROWS, WIDTH, seed).requires_grad_()
+    loss = softmax_kl(student, logits(ROWS, WIDTH, 2) if target is None else target, divergence=divergence)
+    (gradient,) = torch.autograd.grad(loss, student)
+    return loss.detach(), gradient
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("target", ("dense", "top-k"))
+def test_runs_are_equal_bit_for_bit_with_any_number_of_threads(divergence, target):
+    against = TopK.from_logits(logits(ROWS, WIDTH, 2), 16) if target == "top-k" else None
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(loss_and_gradient(divergence=divergence, target=against))
+    finally:
+        torch.set_num_threads(before)
+    for loss, gradient in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(gradient, results[0][1])
+
+
+def test_the_number_of_threads_is_torchs():
+    from stillhouse.kernels.workers import Workers
+
+    workers, seen = Workers(), set()
+    before = torch.get_num_threads()
+    barrier = threading.Barrier(3, timeout=20)
+
+    def kernel(first, last):
+        seen.add(threading.get_ident())
+        if barrier.n_waiting < 3 and first < 3:
+            barrier.wait()  # only three threads at once get past
+
+    try:
+        torch.set_num_threads(3)
+        workers.run(3, 1_000_000, kernel)
+        assert len(seen) == 3
+        torch.set_num_threads(1)
+        seen.clear()
+        workers.run(5, 1_000_000, lambda first, last: seen.add(threading.get_ident()))
+        assert seen == {threading.get_ident()}
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_error_in_a_worker_reaches_the_caller():
+    from stillhouse.kernels.workers import Workers
+
+    def kernel(first, last):
+        if last == 4:
+            raise KeyError(last)
+
+    with pytest.raises(KeyError):
+        Workers().run(4, 1_000_000, kernel)
+
+
+def test_several_python_threads_at_once():
+    expected = [loss_and_gradient(seed) for seed in range(4)]
+    failures = []
+
+    def work(seed):
+        for _ in range(10):
+            loss, gradient = loss_and_gradient(seed)
+            if not (torch.equal(loss, expected[seed][0]) and torch.equal(gradient, expected[seed][1])):
+                failures.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failures
+    assert not any(thread.is_alive() for thread in threads)
+
+
+STUDENT, TEACHER = logits(ROWS, WIDTH, 5), logits(ROWS, WIDTH, 6)
+
+
+def in_child(queue):
+    torch.set_num_threads(2)  # our two threads; torch's own OpenMP pool must not be entered after a fork
+    queue.put(softmax_kl(STUDENT.detach().requires_grad_(), TEACHER).item())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_after_fork():
+    expected = softmax_kl(STUDENT.detach().requires_grad_(), TEACHER).item()  # the parent's pool is running
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=in_child, args=(queue,))
+    child.start()
+    assert queue.get(timeout=60) == expected
+    child.join(20)
+    assert child.exitcode == 0
+
+
+class Losses(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return softmax_kl(logits(8, 100, index), logits(8, 100, 9))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_in_forked_loader_workers():
+    loss_and_gradient()
+    loader = DataLoader(Losses(), batch_size=1, num_workers=2, multiprocessing_context="fork", timeout=60)
+    assert torch.equal(torch.cat(list(loader)), torch.stack([Losses()[i] for i in range(4)]))
+
+
+PROGRAM = """
+import sys, time
+import stillhouse
+assert "torch" not in sys.modules, "importing stillhouse imports torch"
+import torch
+import stillhouse.kernels
+assert "numba" not in sys.modules, "importing stillhouse.kernels imports numba"
+student, teacher = torch.zeros(4, 9, requires_grad=True), torch.ones(4, 9)
+start = time.perf_counter()
+stillhouse.kernels.softmax_kl(student, teacher).backward()
+first = time.perf_counter() - start
+from stillhouse.kernels.cpu_dense import dense_rows
+hits = sum(dense_rows.stats.cache_hits.values())
+print(first, hits)
+"""
+
+
+def run_program(cache):
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache)}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.slow
+def test_a_second_process_finds_the_compiled_kernels(tmp_path):
+    assert run_program(tmp_path)[1] == "0"
+    assert run_program(tmp_path)[1] == "1"
+
+
+def test_imports_are_late_and_the_first_call_of_a_process_works():
+    environment = dict(os.environ)
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_cache_knows_every_source(monkeypatch, tmp_path):
+    from stillhouse.kernels import cpu_jit
+
+    before = cpu_jit.fingerprint()
+    for name in cpu_jit.SOURCES:
+        (tmp_path / name).write_bytes(Path(cpu_jit.__file__).with_name(name).read_bytes())
+    monkeypatch.setattr(cpu_jit, "__file__", str(tmp_path / "cpu_jit.py"))
+    assert cpu_jit.fingerprint() == before
+    for name in cpu_jit.SOURCES:
+        source = tmp_path / name
+        text = source.read_bytes()
+        source.write_bytes(text + b"#")
+        assert cpu_jit.fingerprint() != before, name
+        source.write_bytes(text)
+
+
+def test_without_a_place_for_the_cache_it_compiles_in_memory(monkeypatch):
+    from numba.core import caching
+
+    from stillhouse.kernels import cpu_jit
+
+    for locator in caching.CacheImpl._locator_classes:
+        monkeypatch.setattr(locator, "from_function", classmethod(lambda cls, function, path: None))
+
+    def factory(source):
+        def twice(x):
+            return 2 * x if source else x
+
+        return twice
+
+    assert cpu_jit.compiled("int64(int64)", factory)(4) == 8
+
+
+def allocated(step):
+    """The largest sum of tensor memory held at a time during ``step``, in bytes."""
+    step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        step()
+    held = peak = 0
+    for event in record.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_nothing_of_the_logits_size_is_allocated_but_the_gradient(divergence):
+    student, teacher = logits(512, 2000, 1), logits(512, 2000, 2)
+    size = student.numel() * 4
+
+    def fresh():
+        softmax_kl(student.detach().requires_grad_(), teacher, divergence=divergence).backward()
+
+    def in_place():
+        leaf = student.clone().requires_grad_()
+        softmax_kl(leaf.view_as(leaf), teacher, divergence=divergence, inplace=True).backward()
+
+    def copying():
+        student.clone()
+
+    assert size <= allocated(fresh) <= 1.02 * size
+    assert allocated(in_place) - allocated(copying) <= 0.02 * size
+
+
+def test_huge_pages_are_only_advice(monkeypatch):
+    from stillhouse.kernels import cpu
+
+    expected = cpu.fresh_like(torch.zeros(1024, 2048))
+    monkeypatch.setattr(cpu, "_madvise", lambda: None)
+    assert cpu.fresh_like(torch.zeros(1024, 2048)).shape == expected.shape

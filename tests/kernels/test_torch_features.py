@@ -1,0 +1,145 @@
+"""The operator inside torch: autograd, autocast, torch.compile, activation checkpointing, tracing."""
+
+import pytest
+import torch
+from cases import exact, logits, relative
+from torch.utils.checkpoint import checkpoint
+
+from stillhouse.kernels import TopK, linear_softmax_kl, softmax_kl
+
+
+def gradient(loss, *inputs):
+    return torch.autograd.grad(loss, inputs)
+
+
+def test_the_operators_pass_torchs_own_checks():
+    student, teacher = logits(6, 20, 1), logits(6, 20, 2)
+    dense = (teacher, None, None, "dense", 1.0, None, None, 6.0, 2.0, "forward", 0.5, False)
+    top_k = TopK.from_logits(teacher, 3, temperature=2.0)
+    sparse = (None, top_k.indices, top_k.log_probs, "ghost", 2.0, None, None, 6.0, 2.0, "jsd", 0.5, True)
+    for arguments in (dense, sparse):
+        for wants in (True, False):
+            torch.library.opcheck(torch.ops.stillhouse.softmax_kl.default, (student, *arguments, wants))
+        torch.library.opcheck(torch.ops.stillhouse.softmax_kl_.default, (student.clone(), *arguments))
+
+
+def test_under_compile_as_one_graph():
+    weight = logits(16, 30, 3, scale=0.3).requires_grad_()
+    hidden, teacher = logits(8, 16, 1), logits(8, 30, 2)
+    mask = torch.arange(8) < 6
+
+    def step(w):
+        return softmax_kl(hidden @ w, teacher, temperature=2.0, mask=mask) * 3.0
+
+    expected = step(weight)
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(weight)
+    assert torch.allclose(got, expected)
+    assert torch.allclose(*gradient(got, weight), *gradient(expected, weight), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_under_compile_with_inductor():
+    weight, hidden, teacher = logits(16, 30, 3).requires_grad_(), logits(8, 16, 1), logits(8, 30, 2)
+
+    def step(w):
+        return softmax_kl(hidden @ w, teacher) * 3.0
+
+    expected = step(weight)
+    got = torch.compile(step)(weight)
+    assert torch.allclose(got, expected)
+    assert torch.allclose(*gradient(got, weight), *gradient(expected, weight), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("reentrant", (True, False))
+def test_under_activation_checkpointing(reentrant):
+    weight, hidden, teacher = logits(16, 30, 3).requires_grad_(), logits(8, 16, 1), logits(8, 30, 2)
+    expected = softmax_kl(hidden @ weight, teacher)
+    got = checkpoint(lambda w: softmax_kl(hidden @ w, teacher), weight, use_reentrant=reentrant)
+    assert torch.equal(got, expected)
+    assert torch.equal(*gradient_by_backward(got, weight), *gradient(expected, weight))
+
+
+def gradient_by_backward(loss, leaf):
+    leaf.grad = None
+    loss.backward()
+    return (leaf.grad,)
+
+
+def test_under_autocast():
+    weight, hidden, teacher = logits(16, 30, 3).requires_grad_(), logits(8, 16, 1), logits(8, 30, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        product = hidden @ weight
+        assert product.dtype == torch.bfloat16
+        got = softmax_kl(product, teacher)
+        fused = linear_softmax_kl(hidden, weight.t(), teacher)
+    assert got.dtype == fused.dtype == torch.float32
+    rows, _ = exact(product, teacher)
+    assert abs(got.item() - rows.mean().item()) <= 1e-6 * rows.mean().item()
+    assert abs(fused.item() - rows.mean().item()) <= 1e-6 * rows.mean().item()
+    (one,) = gradient(got, weight)
+    (two,) = gradient(fused, weight)
+    assert one.dtype == two.dtype == torch.float32
+    assert relative(two, one) <= 1e-2
+
+
+@pytest.mark.parametrize("call", ("softmax_kl", "linear_softmax_kl"))
+def test_second_derivatives_raise(call):
+    student, teacher = logits(4, 9, 1).requires_grad_(), logits(4, 5, 2)
+    weight = logits(5, 9, 3)
+    loss = softmax_kl(student @ weight.t(), teacher) if call == "softmax_kl" else linear_softmax_kl(student, weight, teacher)
+    (first,) = torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative.*backend='torch'"):
+        first.sum().backward()
+
+
+def test_the_torch_backend_has_second_derivatives():
+    student, teacher = logits(4, 9, 1).requires_grad_(), logits(4, 9, 2)
+    (first,) = torch.autograd.grad(softmax_kl(student, teacher, backend="torch"), student, create_graph=True)
+    (second,) = torch.autograd.grad((first**2).sum(), student)
+    assert second.abs().max() > 0
+
+
+@pytest.mark.parametrize("call", ("softmax_kl", "linear_softmax_kl"))
+def test_backward_twice_gives_the_same_gradient(call):
+    student, teacher, weight = logits(4, 9, 1).requires_grad_(), logits(4, 5, 2), logits(5, 9, 3)
+    loss = softmax_kl(student @ weight.t(), teacher) if call == "softmax_kl" else linear_softmax_kl(student, weight, teacher)
+    loss = loss * 0.5
+    (one,) = torch.autograd.grad(loss, student, retain_graph=True)
+    kept = one.clone()
+    (two,) = torch.autograd.grad(loss, student)
+    assert torch.equal(one, kept)
+    assert torch.equal(two, kept)
+
+
+def test_in_place_gives_the_same_gradient_and_tells_who_saved_the_logits():
+    weight, hidden, teacher = logits(16, 30, 3).requires_grad_(), logits(8, 16, 1), logits(8, 30, 2)
+    for backend in ("numba", "torch"):
+        product = hidden @ weight
+        loss = softmax_kl(product, teacher, inplace=True, backend=backend)
+        expected = softmax_kl(hidden @ weight, teacher, backend=backend)
+        assert torch.equal(loss, expected)
+        assert torch.equal(*gradient(loss, weight), *gradient(expected, weight))
+    product = hidden @ weight
+    saved = product.exp()
+    saved_too = product.sigmoid() * product  # multiplication saves the logits
+    softmax_kl(product, teacher, inplace=True).backward(retain_graph=True)
+    saved.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved_too.sum().backward()
+
+
+def test_no_gradient_is_computed_where_none_is_wanted():
+    student, teacher = logits(8, 30, 1), logits(8, 30, 2)
+    before = student.clone()
+    loss = softmax_kl(student, teacher, inplace=True)
+    assert not loss.requires_grad
+    assert torch.equal(student, before)
+    with torch.inference_mode():
+        assert torch.equal(softmax_kl(student, teacher), loss)
+
+
+def test_the_target_gets_no_gradient():
+    student, teacher = logits(8, 30, 1).requires_grad_(), logits(8, 30, 2).requires_grad_()
+    for backend in ("numba", "torch"):
+        softmax_kl(student, teacher, backend=backend).backward()
+        assert teacher.grad is None
