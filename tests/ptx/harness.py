@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -20,23 +20,31 @@ TORCH = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 MEMORY_SLACK = 1 << 16
 
 
-@lru_cache(maxsize=None)
+@cache
 def ptx_of(spec, cc):
     return build.compile_ptx(spec, cc)
 
 
-@lru_cache(maxsize=None)
+@cache
 def program_of(spec, cc):
     return parse(ptx_of(spec, cc))
 
 
 def bits(tensor: torch.Tensor) -> np.ndarray:
     tensor = tensor.detach().contiguous()
-    return tensor.view(torch.uint16).numpy() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor.numpy()
+    return (
+        tensor.view(torch.uint16).numpy()
+        if tensor.dtype in (torch.bfloat16, torch.float16)
+        else tensor.numpy()
+    )
 
 
 def from_bits(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-    return torch.from_numpy(array.copy()).view(dtype) if array.dtype == np.uint16 else torch.from_numpy(array.copy())
+    return (
+        torch.from_numpy(array.copy()).view(dtype)
+        if array.dtype == np.uint16
+        else torch.from_numpy(array.copy())
+    )
 
 
 @dataclass
@@ -78,7 +86,9 @@ def run(student, target, *, temperature=1.0, divergence="forward", beta=0.5, mas
     )
 
 
-def expected(student, target, *, temperature=1.0, divergence="forward", beta=0.5, mask=None, scale=None, factor=1.0):
+def expected(
+    student, target, *, temperature=1.0, divergence="forward", beta=0.5, mask=None, scale=None, factor=1.0
+):
     """Loss per row and the student's gradient in float64, by the specification."""
     wide = student.double().requires_grad_()
     target = target.double() if isinstance(target, torch.Tensor) else target

@@ -17,12 +17,14 @@ from .operations import ARITHMETIC, SPECIAL_FUNCTIONS, TYPES, Approximation, com
 from .parse import SIZES, Instruction, Program
 
 BLOCK_WAIT, WARP_WAIT, CLUSTER_WAIT = 1, 2, 3
+FREE = ("neg.f32", "abs.f32")  # SASS has them as modifiers of an operand
 REMOTE = 24  # mapa: bits 24 and up of a shared::cluster address hold the block's rank + 1
 
 
 @dataclass
 class Counts:
-    """Of one launch, summed over lanes. ``instructions`` leaves out register moves, which cost nothing in SASS."""
+    """Of one launch, summed over lanes. ``instructions`` leaves out register moves and signs, which cost
+    nothing in SASS."""
 
     instructions: int = 0
     special: int = 0
@@ -66,7 +68,7 @@ class Machine:
     def run(self, *arguments: float) -> Counts:
         if len(arguments) != len(self.program.parameters):
             raise PtxError(f"got {len(arguments)} arguments; the kernel takes {len(self.program.parameters)}")
-        for (kind, name), value in zip(self.program.parameters, arguments):
+        for (kind, name), value in zip(self.program.parameters, arguments, strict=True):
             self.parameters[name] = np.array([value]).astype(TYPES[kind])
         with np.errstate(all="ignore"):
             while not self.done.all():
@@ -76,7 +78,9 @@ class Machine:
                     self._run_block(number, ready & (self.at == number))
                 self._release()
                 if not ready.any() and (self.waits_for[~self.done] != 0).all():
-                    raise PtxError("deadlock: every lane left waits at a barrier that some lane never reaches")
+                    raise PtxError(
+                        "deadlock: every lane left waits at a barrier that some lane never reaches"
+                    )
         return self.counts
 
     def _run_block(self, number: int, mask: np.ndarray) -> None:
@@ -91,8 +95,7 @@ class Machine:
                 self._execute(instruction, active, chosen)
 
     def _release(self) -> None:
-        for kind, group, lanes_per_group in ((BLOCK_WAIT, self.clock.block_of, self.threads),
-                                             (WARP_WAIT, self.clock.warp_of, 32)):  # fmt: skip
+        for kind, group in ((BLOCK_WAIT, self.clock.block_of), (WARP_WAIT, self.clock.warp_of)):
             waiting = self.waits_for == kind
             if not waiting.any():
                 continue
@@ -141,7 +144,9 @@ class Machine:
 
     def _address(self, text: str, lanes: np.ndarray) -> np.ndarray:
         base, _, offset = text.strip("[] ").partition("+")
-        return self._value(base.strip(), np.uint64, lanes).astype(np.int64) + (int(offset, 0) if offset else 0)
+        return self._value(base.strip(), np.uint64, lanes).astype(np.int64) + (
+            int(offset, 0) if offset else 0
+        )
 
     # -- instructions
 
@@ -149,7 +154,7 @@ class Machine:
         parts = one.parts
         name = parts[0]
         self.counts.opcodes[".".join(parts[:2])] += len(lanes)
-        if name != "mov" and parts[:2] != ["ld", "param"]:
+        if name != "mov" and parts[:2] != ["ld", "param"] and ".".join(parts[:2]) not in FREE:
             self.counts.instructions += len(lanes)
         if name in ("ld", "st"):
             self._move(one, parts, lanes)
@@ -183,7 +188,9 @@ class Machine:
             return
         elif name == "cvt":
             source = parts[-1]
-            value = convert([self._value(o, TYPES[source], lanes) for o in one.operands[1:]], parts[-2], source, parts)
+            value = convert(
+                [self._value(o, TYPES[source], lanes) for o in one.operands[1:]], parts[-2], source, parts
+            )
         elif name == "setp":
             kind = TYPES[parts[-1]]
             a, b = (self._value(o, kind, lanes) for o in one.operands[1:3])
@@ -224,7 +231,9 @@ class Machine:
     def _whole_warps(self, active: np.ndarray, one: Instruction) -> None:
         warps = active.reshape(-1, 32) if self.lanes % 32 == 0 else None
         if warps is None or (warps.any(1) != warps.all(1)).any():
-            raise PtxError(f"only some lanes of a warp reach an instruction that all of them must execute: {one.text}")
+            raise PtxError(
+                f"only some lanes of a warp reach an instruction that all of them must execute: {one.text}"
+            )
 
     def _barrier(self, one: Instruction, parts: list[str], active: np.ndarray, lanes: np.ndarray) -> None:
         if parts[1] == "cluster":
@@ -252,7 +261,9 @@ class Machine:
         partner = lanes ^ self._value(by, np.uint32, lanes).astype(np.int64)
         if not active[partner].all():
             raise PtxError(f"shuffle from a lane that does not take part: {one.text}")
-        everyone = self.registers[source] if source in self.registers else self._value(source, np.uint32, self.index)
+        everyone = (
+            self.registers[source] if source in self.registers else self._value(source, np.uint32, self.index)
+        )
         self._set(to, everyone[partner].copy(), lanes)
 
     def _move(self, one: Instruction, parts: list[str], lanes: np.ndarray) -> None:
@@ -268,7 +279,9 @@ class Machine:
         if space is self.memory:
             self._count(SIZES[parts[-1]] * len(names), load, len(lanes))
         if load:
-            for name, value in zip(names, space.load(offsets, kind, len(names), lanes, one.text)):
+            for name, value in zip(
+                names, space.load(offsets, kind, len(names), lanes, one.text), strict=True
+            ):
                 self._set(name, value, lanes)
         else:
             values = [self._value(name, kind, lanes) for name in names]

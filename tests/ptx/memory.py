@@ -75,7 +75,6 @@ class Shadow:
         self.when_written[:, cells] = self._now(lanes)
         return bad
 
-
     def atomic(self, cells, lanes):
         """Atomic operations need no order among themselves, only against plain accesses."""
         last = np.where(self.writer[cells] == ATOMIC, NOBODY, self.writer[cells])
@@ -104,7 +103,9 @@ class Space:
 
     def check(self, offsets, width, text):
         if (offsets % width).any():
-            raise PtxError(f"misaligned {width}-byte access to {self.name} memory, at {offsets[0] % width}: {text}")
+            raise PtxError(
+                f"misaligned {width}-byte access to {self.name} memory, at {offsets[0] % width}: {text}"
+            )
         outside = (offsets < 0) | (offsets + width > len(self.bytes))
         if outside.any() or not (self.allowed[offsets] & self.allowed[offsets + width - 1]).all():
             raise PtxError(f"access outside of every allocation of {self.name} memory: {text}")
@@ -127,13 +128,14 @@ class Space:
         self.check(offsets, width, text)
         cells = self._cells(offsets, width)
         if self.shadow.write(cells.ravel(), np.repeat(lanes, cells.shape[1])).any():
-            raise PtxError(f"race: write to {self.name} memory not ordered after another lane's access: {text}")
+            raise PtxError(
+                f"race: write to {self.name} memory not ordered after another lane's access: {text}"
+            )
         view = self.bytes.view(kind)
         for i, value in enumerate(values):
             view[offsets // size + i] = value
         for i in range(width):
             self.written[offsets + i] = self.readable[offsets + i] = True
-
 
     def atomic_or(self, offsets, values, lanes, text):
         """One lane after another; the values from before."""
@@ -143,7 +145,7 @@ class Space:
         if self.shadow.atomic(offsets // self.cell, lanes).any():
             raise PtxError(f"race: atomic on {self.name} memory not ordered after a plain access: {text}")
         view, before = self.bytes.view(np.uint32), np.zeros(len(lanes), np.uint32)
-        for i, (cell, value) in enumerate(zip(offsets // 4, values)):
+        for i, (cell, value) in enumerate(zip(offsets // 4, values, strict=True)):
             before[i] = view[cell]
             view[cell] |= value
         return before

@@ -10,7 +10,19 @@ import numpy as np
 REGISTER_TYPES = {
     "pred": np.bool_, "b8": np.uint8, "b16": np.uint16, "b32": np.uint32, "b64": np.uint64, "f32": np.float32,
 }  # fmt: skip
-SIZES = {"u8": 1, "b8": 1, "u16": 2, "b16": 2, "u32": 4, "s32": 4, "b32": 4, "f32": 4, "u64": 8, "s64": 8, "b64": 8}
+SIZES = {
+    "u8": 1,
+    "b8": 1,
+    "u16": 2,
+    "b16": 2,
+    "u32": 4,
+    "s32": 4,
+    "b32": 4,
+    "f32": 4,
+    "u64": 8,
+    "s64": 8,
+    "b64": 8,
+}
 # what ends a block: control leaves it, or lanes may have to wait before the next instruction
 ENDS = ("bra", "ret", "exit", "bar.sync", "barrier.sync", "bar.warp.sync", "barrier.cluster.wait")
 
@@ -60,7 +72,7 @@ def _split_operands(text: str) -> list[str]:
 
 
 def _instruction(text: str) -> Instruction:
-    match = re.match(r"(?:@(!?)(%\w+)\s+)?([\w.:]+)\s*(.*)$", text.strip(), re.S)
+    match = re.match(r"(?:@(!?)(%\w+)\s+)?([\w.:]+)\s*(.*)$", text.strip(), re.DOTALL)
     if match is None:
         raise ValueError(f"not an instruction: {text!r}")
     negated, guard, opcode, rest = match.groups()
@@ -104,7 +116,7 @@ def _shared_variables(text: str) -> tuple[dict[str, int], int]:
 
 def parse(text: str) -> Program:
     text = re.sub(r"//[^\n]*", "", text)
-    entry = re.search(r"\.visible\s+\.entry\s+(\w+)\(([^)]*)\)[^{]*\{(.*)\}\s*$", text, re.S)
+    entry = re.search(r"\.visible\s+\.entry\s+(\w+)\(([^)]*)\)[^{]*\{(.*)\}\s*$", text, re.DOTALL)
     if entry is None:
         raise ValueError("no .visible .entry with a body in this PTX")
     name, parameter_text, body = entry.groups()

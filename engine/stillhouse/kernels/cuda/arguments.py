@@ -17,7 +17,7 @@ GHOST, RENORMALISE, WITHIN, SAMPLED = range(4)  # what a sparse kernel does with
 
 
 def target_kind(target: Target) -> str:
-    """ "dense" for logits, "sparse" for the rest."""
+    """Logits are "dense"; top-k and sampled labels are "sparse"."""
     return "dense" if isinstance(target, Tensor) else "sparse"
 
 
@@ -62,8 +62,8 @@ def pack(
     if isinstance(target, Tensor):
         _, s_width, t_width = widths(v, target, divergence)
         last = launch.span if launch.spec.family == "rows" else rows
-        sizes = (v, target.shape[-1], s_width, t_width, last)
-        return (student, tensors[0], grad, loss, mask, scale, *sizes, *scalars)
+        dense = (v, target.shape[-1], s_width, t_width, last)
+        return (student, tensors[0], grad, loss, mask, scale, *dense, *scalars)
     k = target.indices.shape[-1]
     outside = tensors[2] if len(tensors) > 2 else 0
     last = launch.span if launch.spec.family == "rows" else rows

@@ -7,6 +7,8 @@ taken from the very floats that scale the exponentials: logarithms and probabili
 normaliser enters the loss squared (see the Bregman form in ``kernels/reference.py``).
 """
 
+# mypy: ignore-errors
+# Numba infers the types of device functions from their callers.
 from __future__ import annotations
 
 import math
@@ -24,8 +26,11 @@ LN2 = F32(0.6931471805599453)
 TWO_OVER_LN2 = F32(2.8853900817779268)
 THIRD, FIFTH, SEVENTH, NINTH = F32(1 / 3), F32(1 / 5), F32(1 / 7), F32(1 / 9)
 ZERO, ONE, FAR = F32(0.0), F32(1.0), F32(1.0e4)
-PHI = tuple(F32(math.log(2) ** n / math.factorial(n)) for n in range(2, 6))  # of the series of 2^g - 1 - g ln 2
+PHI = tuple(
+    F32(math.log(2) ** n / math.factorial(n)) for n in range(2, 6)
+)  # of the series of 2^g - 1 - g ln 2
 CUMULANT = tuple(F32(-(math.log(2) ** (n - 1)) * (n - 1) / math.factorial(n)) for n in range(2, 6))
+ONE_PLUS = tuple(F32((-1) ** n / (n + 1) / math.log(2)) for n in range(5))
 SIX, TWELVE = F32(6.0), F32(12.0)
 NEAR, NEAR_MIXTURE = F32(0.0625), F32(0.125)
 RATIO_LOW, RATIO_HIGH = F32(0.7), F32(1.4)
@@ -111,21 +116,35 @@ def row_known(k2, ct, dt, cs, ds, beta):
     """What the pair functions take besides the logits: everything that a row's elements share."""
     it, is_ = ptx.reciprocal(dt), ptx.reciprocal(ds)
     delta = log2_ratio(it, is_)
-    return k2, -ct, -cs, it, is_, delta, (cs - ct) + delta, beta, *mixture_series(beta)
+    return k2, -ct, -cs, it, is_, delta, (cs - ct) + delta, beta, *mixture_known(beta)
 
 
 @device
-def mixture_series(beta):
-    """Cumulants of a coin of bias beta, as coefficients of ``jsd_pair``'s series in log2 units, divided by ln 2."""
+def mixture_known(beta):
+    """What ``jsd_pair`` takes of beta: its logarithm, that of 1 - beta, their odds, and the series' coefficients.
+
+    The coefficients are cumulants of a coin of that bias, in log2 units, divided by ln 2.
+    """
     other = ONE - beta
     b, skew = beta * other, other - beta
     fourth, fifth = b * (ONE - SIX * b), b * skew * (ONE - TWELVE * b)
-    return b * CUMULANT[0], b * skew * CUMULANT[1], fourth * CUMULANT[2], fifth * CUMULANT[3]
+    odds = beta * ptx.reciprocal(other)
+    logs = (ptx.log2_approx(beta), ptx.log2_approx(other))
+    return *logs, odds, b * CUMULANT[0], b * skew * CUMULANT[1], fourth * CUMULANT[2], fifth * CUMULANT[3]
+
+
+@device
+def log2_one_plus(y):
+    """log2(1 + y) for y >= 0, with a relative error also where 1 + y loses the digits of y."""
+    series = ptx.fma(
+        y, ptx.fma(y, ptx.fma(y, ptx.fma(y, ONE_PLUS[4], ONE_PLUS[3]), ONE_PLUS[2]), ONE_PLUS[1]), ONE_PLUS[0]
+    )
+    return y * series if y < NEAR else ptx.log2_approx(ONE + y)
 
 
 @device
 def bregman(weighted, gap, change):
-    """p phi(log q/p) with phi(x) = exp(x) - 1 - x, from gap = log2(p / q), weighted = p gap and change = q - p.
+    """One term p phi(log q/p) with phi(x) = exp(x) - 1 - x, from gap = log2(p / q), weighted = p gap and change = q - p.
 
     Where p and q nearly agree the three terms cancel, and phi's series takes over.
     """
@@ -137,7 +156,7 @@ def bregman(weighted, gap, change):
 @device
 def forward_pair(xt, xs, known):
     """(loss, p_s - p_t, unused): the gradient needs no sum over the row."""
-    k2, nt, ns, it, is_, delta, shift, beta, c2, c3, c4, c5 = known
+    k2, nt, ns, it, is_, delta, shift, beta, log_t, log_s, odds, c2, c3, c4, c5 = known
     zt, zs = ptx.fma(xt, k2, nt), ptx.fma(xs, k2, ns)
     pt = ptx.exp2(zt) * it
     change = ptx.exp2(zs) * is_ - pt
@@ -148,7 +167,7 @@ def forward_pair(xt, xs, known):
 @device
 def reverse_pair(xt, xs, known):
     """(loss, p_s, p_s log2(p_s / p_t)): the gradient is p_s (log(p_s / p_t) - its mean)."""
-    k2, nt, ns, it, is_, delta, shift, beta, c2, c3, c4, c5 = known
+    k2, nt, ns, it, is_, delta, shift, beta, log_t, log_s, odds, c2, c3, c4, c5 = known
     zt, zs = ptx.fma(xt, k2, nt), ptx.fma(xs, k2, ns)
     ps = ptx.exp2(zs) * is_
     gap = (zs - zt) - delta
@@ -158,7 +177,10 @@ def reverse_pair(xt, xs, known):
 
 @device
 def jsd_pair(xt, xs, known):
-    """(loss, p_s, p_s log2(m / p_s)), the loss and the last short of a factor of -ln 2 and ln 2.
+    """(loss, p_s, p_s (log2(m / p_s) - log2(1 - beta))), the loss short of a factor of -ln 2, the last of ln 2.
+
+    The gradient takes the last relative to its mean, so the constant is free, and it keeps the digits of what is
+    left where the student has nearly all of the mass.
 
     By the ratio q <= 1 of the smaller probability to the larger, so that nothing overflows. With the mixture
     m = w_big + w_small q over the larger probability, loss / p_big = -(m log m + w_small q log(1 / q)).
@@ -166,21 +188,22 @@ def jsd_pair(xt, xs, known):
     which generates the cumulants of a coin: its series has no terms that cancel.
     The gap is clamped to finite numbers, also where it is -inf minus -inf; its probabilities are then zero.
     """
-    k2, nt, ns, it, is_, delta, shift, beta, c2, c3, c4, c5 = known
+    k2, nt, ns, it, is_, delta, shift, beta, log_t, log_s, odds, c2, c3, c4, c5 = known
     signed = ptx.fmin(ptx.fmax(ptx.fma(xt - xs, k2, shift), -FAR), FAR)
     teacher_bigger = signed > ZERO
     z_big = ptx.fma(xt if teacher_bigger else xs, k2, nt if teacher_bigger else ns)
     big = ptx.exp2(z_big) * (it if teacher_bigger else is_)
-    w_small = ONE - beta if teacher_bigger else beta
+    w_big = beta if teacher_bigger else ONE - beta
     gap = abs(signed)
     ratio = ptx.exp2(-gap)
-    weighted_ratio = w_small * ratio
-    mixture = (ONE - w_small) + weighted_ratio
-    log_mixture = ptx.log2_approx(mixture)
+    rest = ratio * ((ONE - beta) if teacher_bigger else beta)
+    mixture = w_big + rest
+    one_plus = log2_one_plus(ratio * (ptx.reciprocal(odds) if teacher_bigger else odds))
+    log_mixture = (log_t if teacher_bigger else log_s) + one_plus
     series = ptx.fma(signed, ptx.fma(signed, ptx.fma(signed, c5, c4), c3), c2) * signed * signed * mixture
-    loss = big * (series if gap < NEAR_MIXTURE else ptx.fma(mixture, log_mixture, weighted_ratio * gap))
+    loss = big * (series if gap < NEAR_MIXTURE else ptx.fma(mixture, log_mixture, rest * gap))
     ps = big * (ratio if teacher_bigger else ONE)
-    return loss, ps, ps * ((gap if teacher_bigger else ZERO) + log_mixture)
+    return loss, ps, ps * ((gap + (log_t - log_s) if teacher_bigger else ZERO) + one_plus)
 
 
 PAIRS = {"forward": forward_pair, "reverse": reverse_pair, "jsd": jsd_pair}
@@ -201,7 +224,11 @@ def jsd_factors(loss_factor, grad_factor, beta):
     return -loss_factor * LN2, grad_factor * (beta - ONE) * LN2
 
 
-FACTORS = {"forward": forward_factors, "reverse": reverse_factors, "jsd": jsd_factors}  # what the pairs leave out
+FACTORS = {
+    "forward": forward_factors,
+    "reverse": reverse_factors,
+    "jsd": jsd_factors,
+}  # what the pairs leave out
 
 
 @device

@@ -18,7 +18,18 @@ from typing import Any
 from stillhouse.kernels.cuda.plan import Spec
 
 ENTRY = "stillhouse_softmax_kl"
-SOURCES = ("arithmetic", "build", "chunks", "intrinsics", "merge", "plan", "rows", "small", "sparse", "vectors")
+SOURCES = (
+    "arithmetic",
+    "build",
+    "chunks",
+    "intrinsics",
+    "merge",
+    "plan",
+    "rows",
+    "small",
+    "sparse",
+    "vectors",
+)
 _COMPILING = threading.Lock()
 
 
@@ -38,12 +49,13 @@ def _architecture(cc: tuple[int, int]) -> Iterator[None]:
     """Numba asks the driver what to compile device functions for; here the answer is given, GPU or not."""
     from numba.cuda import dispatcher
 
-    before = dispatcher.get_current_device
-    dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=cc)
+    asked: Any = dispatcher
+    before = asked.get_current_device
+    asked.get_current_device = lambda: SimpleNamespace(compute_capability=cc)
     try:
         yield
     finally:
-        dispatcher.get_current_device = before
+        asked.get_current_device = before
 
 
 def compile_ptx(spec: Spec, cc: tuple[int, int]) -> str:
@@ -52,7 +64,8 @@ def compile_ptx(spec: Spec, cc: tuple[int, int]) -> str:
 
     with _COMPILING, _architecture(cc):
         kernel, signature = kernel_function(spec)
-        text, _ = cuda.compile(
+        compiler: Any = cuda
+        text, _ = compiler.compile(
             kernel, types.void(*signature), device=False, cc=cc, abi="numba", launch_bounds=spec.threads
         )
     name = re.search(r"\.visible \.entry (\w+)\(", text)
@@ -113,4 +126,4 @@ def _write_whole(path: Path, code: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as partial:
         partial.write(code)
-    os.replace(partial.name, path)
+    Path(partial.name).replace(path)

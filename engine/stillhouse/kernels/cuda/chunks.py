@@ -1,5 +1,7 @@
 """How a row is cut into chunks and dealt out, for the kernels that give a row to one block or to a cluster."""
 
+# mypy: ignore-errors
+# Numba infers the types of device functions from their callers.
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -58,7 +60,13 @@ def walk(code: SimpleNamespace, threads: int) -> SimpleNamespace:
     This block has the chunks [lo, hi). Each of its threads takes every ``threads``-th of the whole ones, and of the
     others, the edges.
     """
-    size, first_element, encode, put, put_edge = code.size, code.first_element, code.encode, code.put, code.put_edge
+    size, first_element, encode, put, put_edge = (
+        code.size,
+        code.first_element,
+        code.encode,
+        code.put,
+        code.put_edge,
+    )
     stride = I64(threads * 8 * size)  # bytes from a thread's chunk to its next
 
     @device
@@ -104,5 +112,11 @@ def walk(code: SimpleNamespace, threads: int) -> SimpleNamespace:
             j = I32(j + threads)
 
     return SimpleNamespace(
-        whole_of=whole_of, edges=edges, edge=edge, mine=mine, element_of=element_of, clear_row=clear_row, stride=stride
+        whole_of=whole_of,
+        edges=edges,
+        edge=edge,
+        mine=mine,
+        element_of=element_of,
+        clear_row=clear_row,
+        stride=stride,
     )

@@ -8,6 +8,8 @@ among the other volatile ones: a load of the student's logits must not sink belo
 may overwrite them.
 """
 
+# mypy: ignore-errors
+# Numba infers the types of device functions from their callers.
 from __future__ import annotations
 
 import os
@@ -36,7 +38,7 @@ else:
         """An intrinsic of fixed arity from ``codegen(typing_args) -> (signature, builder function)``."""
         names = ", ".join(f"a{i}" for i in range(arity))
         scope: dict = {"codegen": codegen}
-        exec(f"def ptx(typingctx{', ' + names if names else ''}):\n    return codegen()", scope)
+        exec(f"def ptx(typingctx{', ' + names if names else ''}):\n    return codegen()", scope)  # noqa: S102 -- Numba counts arguments
         return intrinsic(scope["ptx"])
 
     def _ptx(asm, constraints, returns, *takes, volatile=False):
@@ -46,7 +48,10 @@ else:
         kind = ir.FunctionType(ll_return, [_LL[t] for t in takes])
 
         def build(context, builder, signature, args):
-            casts = [context.cast(builder, a, have, want) for a, have, want in zip(args, signature.args, takes)]
+            casts = [
+                context.cast(builder, a, have, want)
+                for a, have, want in zip(args, signature.args, takes, strict=True)
+            ]
             got = builder.call(ir.InlineAsm(kind, asm, constraints, side_effect=volatile), casts)
             if words:
                 return context.make_tuple(builder, _U4, [builder.extract_value(got, i) for i in range(4)])
@@ -78,7 +83,15 @@ else:
     )
     load_words_kept = _ptx("ld.global.v4.b32 {$0,$1,$2,$3}, [$4];", "=r,=r,=r,=r,l", _U4, _i64, volatile=True)
     store_words = _ptx(
-        "st.global.v4.b32 [$0], {$1,$2,$3,$4};", "l,r,r,r,r", types.void, _i64, _u32, _u32, _u32, _u32, volatile=True
+        "st.global.v4.b32 [$0], {$1,$2,$3,$4};",
+        "l,r,r,r,r",
+        types.void,
+        _i64,
+        _u32,
+        _u32,
+        _u32,
+        _u32,
+        volatile=True,
     )
     load_u8 = _ptx("ld.global.u8 $0, [$1];", "=r,l", _u32, _i64, volatile=True)
     load_u16 = _ptx("ld.global.u16 $0, [$1];", "=r,l", _u32, _i64, volatile=True)
@@ -86,7 +99,12 @@ else:
     load_i64 = _ptx("ld.global.b64 $0, [$1];", "=l,l", _i64, _i64, volatile=True)
     load_f32 = _ptx("ld.global.f32 $0, [$1];", "=f,l", _f32, _i64, volatile=True)
     store_u16 = _ptx(
-        "{.reg .b16 l,h; mov.b32 {l,h}, $1; st.global.b16 [$0], l;}", "l,r", types.void, _i64, _u32, volatile=True
+        "{.reg .b16 l,h; mov.b32 {l,h}, $1; st.global.b16 [$0], l;}",
+        "l,r",
+        types.void,
+        _i64,
+        _u32,
+        volatile=True,
     )
     store_f32 = _ptx("st.global.f32 [$0], $1;", "l,f", types.void, _i64, _f32, volatile=True)
 
@@ -151,7 +169,9 @@ else:
 
         return types.void(array, offset, _f32), build
 
-    _REMOTE_STORE = "{.reg .b32 there; mapa.shared::cluster.u32 there, $0, $1; st.shared::cluster.f32 [there], $2;}"
+    _REMOTE_STORE = (
+        "{.reg .b32 there; mapa.shared::cluster.u32 there, $0, $1; st.shared::cluster.f32 [there], $2;}"
+    )
 
     @intrinsic
     def cluster_store(typingctx, array, offset, rank, value):

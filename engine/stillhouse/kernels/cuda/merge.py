@@ -4,6 +4,8 @@ No atomics: every merge adds in a fixed order, so a result is the same bits in e
 step of a block's merge on its own, which costs a few shuffles and saves a barrier.
 """
 
+# mypy: ignore-errors
+# Numba infers the types of device functions from their callers.
 from __future__ import annotations
 
 from types import SimpleNamespace

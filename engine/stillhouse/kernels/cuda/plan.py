@@ -8,7 +8,16 @@ SMALL_WIDTH = 64  # up to here eight lanes a row
 WARP_WIDTH = 1024  # up to here a warp a row
 CLUSTERS = (1, 2, 4, 8)  # sizes that every device with clusters takes; 16 must be asked for
 # largest dynamic shared memory a block may opt in to, less what the kernels declare statically, by compute capability
-OPT_IN = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227, (12, 0): 99}
+OPT_IN = {
+    (8, 0): 163,
+    (8, 6): 99,
+    (8, 7): 163,
+    (8, 9): 99,
+    (9, 0): 227,
+    (10, 0): 227,
+    (10, 3): 227,
+    (12, 0): 99,
+}
 STATIC_BYTES = 2048
 
 

@@ -4,6 +4,8 @@ One pass over memory where the row pair fits in (distributed) shared memory, two
 A row's chunks are dealt to the blocks of the cluster in contiguous slices, and within a block to threads in turn.
 """
 
+# mypy: ignore-errors
+# Numba infers the types of device functions from their callers.
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -72,9 +74,21 @@ def rows_kernel(dtype: str, divergence: str, threads: int, cluster: int, staged:
     code, wide, pair, merge = codec(dtype), codec("f32"), PAIRS[divergence], merges(threads, cluster)
     size, forward = code.size, divergence == "forward"
     decode, encode = code.decode, code.encode
-    put, put_edge, fetch_edge, stage, unstage = code.put, code.put_edge, code.fetch_edge, code.stage, code.unstage
+    put, put_edge, fetch_edge, stage, unstage = (
+        code.put,
+        code.put_edge,
+        code.fetch_edge,
+        code.stage,
+        code.unstage,
+    )
     steps = walk(code, threads)
-    whole_of, edges, edge, mine, element_of = steps.whole_of, steps.edges, steps.edge, steps.mine, steps.element_of
+    whole_of, edges, edge, mine, element_of = (
+        steps.whole_of,
+        steps.edges,
+        steps.edge,
+        steps.mine,
+        steps.element_of,
+    )
     clear_row, stride = steps.clear_row, steps.stride
     fetch, fetch_last = code.fetch if staged else code.fetch_kept, code.fetch
     encode_wide, decode_wide, stage_wide, unstage_wide = wide.encode, wide.decode, wide.stage, wide.unstage
@@ -210,7 +224,9 @@ def rows_kernel(dtype: str, divergence: str, threads: int, cluster: int, staged:
                 put_edge(g_row, e, v, ga, gb)
             j = I32(j + threads)
 
-    def kernel(s, t, g, loss, mask, scale, v, t_stride, s_width, t_width, span, k2, grad_factor, loss_factor, beta):
+    def kernel(
+        s, t, g, loss, mask, scale, v, t_stride, s_width, t_width, span, k2, grad_factor, loss_factor, beta
+    ):
         words = cuda.shared.array(0, np.uint32, alignment=16)
         scratch = cuda.shared.array(SCRATCH, np.float32)
         tid = I32(cuda.threadIdx.x)

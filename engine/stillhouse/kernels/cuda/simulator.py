@@ -1,5 +1,7 @@
 """Twins of :mod:`stillhouse.kernels.cuda.intrinsics` for Numba's CUDA simulator (threads of one block, no clusters)."""
 
+# mypy: ignore-errors
+# Numba infers the types of device functions from their callers.
 from __future__ import annotations
 
 import ctypes
@@ -145,7 +147,9 @@ def cluster_rank():
 
 
 def cluster_arrive():
-    raise NotImplementedError("the simulator runs one block at a time: got a kernel for clusters; simulate cluster=1")
+    raise NotImplementedError(
+        "the simulator runs one block at a time: got a kernel for clusters; simulate cluster=1"
+    )
 
 
 def cluster_wait():
@@ -159,7 +163,7 @@ def cluster_store(array, offset, rank, value):
 class _Warp:
     """Where the lanes of one simulated warp exchange values."""
 
-    def __init__(self, lanes):
+    def __init__(self, lanes: int) -> None:
         self.barrier = threading.Barrier(lanes)
         self.values = [np.float32(0)] * 32
 

@@ -5,6 +5,8 @@ is, and keeps them in shared memory as float32; the lanes of a row then stride o
 of the student's logits there, and leaves the same way.
 """
 
+# mypy: ignore-errors
+# Numba infers the types of device functions from their callers.
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -15,7 +17,16 @@ from numba import cuda
 
 from stillhouse.kernels.cuda import intrinsics as ptx
 from stillhouse.kernels.cuda.arithmetic import (
-    FACTORS, LOWEST, PAIRS, ZERO, device, eight_max, eight_sum, row_known, warp_max, warp_sum,
+    FACTORS,
+    LOWEST,
+    PAIRS,
+    ZERO,
+    device,
+    eight_max,
+    eight_sum,
+    row_known,
+    warp_max,
+    warp_sum,
 )  # fmt: skip
 from stillhouse.kernels.cuda.chunks import is_kept, row_scale
 from stillhouse.kernels.cuda.rows import HUGE, SIGNATURE
@@ -53,9 +64,19 @@ def stretches(dtype: str, threads: int) -> SimpleNamespace:
             at = I32(base + head + i * per_vector)
             if short:
                 x = decode(a, a)
-                first = (ptx.float_as_word(x[0]), ptx.float_as_word(x[1]), ptx.float_as_word(x[2]), ptx.float_as_word(x[3]))
+                first = (
+                    ptx.float_as_word(x[0]),
+                    ptx.float_as_word(x[1]),
+                    ptx.float_as_word(x[2]),
+                    ptx.float_as_word(x[3]),
+                )
                 ptx.shared_store_words(words, at, first[0], first[1], first[2], first[3])
-                last = (ptx.float_as_word(x[4]), ptx.float_as_word(x[5]), ptx.float_as_word(x[6]), ptx.float_as_word(x[7]))
+                last = (
+                    ptx.float_as_word(x[4]),
+                    ptx.float_as_word(x[5]),
+                    ptx.float_as_word(x[6]),
+                    ptx.float_as_word(x[7]),
+                )
                 ptx.shared_store_words(words, I32(at + 4), last[0], last[1], last[2], last[3])
             else:
                 ptx.shared_store_words(words, at, a[0], a[1], a[2], a[3])
@@ -94,7 +115,12 @@ def stretches(dtype: str, threads: int) -> SimpleNamespace:
 
 def small_kernel(dtype: str, divergence: str, threads: int, lanes: int) -> Callable:
     """The kernel (undecorated) with ``threads / lanes`` rows a block; arguments as in rows, ``rows`` for the slice."""
-    pair, factors, stretch, size = PAIRS[divergence], FACTORS[divergence], stretches(dtype, threads), codec(dtype).size
+    pair, factors, stretch, size = (
+        PAIRS[divergence],
+        FACTORS[divergence],
+        stretches(dtype, threads),
+        codec(dtype).size,
+    )
     aligned, load, store = stretch.aligned, stretch.load, stretch.store
     forward, rows_per_block = divergence == "forward", threads // lanes
     group_max, group_sum = (eight_max, eight_sum) if lanes == 8 else (warp_max, warp_sum)
@@ -203,7 +229,9 @@ def small_kernel(dtype: str, divergence: str, threads: int, lanes: int) -> Calla
             ptx.shared_store(words, I32(s_base + e), ZERO)
             e = I32(e + lanes)
 
-    def kernel(s, t, g, loss, mask, scale, v, t_stride, s_width, t_width, rows, k2, grad_factor, loss_factor, beta):
+    def kernel(
+        s, t, g, loss, mask, scale, v, t_stride, s_width, t_width, rows, k2, grad_factor, loss_factor, beta
+    ):
         words = cuda.shared.array(0, np.uint32, alignment=16)
         tid = I32(cuda.threadIdx.x)
         first = I32(I32(cuda.blockIdx.x) * rows_per_block)
@@ -228,7 +256,9 @@ def small_kernel(dtype: str, divergence: str, threads: int, lanes: int) -> Calla
         if there:
             kept = is_kept(mask, row)
         s_row, t_row = I32(s_base + local * v), I32(t_base + local * t_stride)
-        mine_s, mine_t = (s_width, t_width) if kept else (I32(0), I32(0))  # all lanes take part in the shuffles
+        mine_s, mine_t = (
+            (s_width, t_width) if kept else (I32(0), I32(0))
+        )  # all lanes take part in the shuffles
         cs, ds = row_softmax(words, s_row, mine_s, lane, k2)
         ct, dt = row_softmax(words, t_row, mine_t, lane, k2)
         known = row_known(k2, ct, dt, cs, ds, beta)

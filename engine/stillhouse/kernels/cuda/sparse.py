@@ -6,6 +6,8 @@ maximum of its own, so that the mass outside is exact however small it is. Each 
 thread before the last pass, which leaves marked elements as they are.
 """
 
+# mypy: ignore-errors
+# Numba infers the types of device functions from their callers.
 from __future__ import annotations
 
 import math
@@ -16,7 +18,18 @@ from numba import cuda, types
 
 from stillhouse.kernels.cuda import intrinsics as ptx
 from stillhouse.kernels.cuda.arguments import GHOST, SAMPLED, WITHIN
-from stillhouse.kernels.cuda.arithmetic import FACTORS, LN2, LOWEST, ONE, PAIRS, ZERO, absorb, device, log2_of, mixture_series
+from stillhouse.kernels.cuda.arithmetic import (
+    FACTORS,
+    LN2,
+    LOWEST,
+    ONE,
+    PAIRS,
+    ZERO,
+    absorb,
+    device,
+    log2_of,
+    mixture_known,
+)
 from stillhouse.kernels.cuda.chunks import is_kept, row_geometry, row_scale, walk
 from stillhouse.kernels.cuda.merge import SCRATCH, merges
 from stillhouse.kernels.cuda.vectors import codec
@@ -89,14 +102,37 @@ def sparse_kernel(dtype: str, divergence: str, threads: int, cluster: int, stage
     (float32, or 0), gradient, loss, mask (or 0), scale (or 0); V, k, the mode, chunks in a block's slice; then the
     same factors as for dense teachers.
     """
-    code, pair, factors, merge = codec(dtype), PAIRS[divergence], FACTORS[divergence], merges(threads, cluster)
+    code, pair, factors, merge = (
+        codec(dtype),
+        PAIRS[divergence],
+        FACTORS[divergence],
+        merges(threads, cluster),
+    )
     size, forward, marks_at = code.size, divergence == "forward", 4 * code.vectors if staged else 0
-    decode, encode, put, put_edge, fetch_edge = code.decode, code.encode, code.put, code.put_edge, code.fetch_edge
-    stage, unstage, place, load_one, store_one = code.stage, code.unstage, code.place, code.load_one, code.store_one
+    decode, encode, put, put_edge, fetch_edge = (
+        code.decode,
+        code.encode,
+        code.put,
+        code.put_edge,
+        code.fetch_edge,
+    )
+    stage, unstage, place, load_one, store_one = (
+        code.stage,
+        code.unstage,
+        code.place,
+        code.load_one,
+        code.store_one,
+    )
     fetch, fetch_last = code.fetch if staged else code.fetch_kept, code.fetch
     softmax_two, sum_two, geometry = merge.softmax_two, merge.sum_two, row_geometry(size, code.group)
     steps = walk(code, threads)
-    whole_of, edges, edge, mine, element_of = steps.whole_of, steps.edges, steps.edge, steps.mine, steps.element_of
+    whole_of, edges, edge, mine, element_of = (
+        steps.whole_of,
+        steps.edges,
+        steps.edge,
+        steps.mine,
+        steps.element_of,
+    )
     clear_row, stride = steps.clear_row, steps.stride
 
     @device
@@ -164,7 +200,7 @@ def sparse_kernel(dtype: str, divergence: str, threads: int, cluster: int, stage
     @device
     def outcome(log_p, log_q, beta):
         """The pair function of two log2-probabilities."""
-        return pair(log_p, log_q, (ONE, ZERO, ZERO, ONE, ONE, ZERO, ZERO, beta, *mixture_series(beta)))
+        return pair(log_p, log_q, (ONE, ZERO, ZERO, ONE, ONE, ZERO, ZERO, beta, *mixture_known(beta)))
 
     @device
     def entry_sums(s_row, indices, values, k, mode, k2, n, log_d, beta, shift, tid):
@@ -216,7 +252,7 @@ def sparse_kernel(dtype: str, divergence: str, threads: int, cluster: int, stage
 
     @device
     def write_row(words, span, s_row, g_row, v, chunks, k2, n, f):
-        """f 2^(k2 x - C) everywhere but at the marked elements, which have their gradient already."""
+        """Write f 2^(k2 x - C) everywhere but at the marked elements, which have their gradient already."""
         slot, stop, at = whole_of(chunks)
         while slot < stop:
             if staged:

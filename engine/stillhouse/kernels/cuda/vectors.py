@@ -8,6 +8,8 @@ element by element, and what lies outside the row reads as -inf.
 warp still read 512 contiguous bytes with each instruction; chunks then come in groups of 32 (256 elements).
 """
 
+# mypy: ignore-errors
+# Numba infers the types of device functions from their callers.
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -110,8 +112,9 @@ def _sixteen_bit(low, high, pack, minus_infinity):
     return SimpleNamespace(size=2, vectors=1, group=1, **_methods(locals()))
 
 
-def _single(nothing=U32(0xFF800000)):
+def _single():
     """Codec of float32."""
+    nothing = U32(0xFF800000)
     decode4 = ptx.word_as_float
     encode4 = ptx.float_as_word
 
@@ -161,7 +164,12 @@ def _single(nothing=U32(0xFF800000)):
 
     @device
     def quad(row, e, n):
-        return element(row, e, n), element(row, I32(e + 1), n), element(row, I32(e + 2), n), element(row, I32(e + 3), n)
+        return (
+            element(row, e, n),
+            element(row, I32(e + 1), n),
+            element(row, I32(e + 2), n),
+            element(row, I32(e + 3), n),
+        )
 
     @device
     def fetch_edge(row, e, n):

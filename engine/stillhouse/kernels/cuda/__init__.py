@@ -1,0 +1,80 @@
+"""The softmax divergences on NVIDIA GPUs: Numba-CUDA kernels for compute capability 8.0 and later.
+
+Importing this package needs neither numba-cuda nor a GPU; :func:`available` says whether the kernels can run. See
+docs/kernels-cuda.md for the mapping of shapes to kernels and for what has been checked.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stillhouse.kernels.targets import Target
+
+__all__ = ["available", "softmax_kl_fwd_bwd"]
+
+EXTRA = 'install the extra: pip install "stillhouse[cuda]"'
+OLDEST = (8, 0)
+
+
+def available() -> tuple[bool, str]:
+    """Whether the kernels can run on this machine, and why."""
+    missing = _missing()
+    if missing:
+        return False, f"{missing} is not installed; {EXTRA}"
+    import torch
+
+    if not torch.cuda.is_available():
+        return False, "torch sees no CUDA device"
+    cc = torch.cuda.get_device_capability()
+    if cc < OLDEST:
+        return False, f"compute capability {cc[0]}.{cc[1]}; the kernels need {OLDEST[0]}.{OLDEST[1]} or later"
+    return True, f"{torch.cuda.get_device_name()}, compute capability {cc[0]}.{cc[1]}"
+
+
+def softmax_kl_fwd_bwd(
+    student: Tensor,
+    target: Target,
+    *,
+    temperature: float,
+    divergence: str,
+    beta: float,
+    mask: Tensor | None = None,
+    scale: Tensor | float = 1.0,
+    out_grad: Tensor | None = None,
+) -> Tensor:
+    """Loss of every row, float32 (N,); the gradient of ``sum(loss * scale)`` by the logits goes to ``out_grad``.
+
+    Runs on torch's current stream and never waits for the device, so it can be captured into a CUDA graph once the
+    kernel has run outside of one (which loads it).
+
+    Args:
+        student: logits (N, V), float32, bfloat16 or float16, on a CUDA device.
+        target: teacher logits (N, Vt) of the student's dtype, or a ``TopK`` or ``Sampled`` with (N, k) tensors.
+        temperature: divides the logits; the loss is multiplied by its square.
+        divergence: "forward", "reverse" or "jsd"; ``beta`` is the teacher's share in the latter's mixture.
+        beta: between 0 and 1, exclusive.
+        mask: bool (N,); rows where it is False have loss and gradient zero, whatever they hold.
+        scale: factor of each row's gradient, (N,) or one number.
+        out_grad: (N, V) of the student's dtype; may be ``student`` itself. None: the gradient is dropped.
+
+    Raises:
+        ImportError: numba-cuda is missing.
+        ValueError: a dtype or device that the kernels do not take.
+    """
+    missing = _missing()
+    if missing:
+        raise ImportError(f"the CUDA kernels need {missing}, which is not installed; {EXTRA}")
+    from stillhouse.kernels.cuda.launch import run
+
+    return run(student, target, temperature, divergence, beta, mask, scale, out_grad)
+
+
+def _missing() -> str | None:
+    for package, module in (("numba-cuda", "numba_cuda"), ("cuda-core", "cuda")):
+        if importlib.util.find_spec(module) is None:
+            return package
+    return None

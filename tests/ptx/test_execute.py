@@ -1,0 +1,218 @@
+"""The compiled PTX, executed, gives the loss and the gradient of the specification in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stillhouse.kernels.targets import Sampled, TopK
+
+from .harness import expected, logits, relative, run
+
+TEMPERATURES = (0.05, 0.5, 1.0, 4.0, 100.0)
+WIDTHS = (10, 100, 1000, 4096, 32000, 50257, 128256, 262144)
+LOSS = 1e-6
+# The gradient of T = 100 is the difference of nearly equal numbers, each good to a few 1e-8
+GRADIENT = {"f32": 2e-6, "bf16": 1e-2, "f16": 2e-3}
+NEAR_CANCELLATION = 5e-5
+
+
+def rows_for(v):
+    return 5 if v <= 1024 else 2 if v <= 32000 else 1
+
+
+def target_of(kind, teacher, temperature, k=16):
+    if kind == "dense":
+        return teacher
+    k = min(k, teacher.shape[-1] - 1)
+    if kind == "sampled":
+        draw = torch.Generator().manual_seed(1)
+        return Sampled.from_logits(teacher.float(), k, temperature=temperature, generator=draw)
+    return TopK.from_logits(teacher.float(), k, rest=kind, temperature=temperature)
+
+
+def check(v, dtype, divergence, kind="dense", temperatures=TEMPERATURES, **options):
+    """(worst loss error, worst gradient error at T < 100) over temperatures; raises where either is too large."""
+    worst_loss = worst_grad = 0.0
+    for temperature in temperatures:
+        student, teacher = logits(rows_for(v), v, dtype)
+        target = target_of(kind, teacher, temperature)
+        got = run(student, target, temperature=temperature, divergence=divergence, **options)
+        loss, grad = expected(student, target, temperature=temperature, divergence=divergence)
+        finite = loss.isfinite()
+        assert torch.equal(got.loss.isfinite(), finite)
+        by_loss = relative(got.loss[finite], loss[finite])
+        by_grad = relative(got.grad, grad) if grad.norm() > 1e-12 else float(got.grad.double().norm())
+        hot = temperature == 100
+        assert by_loss <= (NEAR_CANCELLATION if hot else LOSS), (
+            v,
+            dtype,
+            divergence,
+            kind,
+            temperature,
+            by_loss,
+        )
+        limit = max(GRADIENT[dtype], NEAR_CANCELLATION if hot else 0)
+        assert by_grad <= limit, (v, dtype, divergence, kind, temperature, by_grad)
+        worst_loss = max(worst_loss, 0 if hot else by_loss)
+        worst_grad = max(worst_grad, 0 if hot else by_grad)
+    return worst_loss, worst_grad
+
+
+FAST = [
+    (10, "f32", "forward", "dense"),
+    (100, "bf16", "forward", "dense"),
+    (1000, "bf16", "forward", "dense"),
+    (1000, "f32", "jsd", "dense"),
+    (4096, "f32", "forward", "dense"),
+    (4096, "f32", "reverse", "ghost"),
+    (4096, "f32", "reverse", "renormalise"),
+    (32000, "bf16", "forward", "dense"),
+    (32000, "bf16", "forward", "sampled"),
+    (50257, "f32", "reverse", "dense"),
+    (50257, "bf16", "forward", "dense"),
+    (128256, "f16", "jsd", "dense"),
+    (262144, "bf16", "forward", "dense"),
+]
+
+
+@pytest.mark.parametrize(("v", "dtype", "divergence", "kind"), FAST)
+def test_values_and_gradients_match_float64(v, dtype, divergence, kind, figure):
+    temperatures = TEMPERATURES if v <= 50257 else (0.05, 4.0)
+    loss, grad = check(v, dtype, divergence, kind, temperatures)
+    figure(
+        f"values {kind:11} {divergence:7} {dtype:4} V={v:6}: loss {loss:.1e}, gradient {grad:.1e} off float64"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dense", "ghost", "renormalise", "sampled"])
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
+@pytest.mark.parametrize("v", WIDTHS)
+def test_every_variant_matches_float64(v, dtype, divergence, kind, figure):
+    if kind == "sampled" and divergence != "forward":
+        pytest.skip("sampled labels have one loss, the cross-entropy")
+    loss, grad = check(v, dtype, divergence, kind, TEMPERATURES if v <= 4096 else (0.05, 1.0, 100.0))
+    figure(
+        f"values {kind:11} {divergence:7} {dtype:4} V={v:6}: loss {loss:.1e}, gradient {grad:.1e} off float64"
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [("bf16", "dense"), pytest.param("f32", "ghost", marks=pytest.mark.slow)]
+)
+def test_two_passes_on_an_older_device(dtype, kind):
+    check(128256, dtype, "forward", kind, (1.0,), cc=(8, 0), inplace=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("divergence", ["reverse", "jsd"])
+def test_three_passes_on_an_older_device(divergence):
+    check(128256, "f32", divergence, "dense", (1.0,), cc=(8, 0), inplace=True)
+
+
+@pytest.mark.parametrize("v", [1000, 4096])
+def test_masked_rows_are_zero_whatever_they_hold(v):
+    student, teacher = logits(3, v)
+    student[1, ::3], student[1, 5], teacher[1] = float("nan"), float("inf"), float("nan")
+    mask = torch.tensor([True, False, True])
+    got = run(student, teacher, mask=mask)
+    loss, grad = expected(student, teacher, mask=mask)
+    assert got.loss[1] == 0
+    assert (got.grad[1] == 0).all()
+    assert relative(got.loss, loss) < LOSS
+    assert relative(got.grad, grad) < 2e-6
+    nothing = run(student, teacher, mask=torch.zeros(3, dtype=torch.bool))
+    assert (nothing.loss == 0).all()
+    assert (nothing.grad == 0).all()
+
+
+@pytest.mark.parametrize("v", [1000, 4096])
+def test_identical_rows_lose_nothing(v):
+    student, _ = logits(2, v)
+    got = run(student, student.clone())
+    assert (got.loss.abs() <= 1e-9).all()
+    assert (got.grad.abs() <= 1e-9).all()
+
+
+@pytest.mark.parametrize("v", [1000, 4096])
+def test_nearly_identical_rows_keep_their_digits(v, figure):
+    student, teacher = logits(2, v, near=1e-3)
+    loss, _ = expected(student, teacher)
+    error = relative(run(student, teacher).loss, loss)
+    worst = relative(run(student, teacher, jitter=True).loss, loss)
+    figure(
+        f"nearly identical V={v}: loss {error:.1e} off; with every approximation off by its bound {worst:.1e}"
+    )
+    assert error < 1e-4
+    assert worst < 1e-3
+
+
+@pytest.mark.parametrize("v", [1000, 4096])
+def test_approximations_off_by_their_bound_change_little(v, figure):
+    student, teacher = logits(2, v)
+    got = run(student, teacher, jitter=True)
+    loss, grad = expected(student, teacher)
+    figure(f"ex2, lg2, rcp off by their bounds, V={v}: loss {relative(got.loss, loss):.1e}, "
+           f"gradient {relative(got.grad, grad):.1e}")  # fmt: skip
+    assert relative(got.loss, loss) < 2e-6
+    assert relative(got.grad, grad) < 2e-6
+
+
+@pytest.mark.parametrize("v", [1000, 4096])
+def test_entries_of_minus_infinity(v):
+    student, teacher = logits(2, v)
+    teacher[:, 3:9] = -float("inf")
+    student[0, 5:7] = teacher[0, 5:7]
+    got = run(student, teacher)
+    loss, grad = expected(student, teacher)
+    assert relative(got.loss, loss) < LOSS
+    assert relative(got.grad, grad) < 2e-6
+    student[1, 100] = -float(
+        "inf"
+    )  # the teacher has mass there: an infinite loss, and still a finite gradient
+    got = run(student, teacher)
+    assert got.loss[1] == float("inf")
+    assert got.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("divergence", ["forward", "jsd"])
+@pytest.mark.parametrize("widths", [(1000, 990), (990, 1000)])
+def test_vocabularies_of_different_width(widths, divergence):
+    student, teacher = logits(3, 1000)
+    student, teacher = student[:, : widths[0]].contiguous(), teacher[:, : widths[1]].contiguous()
+    got = run(student, teacher, divergence=divergence)
+    loss, grad = expected(student, teacher, divergence=divergence)
+    assert relative(got.loss, loss) < LOSS
+    assert relative(got.grad, grad) < 4e-6
+
+
+@pytest.mark.parametrize("v", [1000, 4095])
+@pytest.mark.parametrize("shift", [(4, 4, 4), (4, 8, 0), (0, 0, 12)])
+def test_tensors_that_start_between_boundaries(v, shift):
+    student, teacher = logits(3, v)
+    got = run(student, teacher, shift=shift)
+    loss, grad = expected(student, teacher)
+    assert relative(got.loss, loss) < LOSS
+    assert relative(got.grad, grad) < 2e-6
+
+
+@pytest.mark.parametrize("v", [1000, 4096])
+def test_in_place_with_a_scale_for_each_row(v):
+    student, teacher = logits(2, v)
+    scale = torch.tensor([0.25, 3.0])
+    got = run(student, teacher, scale=scale, factor=0.5, inplace=True)
+    loss, grad = expected(student, teacher, scale=scale, factor=0.5)
+    assert relative(got.loss, loss) < LOSS
+    assert relative(got.grad, grad) < 2e-6
+
+
+def test_repeated_draws_add_up_in_place():
+    student, teacher = logits(2, 4096)
+    target = Sampled.from_logits(teacher, 64, temperature=0.5, generator=torch.Generator().manual_seed(0))
+    assert any(len(set(row.tolist())) < 64 for row in target.indices)
+    got = run(student, target, temperature=0.5, inplace=True)
+    loss, grad = expected(student, target, temperature=0.5)
+    assert relative(got.loss, loss) < LOSS
+    assert relative(got.grad, grad) < 2e-6
