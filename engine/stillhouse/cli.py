@@ -66,8 +66,12 @@ def parser() -> argparse.ArgumentParser:
     )
     kernels.add_argument("rest", nargs=argparse.REMAINDER)
 
-    for command in (main, run, compare, plugins, show, doctor, overhead):
-        command.add_argument("--debug", action="store_true", help="show tracebacks")
+    main.add_argument("--debug", action="store_true", help="show tracebacks")
+    for command in (run, compare, plugins, show, doctor, overhead):
+        # SUPPRESS: a default here would undo a --debug before the command.
+        command.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks"
+        )
     return main
 
 
@@ -80,7 +84,7 @@ def _keeping(command: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 when it worked, 2 for a mistake that the user can mend, 130 after Ctrl-C."""
     words = sys.argv[1:] if argv is None else list(argv)
-    options = parser().parse_args(words)
+    options = _parsed(words)
     if options.version:
         from stillhouse import __version__
 
@@ -100,6 +104,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(options, "debug", False):
             raise
         return _report(error)
+
+
+def _parsed(words: Sequence[str]) -> argparse.Namespace:
+    """The options; overrides may also stand after an option, where argparse by itself takes none."""
+    options, rest = parser().parse_known_args(words)
+    late: list[str] | None = getattr(options, "overrides", getattr(options, "configs", None))
+    if rest and (late is None or any(word.startswith("-") for word in rest)):
+        parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    if late is not None:
+        late.extend(rest)
+    return options
 
 
 def _dispatch(options: argparse.Namespace) -> int:
