@@ -25,7 +25,7 @@ from stillhouse.context import Auxiliary, RunContext, Stage, StepInfo
 from stillhouse.errors import ConfigError, DataError, Diverged, MissingExtra, PluginError
 from stillhouse.hooks import hookimpl
 from stillhouse.losses import cross_entropy, label_loss, regression_loss
-from stillhouse.observers import Observer, RunRecord
+from stillhouse.observers import Observer, ObserverConfig, RunRecord
 from stillhouse.targets import IGNORE, Batch, LossTerm, StudentOut, Targets, TeacherOut
 from stillhouse.tasks import Builder, Split, Splits, Task, TaskConfig, TensorSplit, classification, regression
 
@@ -98,6 +98,7 @@ __all__ = [
     "MethodConfig",
     "MissingExtra",
     "Observer",
+    "ObserverConfig",
     "PluginError",
     "RunContext",
     "RunRecord",

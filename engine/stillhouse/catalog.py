@@ -97,15 +97,20 @@ def find(kind: Kind, name: str) -> Entry:
     listed = entries(kind)
     claims = [entry for entry in listed if entry.name == name]
     if not claims:
-        hidden = f"; {ALLOW}={os.environ[ALLOW]!r} may hide it" if ALLOW in os.environ else ""
-        known = {entry.name for entry in listed}
-        raise PluginError(f"no {kind} is called '{name}'{nearest(name, known)}{hidden}")
+        raise unknown(kind, name, listed)
     if len(claims) > 1:
         who = " and ".join(f"{entry.distribution} {entry.version} ({entry.value})" for entry in claims)
         raise PluginError(
             f"two plugins are called '{name}': {who}; uninstall one, or name the other in {ALLOW}"
         )
     return claims[0]
+
+
+def unknown(what: str, name: str, listed: Iterable[Entry]) -> PluginError:
+    """The refusal of a name that nobody claims, with the nearest one."""
+    hidden = f"; {ALLOW}={os.environ[ALLOW]!r} may hide it" if ALLOW in os.environ else ""
+    known = {entry.name for entry in listed}
+    return PluginError(f"no {what} is called '{name}'{nearest(name, known)}{hidden}")
 
 
 def load(entry: Entry) -> Any:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from stillhouse.errors import StillhouseError
+from stillhouse.errors import PluginWarning, StillhouseError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,8 +37,9 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--out", default="runs/compare", metavar="DIR", help="default runs/compare")
     _keeping(compare)
 
-    plugins = commands.add_parser("plugins", help="list what is installed, without importing it")
+    plugins = commands.add_parser("plugins", help="list what is installed, without importing it; and more")
     plugins.add_argument("--json", action="store_true", help="as JSON")
+    _plugin_verbs(plugins)
 
     config = commands.add_parser("config", help="show configs").add_subparsers(
         dest="config_command", metavar="COMMAND", required=True
@@ -75,6 +78,23 @@ def parser() -> argparse.ArgumentParser:
     return main
 
 
+def _plugin_verbs(plugins: argparse.ArgumentParser) -> None:
+    verbs = plugins.add_subparsers(dest="plugins_command", metavar="COMMAND")
+    kinds = ("method", "task", "observer")
+    new = verbs.add_parser("new", help="write a package with a plugin that works")
+    new.add_argument("name", metavar="NAME", help="what configs will call it")
+    new.add_argument("--kind", choices=kinds, default="method", help="default method")
+    new.add_argument("--dir", metavar="DIR", help="default stillhouse-NAME")
+    show = verbs.add_parser("show", help="what a plugin implements, requires and can be told")
+    check = verbs.add_parser("check", help="the conformance checks of stillhouse.testing")
+    for verb in (show, check):
+        verb.add_argument("name", metavar="NAME")
+        verb.add_argument("--kind", choices=(*kinds, "model"), help="where a name stands for several")
+    for verb in (new, show, check):
+        verb.add_argument("--json", action="store_true", help="as JSON")
+        verb.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
 def _keeping(command: argparse.ArgumentParser) -> None:
     group = command.add_mutually_exclusive_group()
     group.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
@@ -93,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser().print_help()
         return 0
+    warnings.showwarning = _show_warning(warnings.showwarning)
     try:
         return _dispatch(options)
     except KeyboardInterrupt:
@@ -125,9 +146,23 @@ def _dispatch(options: argparse.Namespace) -> int:
     from stillhouse import commands
 
     command = options.command
+    if command == "plugins":
+        from stillhouse import plugin_commands
+
+        return plugin_commands.run(options)
     if command in ("bench", "config"):
         command += f"_{getattr(options, f'{command}_command')}"
     return int(getattr(commands, command)(options))
+
+
+def _show_warning(otherwise: Callable[..., None]) -> Callable[..., None]:
+    def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if issubclass(category, PluginWarning):
+            print(f"note: {message}", file=sys.stderr)
+        else:
+            otherwise(message, category, *rest, **more)
+
+    return show
 
 
 def _report(error: Exception) -> int:

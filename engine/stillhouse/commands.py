@@ -59,24 +59,6 @@ def compare(options: argparse.Namespace) -> int:
     return 0
 
 
-def plugins(options: argparse.Namespace) -> int:
-    """List the installed plugins from their metadata."""
-    listed = catalog.entries()
-    if options.json:
-        print(json.dumps([entry.as_dict() for entry in listed], indent=2))
-        return 0
-    rows = [("kind", "name", "distribution", "from")]
-    for entry in listed:
-        rows.append((entry.kind, entry.name, f"{entry.distribution} {entry.version}", entry.value))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    for (kind, name), claims in catalog.duplicates(listed).items():
-        who = " and ".join(claim.distribution for claim in claims)
-        print(f"note: {kind} '{name}' is claimed by {who}; a config that names it is refused")
-    return 0
-
-
 def config_show(options: argparse.Namespace) -> int:
     """Print a config as it would be run."""
     from stillhouse.config import dump, read, to_yaml

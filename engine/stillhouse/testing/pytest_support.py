@@ -45,15 +45,17 @@ def _skipping(check: Check) -> Callable[[], None]:
     return run
 
 
-def subject_of(kind: type[Any], conformance: Conformance | None = None) -> Subject:
-    """The class with the name and distribution of its entry point, if one is installed."""
+def subject_of(
+    kind: type[Any], conformance: Conformance | None = None, entry: catalog.Entry | None = None
+) -> Subject:
+    """The class with the name and distribution of its entry point, which is looked up where it is not given."""
     declared = conformance or (kind.conformance if hasattr(kind, "conformance") else Conformance())
     module, name = getattr(kind, "__module__", ""), getattr(kind, "__qualname__", repr(kind))
     package = module.partition(".")[0]
-    for entry in catalog.entries():
-        path, _, attribute = entry.value.partition(":")
-        if attribute == name and path.partition(".")[0] == package:
-            return Subject(kind, entry.name, f"{entry.distribution} {entry.version}", declared, entry)
+    for known in catalog.entries() if entry is None else [entry]:
+        path, _, attribute = known.value.partition(":")
+        if known is entry or (attribute == name and path.partition(".")[0] == package):
+            return Subject(kind, known.name, f"{known.distribution} {known.version}", declared, known)
     owners = packages_distributions().get(package)
     where = f"{owners[0]} {version(owners[0])}" if owners else f"module {module}"
     return Subject(kind, name.lower(), where, declared)
