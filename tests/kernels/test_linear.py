@@ -28,9 +28,9 @@ def targets():
     }
 
 
-@pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
-@pytest.mark.parametrize("divergence", ("forward", "reverse", "jsd"))
-@pytest.mark.parametrize("kind", ("dense", "top-k", "renormalised", "sampled"))
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("kind", ["dense", "top-k", "renormalised", "sampled"])
 def test_agrees_with_the_parts(kind, divergence, reduction):
     if kind == "sampled" and divergence != "forward":
         pytest.skip("samples are for the forward divergence")
@@ -51,7 +51,7 @@ def test_agrees_with_the_parts(kind, divergence, reduction):
         assert relative(one, two) <= 3e-6
 
 
-@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_other_types(dtype):
     inputs, target = layer(dtype), targets()["dense"].to(dtype)
     got = linear_softmax_kl(*inputs[:2], target, bias=inputs[2])

@@ -26,7 +26,7 @@ def loss_and_gradient(seed=1, divergence="forward", target=None):
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("target", ("dense", "top-k"))
+@pytest.mark.parametrize("target", ["dense", "top-k"])
 def test_runs_are_equal_bit_for_bit_with_any_number_of_threads(divergence, target):
     against = TopK.from_logits(logits(ROWS, WIDTH, 2), 16) if target == "top-k" else None
     before = torch.get_num_threads()

@@ -50,7 +50,7 @@ def test_under_compile_with_inductor():
     assert torch.allclose(*gradient(got, weight), *gradient(expected, weight), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("reentrant", (True, False))
+@pytest.mark.parametrize("reentrant", [True, False])
 def test_under_activation_checkpointing(reentrant):
     weight, hidden, teacher = logits(16, 30, 3).requires_grad_(), logits(8, 16, 1), logits(8, 30, 2)
     expected = softmax_kl(hidden @ weight, teacher)
@@ -82,13 +82,13 @@ def test_under_autocast():
     assert relative(two, one) <= 1e-2
 
 
-@pytest.mark.parametrize("call", ("softmax_kl", "linear_softmax_kl"))
+@pytest.mark.parametrize("call", ["softmax_kl", "linear_softmax_kl"])
 def test_second_derivatives_raise(call):
     student, teacher = logits(4, 9, 1).requires_grad_(), logits(4, 5, 2)
     weight = logits(5, 9, 3)
     loss = softmax_kl(student @ weight.t(), teacher) if call == "softmax_kl" else linear_softmax_kl(student, weight, teacher)
     (first,) = torch.autograd.grad(loss, student, create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivative.*backend='torch'"):
+    with pytest.raises(RuntimeError, match=r"second derivative.*backend='torch'"):
         first.sum().backward()
 
 
@@ -99,7 +99,7 @@ def test_the_torch_backend_has_second_derivatives():
     assert second.abs().max() > 0
 
 
-@pytest.mark.parametrize("call", ("softmax_kl", "linear_softmax_kl"))
+@pytest.mark.parametrize("call", ["softmax_kl", "linear_softmax_kl"])
 def test_backward_twice_gives_the_same_gradient(call):
     student, teacher, weight = logits(4, 9, 1).requires_grad_(), logits(4, 5, 2), logits(5, 9, 3)
     loss = softmax_kl(student @ weight.t(), teacher) if call == "softmax_kl" else linear_softmax_kl(student, weight, teacher)

@@ -229,7 +229,7 @@ def _ratio(result: dict[str, Any], numerator: str, denominator: str) -> float | 
     if numerator not in times or denominator not in times:
         return None
     pairs = zip(times[numerator], times[denominator], strict=True)
-    return statistics.median(above / below for above, below in pairs)
+    return float(statistics.median(above / below for above, below in pairs))
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -122,8 +122,8 @@ def _check_sampled(student: Tensor, target: Sampled, temperature: float, diverge
 def _check_pair(student: Tensor, indices: Tensor, values: Tensor, kind: str, name: str) -> None:
     check_floating(f"{kind}.{name}", values)
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
-        got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
-        raise fail(f"{kind}.indices dtype", got, "torch.int64", "call .long() on it")
+        dtype = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+        raise fail(f"{kind}.indices dtype", dtype, "torch.int64", "call .long() on it")
     if indices.shape != values.shape:
         got = f"{tuple(indices.shape)} and {tuple(values.shape)}"
         raise fail(f"{kind} shapes", got, f"indices and {name} of the same shape", "gather both with the same index")

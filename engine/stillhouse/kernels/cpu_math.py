@@ -4,6 +4,8 @@ No fastmath flag is used: it would let LLVM assume that infinities do not occur,
 ``exp2``. Reductions that may run in vector lanes say so one by one (``reduce_add``, ``reduce_max``).
 """
 
+# mypy: disable-error-code="no-untyped-call,call-arg,var-annotated"
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -290,7 +290,7 @@ def jsd_gradient(es, diff, g, n, centre, factor, scale):
 @njit
 def impossible(p, diff, n, sign):
     """Does p have mass where the other side has none?"""
-    for i in range(n):
+    for i in range(n):  # noqa: SIM110 Numba has no generators in any()
         if p[i] > f32(0.0) and sign * diff[i] > f32(1e29):
             return True
     return False
@@ -391,61 +391,3 @@ def dense_row(divergence, sa, ta, out, sd, td, gd, vs, vt, v, wide, it, k, scale
     if out != 0 and wide > vs:
         zero(out + vs * (4 if gd == 0 else 2), gd, 0, wide - vs)
     return np.inf if bad else loss
-
-
-@njit(error_model="numpy")
-def student_exponentials(s, es, n, rs, k):
-    """Pass A for a student alone."""
-    zs = f32(0.0)
-    top = FLOOR
-    for i in range(n):
-        a = s[i] - rs
-        x = exp2(a * k)
-        es[i] = x
-        zs = reduce_add(zs, x)
-        top = reduce_max(top, a)
-    return zs, top
-
-
-@njit(error_model="numpy")
-def student_pass(sa, sd, vs, k, es_at, buffer):
-    """Fill the scratch row with exponentials of the student; (their sum, the logit that they refer to)."""
-    z = 0.0
-    rs = reference_of(sa, sd, vs, vs, buffer)
-    for j in range(0, vs, BLOCK):
-        n = min(BLOCK, vs - j)
-        s = f32_at(block(sa, sd, j, n, vs, buffer))
-        part, top = student_exponentials(s, f32_at(es_at + j * 4), n, rs, k)
-        if top * k > ROOM:
-            up = maximum(s, n) - rs
-            z *= rescale(f32_at(es_at), j, up * k)
-            rs += up
-            part, top = student_exponentials(s, f32_at(es_at + j * 4), n, rs, k)
-        z += part
-    return z, rs
-
-
-@njit(error_model="numpy")
-def scaled_row(out, gd, vs, es_at, factor, buffer):
-    """The scratch row times ``factor`` to ``out``."""
-    for j in range(0, vs, BLOCK):
-        n = min(BLOCK, vs - j)
-        es = f32_at(es_at + j * 4)
-        place = out + j * 4 if gd == 0 else buffer
-        g = f32_at(place)
-        for i in range(n):
-            g[i] = es[i] * factor
-        if gd != 0:
-            store(out, gd, j, n, buffer)
-
-
-@njit(error_model="numpy")
-def row_sum(es_at, vs):
-    total = 0.0
-    for j in range(0, vs, BLOCK):
-        es = f32_at(es_at + j * 4)
-        part = f32(0.0)
-        for i in range(min(BLOCK, vs - j)):
-            part = reduce_add(part, es[i])
-        total += part
-    return total

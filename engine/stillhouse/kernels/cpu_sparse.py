@@ -9,22 +9,93 @@ import numpy as np
 from numba import njit
 
 from stillhouse.kernels.cpu_jit import compiled
-from stillhouse.kernels.cpu_math import bool_at, decode_bf16, decode_f16, f32, f32_at, i64_at, u16_at
+from stillhouse.kernels.cpu_math import (
+    FLOOR,
+    bool_at,
+    decode_bf16,
+    decode_f16,
+    exp2,
+    f32,
+    f32_at,
+    i64_at,
+    reduce_add,
+    reduce_max,
+    u16_at,
+)
 from stillhouse.kernels.cpu_rows import (
     BLOCK,
     FORWARD,
     LOG2E,
     REVERSE,
-    row_sum,
-    scaled_row,
+    ROOM,
+    block,
+    maximum,
+    reference_of,
+    rescale,
     store,
-    student_pass,
     zero,
 )
 
 OUT_OF_RANGE = -np.inf  # the loss that reports an index outside the row
 SIGNATURE = "void(" + "int64, " * 16 + "float64, float64, float64)"
 
+
+@njit(error_model="numpy")
+def student_exponentials(s, es, n, rs, k):
+    """Pass A for a student alone."""
+    zs = f32(0.0)
+    top = FLOOR
+    for i in range(n):
+        a = s[i] - rs
+        x = exp2(a * k)
+        es[i] = x
+        zs = reduce_add(zs, x)
+        top = reduce_max(top, a)
+    return zs, top
+
+
+@njit(error_model="numpy")
+def student_pass(sa, sd, vs, k, es_at, buffer):
+    """Fill the scratch row with exponentials of the student; (their sum, the logit that they refer to)."""
+    z = 0.0
+    rs = reference_of(sa, sd, vs, vs, buffer)
+    for j in range(0, vs, BLOCK):
+        n = min(BLOCK, vs - j)
+        s = f32_at(block(sa, sd, j, n, vs, buffer))
+        part, top = student_exponentials(s, f32_at(es_at + j * 4), n, rs, k)
+        if top * k > ROOM:
+            up = maximum(s, n) - rs
+            z *= rescale(f32_at(es_at), j, up * k)
+            rs += up
+            part, top = student_exponentials(s, f32_at(es_at + j * 4), n, rs, k)
+        z += part
+    return z, rs
+
+
+@njit(error_model="numpy")
+def scaled_row(out, gd, vs, es_at, factor, buffer):
+    """The scratch row times ``factor`` to ``out``."""
+    for j in range(0, vs, BLOCK):
+        n = min(BLOCK, vs - j)
+        es = f32_at(es_at + j * 4)
+        place = out + j * 4 if gd == 0 else buffer
+        g = f32_at(place)
+        for i in range(n):
+            g[i] = es[i] * factor
+        if gd != 0:
+            store(out, gd, j, n, buffer)
+
+
+@njit(error_model="numpy")
+def row_sum(es_at, vs):
+    total = 0.0
+    for j in range(0, vs, BLOCK):
+        es = f32_at(es_at + j * 4)
+        part = f32(0.0)
+        for i in range(min(BLOCK, vs - j)):
+            part = reduce_add(part, es[i])
+        total += part
+    return total
 
 @njit
 def logit(address, dtype, j):

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from stillhouse.kernels import backends, ops, reference
-from stillhouse.kernels.checks import check_floating, check_mask, check_settings, check_target, check_values, fail
+from stillhouse.kernels.checks import (
+    check_floating,
+    check_mask,
+    check_settings,
+    check_target,
+    check_values,
+    fail,
+)
 from stillhouse.kernels.loss import Divergence, Reduction, checked, flatten
 from stillhouse.kernels.targets import Sampled, Target, TopK
 
@@ -40,7 +47,7 @@ class _Settings(NamedTuple):
     temperature: float
     divergence: str
     beta: float
-    count: float | Tensor
+    rows: float | Tensor  # what the sum is divided by
     per_row: bool
     backend: str
 
@@ -161,15 +168,15 @@ class _LinearSoftmaxKL(torch.autograd.Function):
         with torch.no_grad():
             if ctx.settings.per_row:
                 hidden, weight, bias = ctx.saved_tensors
-                _, gradients = _run(
+                gradients: tuple[Tensor | None, ...] = _run(
                     hidden, weight, bias, ctx.target, ctx.mask, ctx.settings, ctx.wanted, upstream
-                )
+                )[1]
             else:
                 gradients = tuple(
                     None if g is None else ops.scaled_in_place(g, upstream) for g in ctx.saved_tensors
                 )
         if torch.is_grad_enabled():
-            gradients = tuple(None if g is None else ops.no_second_derivative(g) for g in gradients)
+            return (*(None if g is None else ops.no_second_derivative(g) for g in gradients), None, None, None)
         return (*gradients, None, None, None)
 
 
@@ -233,13 +240,13 @@ def _chunk_loss(
     restricted = isinstance(target, TopK) and target.rest == "renormalise" and s.divergence == "reverse"
     if s.backend == "torch" or restricted:
         return _torch_chunk(logits, target, mask, s, gradient)
-    fixed = ops.arguments(target, mask, s.count, s.temperature, s.divergence, s.beta, s.per_row)
+    fixed = ops.arguments(target, mask, s.rows, s.temperature, s.divergence, s.beta, s.per_row)
     if not gradient:
         loss: Tensor = torch.ops.stillhouse.softmax_kl.default(logits, *fixed, False)[0]
         return loss, None
     loss = torch.ops.stillhouse.softmax_kl_.default(logits, *fixed)
     if logits.dtype == torch.float16 and not s.per_row:
-        logits.mul_(_inverse(s.count))
+        logits.mul_(_inverse(s.rows))
     return loss, logits
 
 
@@ -252,7 +259,7 @@ def _torch_chunk(
         total = rows.sum()
         if logits.device.type == "cpu":
             checked(total.item(), rows)
-        factor = 1.0 if s.per_row else _inverse(s.count)
+        factor = 1.0 if s.per_row else _inverse(s.rows)
         d_logits = torch.autograd.grad(total * factor, leaf)[0] if gradient else None
     return (rows if s.per_row else (total * factor).to(rows.dtype)).detach(), d_logits
 

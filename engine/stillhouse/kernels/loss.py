@@ -133,7 +133,7 @@ def reduce(rows: Tensor, mask: Tensor | None, reduction: str, count: float | Ten
 
 def checked(total: float, rows: Tensor) -> None:
     """Refuse a sum of losses that is not a number, or that reports an index out of range."""
-    if total != total:
+    if math.isnan(total):
         raise nan_error(rows)
     if total == -math.inf:
         row = int((rows == -math.inf).nonzero()[0, 0])

@@ -3,6 +3,8 @@
 The gradient is computed with the loss, in one go over the logits, and kept for backward.
 """
 
+# mypy: disable-error-code="no-untyped-call"
+
 from __future__ import annotations
 
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from stillhouse.kernels.reference import top_k_at
 from stillhouse.kernels.targets import Sampled, Target, TopK
 
 _ARGUMENTS = (
@@ -46,7 +49,8 @@ def arguments(
 def _target(dense: Tensor | None, indices: Tensor | None, values: Tensor | None, kind: str, held_at: float) -> Target:
     if dense is not None:
         return dense
-    assert indices is not None and values is not None
+    assert indices is not None
+    assert values is not None
     if kind == "sampled":
         return Sampled(indices, values)
     return TopK(indices, values, kind, held_at)  # type: ignore[arg-type]
@@ -78,10 +82,18 @@ def _compute_cuda(student: Tensor, arguments: Arguments, out: Tensor | None) -> 
     factor: Any = 1.0 if per_row else 1.0 / divisor if divisor else 0.0
     if count is not None and not per_row:
         factor = torch.where(count > 0, 1.0 / count, 0.0).to(device=student.device, dtype=torch.float32)
-    rows = cuda.softmax_kl_fwd_bwd(
-        student, _target(*target), temperature=temperature, divergence=divergence, beta=beta, mask=mask,
-        scale=1.0 if student.dtype == torch.float16 else factor, out_grad=out,
-    )  # fmt: skip
+    against = _target(*target)
+    if isinstance(against, TopK):
+        against = TopK(against.indices, top_k_at(against, temperature), against.rest, temperature)
+    settings = {"temperature": temperature, "divergence": divergence, "beta": beta, "mask": mask}
+    settings["scale"] = 1.0 if student.dtype == torch.float16 else factor
+    if isinstance(against, Tensor) and against.dtype != student.dtype:  # the kernel reads both in one type
+        wide = None if out is None else torch.empty(student.shape, dtype=torch.float32, device=student.device)
+        rows = cuda.softmax_kl_fwd_bwd(student.float(), against.float(), out_grad=wide, **settings)
+        if out is not None:
+            out.copy_(wide)
+    else:
+        rows = cuda.softmax_kl_fwd_bwd(student, against, out_grad=out, **settings)
     return rows if per_row else rows.sum() * factor
 
 
@@ -181,11 +193,11 @@ def no_second_derivative(gradient: Tensor) -> Tensor:
 
 class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:  # noqa: ARG004
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *upstream: Tensor) -> None:
+    def backward(ctx: FunctionCtx, *upstream: Tensor) -> None:  # noqa: ARG004
         raise RuntimeError(
             "softmax_kl: got a request for its second derivative; expected a first derivative only, since the fused "
             "kernel keeps the gradient and not the logits. Fix: pass backend='torch', which can be differentiated "
