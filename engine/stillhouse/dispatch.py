@@ -93,10 +93,8 @@ class Plugins:
         self._all = {name: self._implementations(name) for name in hook_arguments()}
         self._calls = self._all
         for name in FIRST_RESULT:
-            claims = self._calls[name]
-            if len(claims) > 1:
-                who = " and ".join(str(call.plugin) for call in claims)
-                raise PluginError(f"hook '{name}' is claimed by {who}; a run may have one: drop a method")
+            if name != "stages":  # a method may leave these to another by its answer: see stages()
+                _one_claim(name, self._calls[name])
 
     def _implementations(self, hook: str) -> tuple[Implementation, ...]:
         by_name = {plugin.name: plugin for plugin in self.plugins}
@@ -186,11 +184,10 @@ class Plugins:
             call(**given)
 
     def stages(self, run: RunContext) -> tuple[Stage, ...]:
-        """The stages that a plugin gives, else one on the labelled data."""
-        for call in self._calls["stages"]:
-            given = call(run=run)
-            if given is None:
-                continue
+        """The stages that a plugin gives, else one on the labelled data; PluginError where two give some."""
+        answers = [(call, given) for call in self._calls["stages"] if (given := call(run=run)) is not None]
+        _one_claim("stages", [call for call, _ in answers])
+        for call, given in answers:
             if not given or not all(isinstance(stage, Stage) for stage in given):
                 raise call.wrong(given, "a list of Stage")
             return tuple(given)
@@ -232,6 +229,12 @@ class Plugins:
         for call in self._calls["load_state_dict"]:
             if call.plugin.name in state:
                 call(state=state[call.plugin.name])
+
+
+def _one_claim(hook: str, claims: Sequence[Implementation]) -> None:
+    if len(claims) > 1:
+        who = " and ".join(str(call.plugin) for call in claims)
+        raise PluginError(f"hook '{hook}' is claimed by {who}; a run may have one: drop a method")
 
 
 def _kept(call: Implementation, given: Any, otherwise: Any, kind: type[T]) -> T:

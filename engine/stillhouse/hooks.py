@@ -88,7 +88,10 @@ class LifeHooks:
 
     @hookspec(firstresult=True)
     def stages(self, run: RunContext) -> Sequence[Stage] | None:
-        """Give the run's stages. Default: one, on the labelled data, against the teacher."""
+        """Give the run's stages, or None to leave them to another method; one method may give some.
+
+        Default: one, on the labelled data, against the teacher.
+        """
 
     @hookspec(firstresult=True)
     def stage_rows(self, run: RunContext, stage: Stage, split: Split) -> Tensor | None:

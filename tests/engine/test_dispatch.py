@@ -9,7 +9,17 @@ import torch
 import toys
 from torch import nn
 
-from stillhouse.api import Auxiliary, LossTerm, Method, Stage, StepInfo, StudentOut, Targets, hookimpl
+from stillhouse.api import (
+    Auxiliary,
+    LossTerm,
+    Method,
+    RunContext,
+    Stage,
+    StepInfo,
+    StudentOut,
+    Targets,
+    hookimpl,
+)
 from stillhouse.dispatch import Plugin, Plugins
 from stillhouse.errors import PluginError
 from stillhouse.step import DistillStep
@@ -159,14 +169,23 @@ class TestContract:
         with pytest.raises(PluginError, match=r"named twice"):
             Plugins([plugin(method()), plugin(method())])
 
-    @pytest.mark.parametrize("hook", ["teacher_forward", "student_update", "stages"])
+    @pytest.mark.parametrize("hook", ["teacher_forward", "student_update", "stage_rows"])
     def test_two_plugins_may_not_claim_one_first_result(self, hook):
-        arguments = {"teacher_forward": "batch", "student_update": "loss", "stages": "run"}[hook]
+        arguments = {"teacher_forward": "batch", "student_update": "loss", "stage_rows": "run"}[hook]
         names: dict = {}
         exec(f"def {hook}(self, {arguments}): return None", names)
         made = method(**{hook: hookimpl(names[hook])})
         with pytest.raises(PluginError, match=f"hook '{hook}' is claimed by plugin 'a' .* and plugin 'b'"):
             Plugins([plugin(made, "a"), plugin(made, "b")])
+
+    def test_one_of_two_plugins_may_give_the_stages(self):
+        def giving(answer):
+            return method(stages=hookimpl(lambda self, run: answer))
+
+        run, mine = RunContext({}), [Stage("mine")]
+        assert Plugins([plugin(giving(None), "a"), plugin(giving(mine), "b")]).stages(run) == tuple(mine)
+        with pytest.raises(PluginError, match=r"hook 'stages' is claimed by plugin 'a' .* and plugin 'b'"):
+            Plugins([plugin(giving(mine), "a"), plugin(giving(mine), "b")]).stages(run)
 
 
 def transform(add: float, taken: list) -> type[Method]:
