@@ -83,6 +83,12 @@ def write(folder: Path, step: int, content: Mapping[str, Any]) -> Path:
     return path
 
 
+def tidy(folder: Path) -> None:
+    """Remove what a kill in the middle of writing left behind."""
+    for half in folder.glob(".step-*"):
+        half.unlink()
+
+
 def newest(folder: Path) -> Path | None:
     """The newest checkpoint, or None."""
     return max(folder.glob("step-*.pt"), default=None)
@@ -108,6 +114,6 @@ def read(path: Path) -> dict[str, Any]:
             f"checkpoint {path} can't be read ({problem}); it is truncated or was not written by "
             f"stillhouse. Remove it and call --resume again: {then}"
         ) from None
-    if not isinstance(content, dict) or "position" not in content:
+    if not isinstance(content, dict) or "position" not in content or "config" not in content:
         raise CheckpointError(f"{path} holds no checkpoint of stillhouse; remove it")
     return content

@@ -19,6 +19,7 @@ from stillhouse.display import Display
 from stillhouse.display import display as default_display
 from stillhouse.errors import DataError, nearest
 from stillhouse.methods import MethodLike, as_plugins
+from stillhouse.models import digest
 from stillhouse.run import Parts, Summary, pick_device, train
 from stillhouse.tasks import DatasetSplit, Split, Splits, TensorSplit, classification, regression
 
@@ -87,6 +88,8 @@ def distill(
         if finished is not None:
             from stillhouse.teachers import load
 
+            made_from = replace(splits, test=None).fingerprint()
+            rundir.same_origin(folder, made_from, None if teacher is None else digest(teacher))
             load(target or student, folder / rundir.STUDENT)
             return Distilled(target or student, finished["scores"], finished)
     shown = display or default_display()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stillhouse import checkpoint, rundir
-from stillhouse.config import RunConfig
+from stillhouse.config import RunConfig, dump
 from stillhouse.display import Display
 from stillhouse.errors import CheckpointError, Diverged, StillhouseError
 from stillhouse.evaluate import score
@@ -140,19 +140,22 @@ class Recorder:
         if self.folder is None:
             return
         loop.step.check_teacher()
-        content = {**loop.state_dict(), "seconds": self.elapsed(), "seed": self.config.seed}
+        content = {**loop.state_dict(), "seconds": self.elapsed(), "config": json.dumps(dump(self.config))}
         checkpoint.write(self.folder / rundir.CHECKPOINTS, loop.at.step, content)
 
     def resume(self, loop: Loop) -> int | None:
         """Take up the newest checkpoint; its update, or None where there is none."""
         assert self.folder is not None
+        checkpoint.tidy(self.folder / rundir.CHECKPOINTS)
         path = checkpoint.newest(self.folder / rundir.CHECKPOINTS)
         if path is None:
             self._truncate(0)
             return None
         content = checkpoint.read(path)
-        if set(content["models"]) != set(loop.step.run.models) or content["seed"] != self.config.seed:
-            raise CheckpointError(f"checkpoint {path} is another run's; remove it, or choose out=DIR")
+        if differing := rundir.differing(json.loads(content["config"]), self.config):
+            raise CheckpointError(
+                f"checkpoint {path} is another run's ({differing}); remove it, or choose out=DIR"
+            )
         try:
             loop.load_state_dict(content)
         except (RuntimeError, KeyError, ValueError) as error:

@@ -27,7 +27,7 @@ from stillhouse.loop import Loop
 from stillhouse.methods import configured, load_methods
 from stillhouse.models import arguments, digest, freeze
 from stillhouse.observers import RunRecord
-from stillhouse.recorder import Recorder
+from stillhouse.recorder import Interrupted, Recorder
 from stillhouse.step import OFFERED, DistillStep
 from stillhouse.tasks import Builder, Splits
 
@@ -158,6 +158,8 @@ def run(
     outside = RandomState.capture()
     try:
         return train(parts, data, device, display, resume=resume)
+    except KeyboardInterrupt:  # between updates: a teacher is trained, labels are taken, or it came twice
+        raise Interrupted("interrupted; what was written before is whole: go on with --resume") from None
     finally:
         display.close()
         outside.restore()
@@ -205,6 +207,8 @@ def train(parts: Parts, data: Splits, device: torch.device, display: Display, *,
         chosen=step.run.chosen,
     )
     if folder is not None:
+        if resume:
+            rundir.same_origin(folder, manifest["data"], teacher_facts.get("digest"))
         write_json(folder / rundir.MANIFEST, manifest)
         for observer in parts.observers:
             observer.on_run_start(RunRecord(config.name, folder, dump(config), manifest))
@@ -233,7 +237,7 @@ def _teacher(
     elif spec.checkpoint is not None:
         model = parts.builders["teacher"]().to(device)
         teachers.load(model, spec.checkpoint)
-        facts = {"found": str(spec.checkpoint)}
+        facts = {"found": str(spec.checkpoint), "digest": digest(model)}
     else:
         settings = teachers.training(spec.train, parts.task).model_copy(
             update={"device": parts.config.device}

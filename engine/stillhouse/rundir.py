@@ -37,7 +37,8 @@ def open_dir(config: RunConfig, *, resume: bool, overwrite: bool) -> dict[str, A
     if overwrite and (folder / CONFIG).is_file():
         shutil.rmtree(folder)
     if not (folder / CONFIG).is_file():
-        if folder.is_dir() and any(folder.iterdir()):
+        # A name with a dot: a file that a kill cut short, or the file manager's.
+        if folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir()):
             raise CheckpointError(f"{folder} is not empty and holds no run; choose another with out=DIR")
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / CONFIG, to_yaml(dump(config)))
@@ -55,17 +56,39 @@ def open_dir(config: RunConfig, *, resume: bool, overwrite: bool) -> dict[str, A
 
 
 def _same_config(config: RunConfig, folder: Path) -> None:
-    kept = yaml.safe_load((folder / CONFIG).read_text()) or {}
-    differing = [
+    if found := differing(yaml.safe_load((folder / CONFIG).read_text()) or {}, config):
+        raise CheckpointError(
+            f"{folder} holds a run of another config ({found}); "
+            "out=DIR puts this one elsewhere, --overwrite replaces it"
+        )
+
+
+def differing(kept: Mapping[str, Any], config: RunConfig) -> str:
+    """Where a kept config differs from this one in what enters the weights; empty where it does not."""
+    found = [
         f"{path}: {old!r} there, {new!r} here"
         for path, old, new in differences(kept, dump(config))
         if path.partition(".")[0] not in FREE
     ]
-    if differing:
-        raise CheckpointError(
-            f"{folder} holds a run of another config ({'; '.join(differing[:5])}); "
-            "out=DIR puts this one elsewhere, --overwrite replaces it"
-        )
+    return "; ".join(found[:5])
+
+
+def same_origin(folder: Path, data: Mapping[str, str], teacher: str | None) -> None:
+    """Raise CheckpointError where the directory's run was made from other data or another teacher.
+
+    A config names both; objects that were handed over, and files that a config names, may change under it.
+    """
+    if not (folder / MANIFEST).is_file():
+        return
+    kept = json.loads((folder / MANIFEST).read_text())
+    before = {**kept["data"], "teacher": kept["teacher"].get("digest")}
+    for name, new in {**data, "teacher": teacher}.items():
+        if before.get(name) != new:
+            what = name if name == "teacher" else f"{name} split"
+            raise CheckpointError(
+                f"{folder} holds a run with another {what} (digest {before.get(name)} there, {new} here); "
+                "out=DIR puts this one elsewhere, --overwrite replaces it"
+            )
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
