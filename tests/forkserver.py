@@ -3,7 +3,8 @@
 The server reads requests from its standard input, one JSON object a line. ``start`` forks a child that runs
 ``stillhouse`` with ``argv`` in ``cwd``, its output going to ``log``; ``wait`` answers with its exit code
 (negative: the signal that ended it). ``die`` kills the child from within by SIGKILL at the ``call``-th call of
-``function`` (``module:qualified.name``), ``before`` or ``after`` it; ``full`` makes that call fail as a full disk does.
+``function`` (``module:qualified.name``), ``before`` or ``after`` it; ``full`` makes that call fail as a full disk does;
+``quick`` leaves the picture out; ``interrupt`` sends the signal of Ctrl-C there, as many ``times``.
 """
 
 from __future__ import annotations
@@ -84,16 +85,27 @@ def _full() -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def _interrupt(times: int) -> None:
+    for _ in range(times):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 def _child(request: dict[str, Any]) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.chdir(request["cwd"])
-    for name, do in (("die", _kill), ("full", _full)):
+    for name in ("die", "full", "interrupt"):
         if name in request:
             fault = request[name]
+            times = fault.get("times", 1)
+            do = {"die": _kill, "full": _full, "interrupt": lambda: _interrupt(times)}[name]
             _patch(fault["function"], fault["call"], do, fault.get("when", "before"))
+    if request.get("quick"):
+        import stillhouse.report
+
+        stillhouse.report.curve = lambda *given: None
     from stillhouse.cli import main
 
     try:
@@ -110,8 +122,6 @@ def _serve() -> None:
     import sklearn.datasets
     import torch
 
-    import stillhouse.commands
-    import stillhouse.run
     from stillhouse.kernels import softmax_kl
 
     torch.set_num_threads(1)
