@@ -47,37 +47,38 @@ def max8(x):
     return ptx.fmax(ab, ptx.fmax(ptx.fmax(x[4], x[5]), ptx.fmax(x[6], x[7])))
 
 
-@device
-def warp_max(x):
-    x = ptx.fmax(x, ptx.shuffle_xor(x, 16))
-    x = ptx.fmax(x, ptx.shuffle_xor(x, 8))
-    x = ptx.fmax(x, ptx.shuffle_xor(x, 4))
-    x = ptx.fmax(x, ptx.shuffle_xor(x, 2))
-    return ptx.fmax(x, ptx.shuffle_xor(x, 1))
+def butterflies(width: int):
+    """Device functions (maximum, sum) over groups of ``width`` lanes, a power of two; every lane gets the result."""
 
+    @device
+    def top(x):
+        if width >= 32:
+            x = ptx.fmax(x, ptx.shuffle_xor(x, 16))
+        if width >= 16:
+            x = ptx.fmax(x, ptx.shuffle_xor(x, 8))
+        if width >= 8:
+            x = ptx.fmax(x, ptx.shuffle_xor(x, 4))
+        if width >= 4:
+            x = ptx.fmax(x, ptx.shuffle_xor(x, 2))
+        if width >= 2:
+            x = ptx.fmax(x, ptx.shuffle_xor(x, 1))
+        return x
 
-@device
-def warp_sum(x):
-    x = x + ptx.shuffle_xor(x, 16)
-    x = x + ptx.shuffle_xor(x, 8)
-    x = x + ptx.shuffle_xor(x, 4)
-    x = x + ptx.shuffle_xor(x, 2)
-    return x + ptx.shuffle_xor(x, 1)
+    @device
+    def total(x):
+        if width >= 32:
+            x = x + ptx.shuffle_xor(x, 16)
+        if width >= 16:
+            x = x + ptx.shuffle_xor(x, 8)
+        if width >= 8:
+            x = x + ptx.shuffle_xor(x, 4)
+        if width >= 4:
+            x = x + ptx.shuffle_xor(x, 2)
+        if width >= 2:
+            x = x + ptx.shuffle_xor(x, 1)
+        return x
 
-
-@device
-def eight_max(x):
-    """Over eight lanes, the width of a row's group for V <= 64."""
-    x = ptx.fmax(x, ptx.shuffle_xor(x, 4))
-    x = ptx.fmax(x, ptx.shuffle_xor(x, 2))
-    return ptx.fmax(x, ptx.shuffle_xor(x, 1))
-
-
-@device
-def eight_sum(x):
-    x = x + ptx.shuffle_xor(x, 4)
-    x = x + ptx.shuffle_xor(x, 2)
-    return x + ptx.shuffle_xor(x, 1)
+    return top, total
 
 
 @device

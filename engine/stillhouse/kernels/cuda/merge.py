@@ -14,7 +14,7 @@ import numpy as np
 from numba import cuda
 
 from stillhouse.kernels.cuda import intrinsics as ptx
-from stillhouse.kernels.cuda.arithmetic import LOWEST, ZERO, device, warp_max, warp_sum
+from stillhouse.kernels.cuda.arithmetic import butterflies, device
 
 I32, F32 = np.int32, np.float32
 # float32 slots of the scratch array: per warp (C_t, D_t, C_s, D_s, two sums), then the same per block of the cluster
@@ -25,8 +25,11 @@ SCRATCH = RANKS + 6 * RANK_SLOTS
 
 
 def merges(threads: int, cluster: int) -> SimpleNamespace:
-    """Device functions ``softmax(scratch, tid, rank, c, d, slot)`` and ``sums`` for this block and cluster size."""
+    """Device functions ``softmax_two`` and ``sum_two`` for this block and cluster size."""
     warps = threads // 32
+    warp_max, warp_sum = butterflies(32)
+    warps_max, warps_sum = butterflies(warps)
+    ranks_max, ranks_sum = butterflies(cluster)
 
     @device
     def warp_softmax(c, d):
@@ -39,18 +42,19 @@ def merges(threads: int, cluster: int) -> SimpleNamespace:
         c, d = warp_softmax(c, d)
         if (tid & I32(31)) == I32(0):
             w = tid >> I32(5)
-            scratch[I32(slot * WARP_SLOTS + w)] = c
-            scratch[I32((slot + 1) * WARP_SLOTS + w)] = d
+            ptx.shared_store(scratch, I32(slot * WARP_SLOTS + w), c)
+            ptx.shared_store(scratch, I32((slot + 1) * WARP_SLOTS + w), d)
 
     @device
     def gather(scratch, tid, slot):
-        lane = tid & I32(31)
-        c = LOWEST
-        d = ZERO
-        if lane < I32(warps):
-            c = scratch[I32(slot * WARP_SLOTS + lane)]
-            d = scratch[I32((slot + 1) * WARP_SLOTS + lane)]
-        return warp_softmax(c, d)
+        """(C, D) over the warps: each group of as many lanes as there are warps merges all of them."""
+        w = tid & I32(warps - 1)
+        c, d = (
+            ptx.shared_load(scratch, I32(slot * WARP_SLOTS + w)),
+            ptx.shared_load(scratch, I32((slot + 1) * WARP_SLOTS + w)),
+        )
+        top = warps_max(c)
+        return top, warps_sum(d * ptx.exp2(c - top))
 
     @device
     def tell(scratch, tid, rank, slot, value):
@@ -60,13 +64,13 @@ def merges(threads: int, cluster: int) -> SimpleNamespace:
 
     @device
     def gather_ranks(scratch, tid, slot):
-        lane = tid & I32(31)
-        c = LOWEST
-        d = ZERO
-        if lane < I32(cluster):
-            c = scratch[I32(RANKS + slot * RANK_SLOTS + lane)]
-            d = scratch[I32(RANKS + (slot + 1) * RANK_SLOTS + lane)]
-        return warp_softmax(c, d)
+        r = tid & I32(cluster - 1)
+        c, d = (
+            ptx.shared_load(scratch, I32(RANKS + slot * RANK_SLOTS + r)),
+            ptx.shared_load(scratch, I32(RANKS + (slot + 1) * RANK_SLOTS + r)),
+        )
+        top = ranks_max(c)
+        return top, ranks_sum(d * ptx.exp2(c - top))
 
     @device
     def meet():
@@ -95,44 +99,25 @@ def merges(threads: int, cluster: int) -> SimpleNamespace:
         return ct, dt, cs, ds
 
     @device
-    def softmax_one(scratch, tid, rank, c, d):
-        """(C, D) of the student over the whole row, to every thread."""
-        leave(scratch, tid, c, d, 2)
-        cuda.syncthreads()
-        c, d = gather(scratch, tid, 2)
-        if cluster > 1:
-            tell(scratch, tid, rank, 2, c)
-            tell(scratch, tid, rank, 3, d)
-            meet()
-            c, d = gather_ranks(scratch, tid, 2)
-        return c, d
-
-    @device
-    def gather_sum(scratch, tid, first, count):
-        lane = tid & I32(31)
-        x = ZERO
-        if lane < I32(count):
-            x = scratch[I32(first + lane)]
-        return warp_sum(x)
-
-    @device
     def sum_two(scratch, tid, rank, a, b):
         """Two sums over the row, to every thread."""
         a = warp_sum(a)
         b = warp_sum(b)
         if (tid & I32(31)) == I32(0):
             w = tid >> I32(5)
-            scratch[I32(SUMS + w)] = a
-            scratch[I32(SUMS + WARP_SLOTS + w)] = b
+            ptx.shared_store(scratch, I32(SUMS + w), a)
+            ptx.shared_store(scratch, I32(SUMS + WARP_SLOTS + w), b)
         cuda.syncthreads()
-        a = gather_sum(scratch, tid, SUMS, warps)
-        b = gather_sum(scratch, tid, SUMS + WARP_SLOTS, warps)
+        w = tid & I32(warps - 1)
+        a = warps_sum(ptx.shared_load(scratch, I32(SUMS + w)))
+        b = warps_sum(ptx.shared_load(scratch, I32(SUMS + WARP_SLOTS + w)))
         if cluster > 1:
             tell(scratch, tid, rank, 4, a)
             tell(scratch, tid, rank, 5, b)
             meet()
-            a = gather_sum(scratch, tid, RANKS + 4 * RANK_SLOTS, cluster)
-            b = gather_sum(scratch, tid, RANKS + 5 * RANK_SLOTS, cluster)
+            r = tid & I32(cluster - 1)
+            a = ranks_sum(ptx.shared_load(scratch, I32(RANKS + 4 * RANK_SLOTS + r)))
+            b = ranks_sum(ptx.shared_load(scratch, I32(RANKS + 5 * RANK_SLOTS + r)))
         return a, b
 
-    return SimpleNamespace(softmax_two=softmax_two, softmax_one=softmax_one, sum_two=sum_two)
+    return SimpleNamespace(softmax_two=softmax_two, sum_two=sum_two)

@@ -135,11 +135,11 @@ def shared_store_words(array, offset, a, b, c, d):
 
 
 def shared_load(array, offset):
-    return np.uint32(_array(array)[int(offset)]).view(np.float32)
+    return _array(array)[int(offset) : int(offset) + 1].view(np.float32)[0]
 
 
 def shared_store(array, offset, value):
-    _array(array)[int(offset)] = np.float32(value).view(np.uint32)
+    _array(array)[int(offset) : int(offset) + 1].view(np.float32)[0] = value
 
 
 def cluster_rank():

@@ -21,12 +21,9 @@ from stillhouse.kernels.cuda.arithmetic import (
     LOWEST,
     PAIRS,
     ZERO,
+    butterflies,
     device,
-    eight_max,
-    eight_sum,
     row_known,
-    warp_max,
-    warp_sum,
 )  # fmt: skip
 from stillhouse.kernels.cuda.chunks import is_kept, row_scale
 from stillhouse.kernels.cuda.rows import HUGE, SIGNATURE
@@ -123,7 +120,7 @@ def small_kernel(dtype: str, divergence: str, threads: int, lanes: int) -> Calla
     )
     aligned, load, store = stretch.aligned, stretch.load, stretch.store
     forward, rows_per_block = divergence == "forward", threads // lanes
-    group_max, group_sum = (eight_max, eight_sum) if lanes == 8 else (warp_max, warp_sum)
+    group_max, group_sum = butterflies(lanes)
 
     @device
     def value(words, base, e, width):

@@ -377,6 +377,8 @@ def sparse_kernel(dtype: str, divergence: str, threads: int, cluster: int, stage
         if mode == I32(SAMPLED):
             mark(words, span, indices, k, chunks)
         cuda.syncthreads()
+        if mode == I32(WITHIN):
+            n = LOWEST  # logits outside may lie above the maximum of the k: zero, not zero times infinity
         write_row(words, span, s_row, g_row, v, chunks, k2, n, grad_scale * share * ptx.exp2(-log_d))
 
     return kernel

