@@ -129,7 +129,7 @@ def _dense(rows: int, width: int, device: torch.device, rounds: int, *, compiled
     liger = _liger(device)
     if liger is not None:
         contenders["liger"] = _step(lambda s: liger(s, teacher), student)
-    return _measure(f"{rows}x{width}", contenders, device, rounds, inner=200 if rows * width < 10_000 else 1)
+    return _measure(f"{rows}x{width}", contenders, device, rounds, inner=50 if rows * width < 10_000 else 1)
 
 
 def _liger(device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:
@@ -244,7 +244,7 @@ def _print(result: dict[str, Any]) -> None:
         shown = "".join(
             f"{'' if cell is None else f'{cell:.2f}':>{size}}" for cell, size in zip(cells, (12, 14, 12), strict=True)
         )
-        print(f"  {key:<22}{statistics.median(times):>10.3f}{shown}{result['peak_mib'][key]:>10.1f}")
+        print(f"  {key:<22}{statistics.median(times):>10.3f}{shown}{result['peak_mib'][key]:>10.1f}", flush=True)
 
 
 def _plot(results: Sequence[dict[str, Any]], path: Path) -> None:

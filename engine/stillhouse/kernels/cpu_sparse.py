@@ -166,6 +166,13 @@ def top_k_row(divergence, student, out, dtype, v, wide_indices, values, k, ghost
     mean = math.exp(log_ghost_s) * d_ghost if rest > 0.0 and k < v else 0.0
     for i in range(k):
         log_s = (logit(student, dtype, indices[i]) - rs) * it - log_z
+        if divergence == FORWARD:  # as outcome() has it, but for two exponentials an entry: k of them add up
+            p = math.exp(np.float64(log_t[i]))
+            x = log_s - log_t[i]
+            gap = p * math.expm1(x) if p > 0.0 and x < 1.0 else math.exp(log_s) - p
+            loss += gap - p * x if p > 0.0 else gap
+            coefficients[i] = f32(gap * scale)
+            continue
         part, d = outcome(divergence, beta, log_s, np.float64(log_t[i]))
         loss += part
         mean += math.exp(log_s) * d
@@ -174,14 +181,9 @@ def top_k_row(divergence, student, out, dtype, v, wide_indices, values, k, ghost
     if divergence == REVERSE and loss == np.inf:
         zero(out, dtype, 0, v)
         return loss
-    for i in range(k):
-        log_s = (logit(student, dtype, indices[i]) - rs) * it - log_z
-        if divergence == FORWARD:
-            p = math.exp(np.float64(log_t[i]))
-            x = log_s - log_t[i]
-            gap = p * math.expm1(x) if p > 0.0 and x < 1.0 else math.exp(log_s) - p
-            coefficients[i] = f32(gap * scale)
-        else:
+    if divergence != FORWARD:
+        for i in range(k):
+            log_s = (logit(student, dtype, indices[i]) - rs) * it - log_z
             part, d = outcome(divergence, beta, log_s, np.float64(log_t[i]))
             coefficients[i] = f32(math.exp(log_s) * (d - mean) * scale)
     alpha = 1.0 + d_ghost if divergence == FORWARD else d_ghost - mean

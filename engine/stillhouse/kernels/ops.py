@@ -90,7 +90,7 @@ def _compute_cuda(student: Tensor, arguments: Arguments, out: Tensor | None) -> 
     if isinstance(against, Tensor) and against.dtype != student.dtype:  # the kernel reads both in one type
         wide = None if out is None else torch.empty(student.shape, dtype=torch.float32, device=student.device)
         rows = cuda.softmax_kl_fwd_bwd(student.float(), against.float(), out_grad=wide, **settings)
-        if out is not None:
+        if out is not None and wide is not None:
             out.copy_(wide)
     else:
         rows = cuda.softmax_kl_fwd_bwd(student, against, out_grad=out, **settings)
