@@ -31,19 +31,14 @@ def curve(rows: Sequence[Mapping[str, Any]], metric: str, path: Path, title: str
     if losses and min(row["loss"] for row in losses) > 0:
         left.set_yscale("log")
     right.set_ylabel(f"validation {metric}", color="tab:blue")
-    stage = None
+    stage, before = None, 0
     for row in rows:
         if row["stage"] != stage:
             stage = row["stage"]
-            left.axvline(row["step"], color="0.85", lw=0.8, zorder=0)
-            left.annotate(
-                stage,
-                (row["step"], 1),
-                xycoords=("data", "axes fraction"),
-                xytext=(3, -10),
-                textcoords="offset points",
-                fontsize=8,
-            )
+            left.axvline(before, color="0.85", lw=0.8, zorder=0)
+            where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "fontsize": 8}
+            left.annotate(stage, (before, 1), xytext=(3, -10), **where)
+        before = row["step"]
     figure.savefig(path)
 
 

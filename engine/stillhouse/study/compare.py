@@ -15,6 +15,7 @@ from stillhouse.errors import ConfigError
 from stillhouse.files import write_json, write_text
 from stillhouse.rundir import differences
 from stillhouse.study.intervals import Interval, mean_interval
+from stillhouse.study.picture import curves
 from stillhouse.tasks import Splits, Task
 
 OWN = ("method", "methods", "name", "out", "seed", "teacher", "observers")
@@ -75,6 +76,7 @@ def compare(
             summaries[config.name].append(made)
     rows = _rows(summaries)
     write_json(out / "comparison.json", {"seeds": list(seeds), "differences": unfair, "runs": summaries})
+    curves(summaries, out / "curves.png")
     write_text(out / "comparison.md", table(rows, seeds, unfair))
     return rows
 
