@@ -13,7 +13,6 @@ from torch import Tensor
 
 from stillhouse.kernels.cpu_dense import dense_rows
 from stillhouse.kernels.cpu_rows import BLOCK
-from stillhouse.kernels.cpu_sparse import sparse_rows
 from stillhouse.kernels.reference import top_k_at
 from stillhouse.kernels.series import jsd_series
 from stillhouse.kernels.targets import Sampled, Target, TopK
@@ -99,6 +98,8 @@ def _sparse(
     student: Tensor, target: TopK | Sampled, temperature: float, divergence: str, beta: float, mask: Tensor | None,
     scale: float, out_grad: Tensor | None, losses: Tensor,
 ) -> Callable[[int, int], None]:  # fmt: skip
+    from stillhouse.kernels.cpu_sparse import sparse_rows  # loaded by those who use it
+
     sampled = isinstance(target, Sampled)
     values = target.weights if isinstance(target, Sampled) else top_k_at(target, temperature)
     values = values.to(torch.float32).contiguous()
