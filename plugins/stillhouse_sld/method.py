@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from stillhouse.api import (
     IGNORE,
@@ -46,6 +46,13 @@ class SLDConfig(MethodConfig):
     top_per_class: int | None = Field(
         None, gt=0, description="Unlabelled rows kept per class, the teacher's surest first; default all."
     )
+
+    @field_validator("shares")
+    @classmethod
+    def _some(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if value is not None and (min(value) < 0 or sum(value) == 0):
+            raise ValueError("expected lengths of 0 or more, one of them above 0")
+        return value
 
 
 class SLD(Method):
