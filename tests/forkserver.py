@@ -10,6 +10,7 @@ The server reads requests from its standard input, one JSON object a line. ``sta
 from __future__ import annotations
 
 import errno
+import functools
 import importlib
 import json
 import os
@@ -100,7 +101,7 @@ def _child(request: dict[str, Any]) -> int:
         if name in request:
             fault = request[name]
             times = fault.get("times", 1)
-            do = {"die": _kill, "full": _full, "interrupt": lambda: _interrupt(times)}[name]
+            do = {"die": _kill, "full": _full, "interrupt": functools.partial(_interrupt, times)}[name]
             _patch(fault["function"], fault["call"], do, fault.get("when", "before"))
     if request.get("quick"):
         import stillhouse.report
