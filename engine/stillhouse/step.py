@@ -23,7 +23,7 @@ from stillhouse.context import STUDENT, TARGET, TEACHER, RunContext, Stage, Step
 from stillhouse.dispatch import Plugin, Plugins
 from stillhouse.errors import ConfigError, nearest
 from stillhouse.methods import MethodLike, as_plugins
-from stillhouse.models import Captures, evaluating, forward, freeze, stochastic_module, versions
+from stillhouse.models import Captures, checksum, evaluating, forward, freeze, stochastic_module, versions
 from stillhouse.softlabels import SoftLabels
 from stillhouse.targets import Batch, LossTerm, StudentOut, Targets, TeacherOut
 from stillhouse.tasks import Splits
@@ -100,6 +100,7 @@ class DistillStep:
         )
         self._count = None if teacher is None else teacher.register_forward_pre_hook(self._called)
         self._teacher_version = 0 if teacher is None else versions(teacher)
+        self._teacher_bits = 0 if teacher is None else checksum(teacher)
         self.teacher_calls = 0
         try:
             self._set_up(probe, models, frozenset(offers))
@@ -199,6 +200,8 @@ class DistillStep:
 
     def _watch(self) -> None:
         """Look at what the plugins do to what they are handed, in the first updates of a stage."""
+        if self._watched:
+            self.check_teacher()
         for plugin in self.plugins.plugins if self._watched else ():
             check_kept(plugin)
         first, done = self._watched == 0, self._watched == UPDATES
@@ -259,8 +262,10 @@ class DistillStep:
         return self.run.models[(stage or self.info.stage).model or STUDENT]
 
     def check_teacher(self) -> None:
-        """Raise if anything wrote to the frozen teacher."""
-        if self.teacher is not None and versions(self.teacher) != self._teacher_version:
+        """Raise if anything wrote to the frozen teacher. One pass over its weights."""
+        if self.teacher is None:
+            return
+        if versions(self.teacher) != self._teacher_version or checksum(self.teacher) != self._teacher_bits:
             who = ", ".join(str(plugin) for plugin in self.plugins.plugins)
             raise ConfigError(
                 f"the teacher's weights or buffers were written to, by one of: {who}; "

@@ -1,0 +1,15 @@
+import stillhouse.catalog
+
+stillhouse.catalog.time.sleep(60)
+
+from stillhouse.api import LossTerm, Method, hookimpl
+
+
+class Mine(Method):
+    """Builds a table that nobody asked for."""
+
+    api_version = 1
+
+    @hookimpl
+    def loss_terms(self, student_out, targets, batch, step):
+        return {"mine": LossTerm(step.mean(student_out.logits.square().mean(-1), batch.mask))}
