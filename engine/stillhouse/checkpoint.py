@@ -7,7 +7,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,7 +28,9 @@ class RandomState:
     @classmethod
     def capture(cls) -> RandomState:
         """The generators as they stand."""
-        name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
+        name, keys, position, has_gauss, gauss = cast(
+            "tuple[str, Any, int, int, float]", np.random.get_state()
+        )
         version, numbers, spare = random.getstate()
         return cls(
             {

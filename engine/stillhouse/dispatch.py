@@ -128,7 +128,8 @@ class Plugins:
 
     def teacher_forward(self, teacher: nn.Module | None, batch: Batch, step: StepInfo) -> TeacherOut | None:
         for call in self._calls["teacher_forward"]:
-            return _kept(call, call(teacher=teacher, batch=batch, step=step), None, TeacherOut)
+            given = call(teacher=teacher, batch=batch, step=step)
+            return None if given is None else _kept(call, given, given, TeacherOut)
         return None
 
     def label_transform(
@@ -237,7 +238,7 @@ def _one_claim(hook: str, claims: Sequence[Implementation]) -> None:
         raise PluginError(f"hook '{hook}' is claimed by {who}; a run may have one: drop a method")
 
 
-def _kept(call: Implementation, given: Any, otherwise: Any, kind: type[T]) -> T:
+def _kept(call: Implementation, given: object, otherwise: T, kind: type[T]) -> T:
     """The hook's answer, checked, or ``otherwise`` where it gave None."""
     if given is None:
         return otherwise

@@ -252,7 +252,7 @@ def most_confident(kept: SoftLabels | None, stage: Stage, split: Split) -> Tenso
         raise _nothing_kept(stage)
     confidence, predicted = kept.logits.softmax(-1).max(-1)
     chosen = []
-    for label in predicted.unique():
+    for label in torch.unique(predicted):
         ids = (predicted == label).nonzero()[:, 0]
         chosen.append(ids[confidence[ids].argsort(descending=True, stable=True)[: stage.top_per_class]])
     return torch.cat(chosen).sort().values.cpu()

@@ -36,7 +36,11 @@ def curve(rows: Sequence[Mapping[str, Any]], metric: str, path: Path, title: str
         if row["stage"] != stage:
             stage = row["stage"]
             left.axvline(before, color="0.85", lw=0.8, zorder=0)
-            where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "fontsize": 8}
+            where: dict[str, Any] = {
+                "xycoords": ("data", "axes fraction"),
+                "textcoords": "offset points",
+                "fontsize": 8,
+            }
             left.annotate(stage, (before, 1), xytext=(3, -10), **where)
         before = row["step"]
     figure.savefig(path)
@@ -48,7 +52,7 @@ def page(summary: Mapping[str, Any], manifest: Mapping[str, Any], path: Path) ->
         f"| {split} | {' | '.join(f'{value:.4f}' for value in values.values())} |"
         for split, values in summary["scores"].items()
     )
-    names = next(iter(summary["scores"].values()), {})
+    names: Mapping[str, float] = next(iter(summary["scores"].values()), {})
     header = f"| split | {' | '.join(names)} |\n| --- |{' --- |' * len(names)}"
     stages = "\n".join(
         f"| {stage['name']} | {stage['steps']} | {stage['data']} | {stage['teacher'] or '-'} | {stage['train']} |"

@@ -243,7 +243,8 @@ def _teacher(
             update={"device": parts.config.device}
         )
         named = {"name": spec.name, **spec.settings}
-        model, facts = teachers.trained(parts.builders["teacher"], named, data, settings, device, say)
+        model, made = teachers.trained(parts.builders["teacher"], named, data, settings, device, say)
+        facts = dict(made)
     if data.validation is not None and data.validation.labelled:
         facts["validation"] = score(parts.task, model, data.validation, device, teacher=True)
     return freeze(model), facts
