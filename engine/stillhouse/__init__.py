@@ -15,8 +15,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stillhouse.objects import Distilled, distill
     from stillhouse.errors import StillhouseError
+    from stillhouse.objects import Distilled, distill
     from stillhouse.step import DistillStep
     from stillhouse.targets import Batch
 
