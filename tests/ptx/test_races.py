@@ -78,7 +78,6 @@ def test_a_block_without_its_barrier_is_not(tmp_path):
     assert result == "potential_race"
 
 
-@pytest.mark.slow
 def test_a_cluster_is_free_of_races(tmp_path, figure):
     launch, text = cluster_case()
     result, checks = verdict(text, launch, 512, tmp_path, 300)

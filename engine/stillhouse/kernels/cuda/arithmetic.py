@@ -14,11 +14,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import cuda
 
 from stillhouse.kernels.cuda import intrinsics as ptx
 
-device = cuda.jit(device=True, forceinline=True)
+device = ptx.device
 
 I32, U32, F32 = np.int32, np.uint32, np.float32
 LOWEST = F32(-3.0e38)  # a finite start for running maxima: -inf minus -inf is NaN

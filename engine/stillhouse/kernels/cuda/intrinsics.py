@@ -20,8 +20,13 @@ if SIMULATED:
     from stillhouse.kernels.cuda.simulator import *  # noqa: F403
 else:
     from llvmlite import ir
+    from numba import cuda
     from numba.cuda import types
     from numba.cuda.extending import intrinsic
+
+    device = cuda.jit(device=True, forceinline=True)  # by LLVM: inlining in Numba's own passes takes minutes
+
+    SHARED_ALIGNMENT = 16  # bytes, for 128-bit accesses
 
     _LL = {
         types.int32: ir.IntType(32),

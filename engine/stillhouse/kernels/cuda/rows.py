@@ -19,6 +19,7 @@ from stillhouse.kernels.cuda.chunks import is_kept, row_geometry, row_scale, wal
 from stillhouse.kernels.cuda.merge import SCRATCH, merges
 from stillhouse.kernels.cuda.vectors import codec
 
+ALIGNMENT = ptx.SHARED_ALIGNMENT
 I32, I64, F32 = np.int32, np.int64, np.float32
 HUGE = F32(3.0e38)
 
@@ -227,7 +228,7 @@ def rows_kernel(dtype: str, divergence: str, threads: int, cluster: int, staged:
     def kernel(
         s, t, g, loss, mask, scale, v, t_stride, s_width, t_width, span, k2, grad_factor, loss_factor, beta
     ):
-        words = cuda.shared.array(0, np.uint32, alignment=16)
+        words = cuda.shared.array(0, types.uint32, alignment=ALIGNMENT)
         scratch = cuda.shared.array(SCRATCH, np.float32)
         tid = I32(cuda.threadIdx.x)
         row = I32(I32(cuda.blockIdx.x) // I32(cluster))

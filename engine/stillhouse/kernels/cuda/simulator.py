@@ -8,6 +8,10 @@ import ctypes
 import threading
 
 import numpy as np
+from numba import cuda
+
+device = cuda.jit(device=True)
+SHARED_ALIGNMENT = None  # the simulator takes none
 
 
 def _read(kind, address):

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
-from numba import cuda
+from numba import cuda, types
 
 from stillhouse.kernels.cuda import intrinsics as ptx
 from stillhouse.kernels.cuda.arithmetic import (
@@ -29,6 +29,7 @@ from stillhouse.kernels.cuda.chunks import is_kept, row_scale
 from stillhouse.kernels.cuda.rows import HUGE, SIGNATURE
 from stillhouse.kernels.cuda.vectors import codec
 
+ALIGNMENT = ptx.SHARED_ALIGNMENT
 I32, I64, F32, U32 = np.int32, np.int64, np.float32, np.uint32
 MINUS_INFINITY = F32(-np.inf)
 
@@ -229,7 +230,7 @@ def small_kernel(dtype: str, divergence: str, threads: int, lanes: int) -> Calla
     def kernel(
         s, t, g, loss, mask, scale, v, t_stride, s_width, t_width, rows, k2, grad_factor, loss_factor, beta
     ):
-        words = cuda.shared.array(0, np.uint32, alignment=16)
+        words = cuda.shared.array(0, types.uint32, alignment=ALIGNMENT)
         tid = I32(cuda.threadIdx.x)
         first = I32(I32(cuda.blockIdx.x) * rows_per_block)
         here = min(I32(rows - first), I32(rows_per_block))

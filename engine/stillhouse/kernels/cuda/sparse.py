@@ -34,6 +34,7 @@ from stillhouse.kernels.cuda.chunks import is_kept, row_geometry, row_scale, wal
 from stillhouse.kernels.cuda.merge import SCRATCH, merges
 from stillhouse.kernels.cuda.vectors import codec
 
+ALIGNMENT = ptx.SHARED_ALIGNMENT
 I32, I64, F32, U32 = np.int32, np.int64, np.float32, np.uint32
 LOG2E = F32(math.log2(math.e))
 MINUS_INFINITY = F32(-np.inf)
@@ -300,7 +301,7 @@ def sparse_kernel(dtype: str, divergence: str, threads: int, cluster: int, stage
     def kernel(
         s, indices, values, outside, g, loss, mask, scale, v, k, mode, span, k2, grad_factor, loss_factor, beta
     ):  # fmt: skip
-        words = cuda.shared.array(0, np.uint32, alignment=16)
+        words = cuda.shared.array(0, types.uint32, alignment=ALIGNMENT)
         scratch = cuda.shared.array(SCRATCH, np.float32)
         tid = I32(cuda.threadIdx.x)
         row = I32(I32(cuda.blockIdx.x) // I32(cluster))

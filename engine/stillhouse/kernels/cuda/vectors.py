@@ -15,11 +15,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import numpy as np
-from numba import cuda
 
 from stillhouse.kernels.cuda import intrinsics as ptx
 
-device = cuda.jit(device=True, forceinline=True)
+device = ptx.device
 
 DTYPES = ("bf16", "f16", "f32")
 I32, F32, U32 = np.int32, np.float32, np.uint32
