@@ -15,8 +15,8 @@ LOSS = 1e-6
 GRADIENT = {"f32": 2e-6, "bf16": 1e-2, "f16": 1e-2}
 # At T = 100 both sides nearly agree. At T < 1, where the student has nearly all of its mass on one entry, the
 # gradient of reverse and jsd is that entry's logarithm less its mean, which nearly agree: float32 has no more digits.
-NEAR_CANCELLATION = 5e-5
-NOTHING = 1e-6  # gradients below this are what cancellation leaves of numbers near one
+NEAR_CANCELLATION = 1e-4
+NOTHING = 1e-6  # what cancellation in float32 leaves of logarithms near ten
 
 
 def rows_for(v):
@@ -44,7 +44,8 @@ def check(v, dtype, divergence, kind="dense", temperatures=TEMPERATURES, **optio
         finite = loss.isfinite()
         assert torch.equal(got.loss.isfinite(), finite)
         by_loss = relative(got.loss[finite], loss[finite])
-        by_grad = relative(got.grad, grad) if grad.norm() > NOTHING else float((got.grad - grad).norm())
+        wrong = float((got.grad - grad).norm())
+        by_grad = wrong / max(float(grad.norm()), NOTHING)
         hot = temperature == 100
         cancels = hot or (temperature < 1 and divergence != "forward")
         assert by_loss <= (NEAR_CANCELLATION if hot else LOSS), (
@@ -55,8 +56,18 @@ def check(v, dtype, divergence, kind="dense", temperatures=TEMPERATURES, **optio
             temperature,
             by_loss,
         )
-        limit = max(GRADIENT[dtype], NEAR_CANCELLATION if cancels else 0)
-        assert by_grad <= limit, (v, dtype, divergence, kind, temperature, by_grad)
+        if cancels:
+            limit = max(GRADIENT[dtype], NEAR_CANCELLATION)
+            assert wrong <= limit * float(grad.norm()) + NOTHING, (
+                v,
+                dtype,
+                divergence,
+                kind,
+                temperature,
+                wrong,
+            )
+        else:
+            assert by_grad <= GRADIENT[dtype], (v, dtype, divergence, kind, temperature, by_grad)
         worst_loss = max(worst_loss, 0 if hot else by_loss)
         worst_grad = max(worst_grad, 0 if cancels else by_grad)
     return worst_loss, worst_grad
