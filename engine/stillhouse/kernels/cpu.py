@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.kernels.cpu_dense import dense_rows
-from stillhouse.kernels.cpu_rows import BLOCK
+from stillhouse.kernels.cpu_read import BLOCK
 from stillhouse.kernels.reference import top_k_at
 from stillhouse.kernels.series import jsd_series
 from stillhouse.kernels.targets import Sampled, Target, TopK
@@ -111,10 +111,10 @@ def _sparse(
         losses.data_ptr(), 0 if mask is None else mask.data_ptr(), student.stride(0) * student.element_size(),
         DTYPES[student.dtype], v, indices.data_ptr(), values.data_ptr(), k, int(sampled), int(ghost),
     )  # fmt: skip
-    numbers = (1.0 / temperature, scale * temperature * temperature, beta)
+    numbers = (1.0 / temperature, scale * temperature * temperature, beta, _series(beta))
 
     def kernel(first: int, last: int, keep: tuple[Tensor, ...] = (values, indices)) -> None:
-        scratch = _workers.scratch(2 * BLOCK + v + k + LINE)
+        scratch = _workers.scratch(2 * BLOCK + v + 4 * k + LINE)
         sparse_rows(first, last, *fixed, scratch, *numbers)
 
     return kernel

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from stillhouse.kernels.cpu_jit import compiled
 from stillhouse.kernels.cpu_math import bool_at, f32, f32_at
-from stillhouse.kernels.cpu_rows import LOG2E, dense_row, zero
+from stillhouse.kernels.cpu_read import LOG2E, zero
+from stillhouse.kernels.cpu_rows import dense_row
 
-SERIES = 16  # what series.jsd_series gives
+SERIES = 20  # what series.jsd_series gives
 SIGNATURE = "void(" + "int64, " * 18 + "float64, " * 3 + f"UniTuple(float32, {SERIES}))"
 
 

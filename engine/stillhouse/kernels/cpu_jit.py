@@ -9,7 +9,7 @@ from typing import Any
 
 from numba import njit
 
-SOURCES = ("cpu_math.py", "cpu_rows.py", "cpu_dense.py", "cpu_sparse.py")
+SOURCES = ("cpu_math.py", "cpu_read.py", "cpu_rows.py", "cpu_dense.py", "cpu_sparse.py")
 
 
 def compiled(signature: str, factory: Callable[[str], Callable[..., Any]]) -> Callable[..., Any]:

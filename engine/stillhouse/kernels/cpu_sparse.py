@@ -8,25 +8,29 @@ import math
 import numpy as np
 from numba import njit
 
+from stillhouse.kernels.cpu_dense import SERIES
 from stillhouse.kernels.cpu_jit import compiled
 from stillhouse.kernels.cpu_math import (
     FLOOR,
+    absolute,
     bool_at,
     decode_bf16,
     decode_f16,
-    exp2,
+    encode_bf16,
+    encode_f16,
+    exp2_of_product,
+    exp_wide,
     f32,
     f32_at,
     i64_at,
     reduce_add,
+    reduce_add_wide,
     reduce_max,
     u16_at,
 )
-from stillhouse.kernels.cpu_rows import (
+from stillhouse.kernels.cpu_read import (
     BLOCK,
-    FORWARD,
     LOG2E,
-    REVERSE,
     ROOM,
     block,
     maximum,
@@ -35,19 +39,29 @@ from stillhouse.kernels.cpu_rows import (
     store,
     zero,
 )
+from stillhouse.kernels.cpu_rows import (
+    FORWARD,
+    JSD,
+    REVERSE,
+    centre_gradient,
+    impossible,
+    row_loss,
+    write_row,
+)
 
 OUT_OF_RANGE = -np.inf  # the loss that reports an index outside the row
-SIGNATURE = "void(" + "int64, " * 16 + "float64, float64, float64)"
+SIGNATURE = "void(" + "int64, " * 16 + f"float64, float64, float64, UniTuple(float32, {SERIES}))"
 
 
 @njit(error_model="numpy")
-def student_exponentials(s, es, n, rs, k):
+def student_exponentials(s, es, n, rs, k, k_low):
     """Pass A for a student alone."""
     zs = f32(0.0)
     top = FLOOR
     for i in range(n):
         a = s[i] - rs
-        x = exp2(a * k)
+        a = FLOOR if a < FLOOR else a
+        x = exp2_of_product(a, k, k_low)
         es[i] = x
         zs = reduce_add(zs, x)
         top = reduce_max(top, a)
@@ -55,19 +69,21 @@ def student_exponentials(s, es, n, rs, k):
 
 
 @njit(error_model="numpy")
-def student_pass(sa, sd, vs, k, es_at, buffer):
+def student_pass(sa, sd, vs, it, es_at, buffer):
     """Fill the scratch row with exponentials of the student; (their sum, the logit that they refer to)."""
     z = 0.0
+    k = f32(it * LOG2E)
+    k_low = f32(it * LOG2E - np.float64(k))
     rs = reference_of(sa, sd, vs, vs, buffer)
     for j in range(0, vs, BLOCK):
         n = min(BLOCK, vs - j)
         s = f32_at(block(sa, sd, j, n, vs, buffer))
-        part, top = student_exponentials(s, f32_at(es_at + j * 4), n, rs, k)
+        part, top = student_exponentials(s, f32_at(es_at + j * 4), n, rs, k, k_low)
         if top * k > ROOM:
             up = maximum(s, n) - rs
             z *= rescale(f32_at(es_at), j, up * k)
             rs += up
-            part, top = student_exponentials(s, f32_at(es_at + j * 4), n, rs, k)
+            part, top = student_exponentials(s, f32_at(es_at + j * 4), n, rs, k, k_low)
         z += part
     return z, rs
 
@@ -97,6 +113,7 @@ def row_sum(es_at, vs):
         total += part
     return total
 
+
 @njit
 def logit(address, dtype, j):
     if dtype == 0:
@@ -122,7 +139,11 @@ def outcome(divergence, beta, log_s, log_t):
         ratio = math.exp(log_t - log_s) if log_t > -np.inf and log_s > -np.inf else 0.0
         return term(log_t, log_s), -ratio
     if log_s == -np.inf:
-        return (term(log_s, log_t), 0.0) if divergence == REVERSE else (-beta * math.exp(log_t) * math.log(beta), 0.0)
+        return (
+            (term(log_s, log_t), 0.0)
+            if divergence == REVERSE
+            else (-beta * math.exp(log_t) * math.log(beta), 0.0)
+        )
     if divergence == REVERSE:
         return term(log_s, log_t), log_s - log_t
     s = math.exp(log_s)
@@ -140,57 +161,134 @@ def outcome(divergence, beta, log_s, log_t):
 
 
 @njit(error_model="numpy")
-def top_k_row(divergence, student, out, dtype, v, wide_indices, values, k, ghost, it, scale, beta, scratch, es_at):
+def compare(logits, log_t, pt, x, k, rs, it, log_z):
+    """The teacher's probabilities and x = log(student / teacher) of the k entries; (their mass, is a side -inf?).
+
+    In float64: 1 minus the mass is what the ghost gets.
+    """
+    mass = 0.0
+    far = f32(0.0)
+    for i in range(k):
+        no_s = logits[i] < FLOOR
+        no_t = log_t[i] < FLOOR
+        a = np.float64(FLOOR if no_s else logits[i])
+        b = np.float64(FLOOR if no_t else log_t[i])
+        p = exp_wide(b)
+        mass = reduce_add_wide(mass, p)
+        pt[i] = f32(p)
+        d = f32((a - rs) * it - log_z - b)
+        d = (f32(0.0) if no_t else FLOOR) if no_s else (-FLOOR if no_t else d)
+        x[i] = d
+        far = reduce_max(far, absolute(d))
+    return mass, far > f32(1e29)
+
+
+@njit
+def scatter(out, dtype, indices, g, k):
+    if dtype == 0:
+        plain = f32_at(out)
+        for i in range(k):
+            plain[indices[i]] = g[i]
+        return
+    half = u16_at(out)
+    for i in range(k):
+        half[indices[i]] = encode_bf16(g[i]) if dtype == 1 else encode_f16(g[i])
+
+
+@njit(error_model="numpy")
+def top_k_row(
+    divergence,
+    student,
+    out,
+    dtype,
+    v,
+    wide_indices,
+    values,
+    k,
+    ghost,
+    it,
+    scale,
+    beta,
+    series,
+    scratch,
+    es_at,
+):
+    """One row against k entries, which are compared as a dense row of their own, and the rest as one outcome."""
     es = f32_at(es_at)
-    coefficients = f32_at(es_at + v * 4)
+    kept_at = es_at + v * 4
+    pt_at = kept_at + k * 4
+    x_at = pt_at + k * 4
+    g_at = x_at + k * 4
+    kept = f32_at(kept_at)
+    logits = f32_at(g_at)  # until the gradient takes their place
     indices = i64_at(wide_indices)
-    log_t = f32_at(values)
-    z, rs = student_pass(student, dtype, v, f32(it * LOG2E), es_at, scratch)
+    z, rs = student_pass(student, dtype, v, it, es_at, scratch)
     if not (z > 0.0 and z < np.inf):
         return np.nan
-    kept = 0.0
-    mass = 0.0
+    inside = 0.0
     for i in range(k):
         j = indices[i]
         if j < 0 or j >= v:
             return OUT_OF_RANGE
-        kept += es[j]
+        inside += es[j]
+        kept[i] = es[j]
+        logits[i] = f32(logit(student, dtype, j))
         es[j] = f32(0.0)
-        mass += math.exp(log_t[i])
     rest = row_sum(es_at, v)
-    z = kept + rest
-    log_z = math.log(z)
+    z = inside + rest
+    mass, far = compare(logits, f32_at(values), f32_at(pt_at), f32_at(x_at), k, rs, it, math.log(z))
+    bad = False
+    if far and divergence != JSD:
+        p, sign = (pt_at, f32(-1.0)) if divergence == FORWARD else (kept_at, f32(1.0))
+        bad = impossible(f32_at(p), f32_at(x_at), k, sign)
     log_ghost_s = math.log(rest / z) if rest > 0.0 and k < v else -np.inf
     log_ghost_t = math.log(1.0 - mass) if ghost != 0 and k < v and mass < 1.0 else -np.inf
     loss, d_ghost = outcome(divergence, beta, log_ghost_s, log_ghost_t)
-    mean = math.exp(log_ghost_s) * d_ghost if rest > 0.0 and k < v else 0.0
-    for i in range(k):
-        log_s = (logit(student, dtype, indices[i]) - rs) * it - log_z
-        if divergence == FORWARD:  # as outcome() has it, but for two exponentials an entry: k of them add up
-            p = math.exp(np.float64(log_t[i]))
-            x = log_s - log_t[i]
-            gap = p * math.expm1(x) if p > 0.0 and x < 1.0 else math.exp(log_s) - p
-            loss += gap - p * x if p > 0.0 else gap
-            coefficients[i] = f32(gap * scale)
-            continue
-        part, d = outcome(divergence, beta, log_s, np.float64(log_t[i]))
-        loss += part
-        mean += math.exp(log_s) * d
-    if out == 0:
-        return loss
-    if divergence == REVERSE and loss == np.inf:
-        zero(out, dtype, 0, v)
-        return loss
-    if divergence != FORWARD:
-        for i in range(k):
-            log_s = (logit(student, dtype, indices[i]) - rs) * it - log_z
-            part, d = outcome(divergence, beta, log_s, np.float64(log_t[i]))
-            coefficients[i] = f32(math.exp(log_s) * (d - mean) * scale)
-    alpha = 1.0 + d_ghost if divergence == FORWARD else d_ghost - mean
-    scaled_row(out, dtype, v, es_at, f32(alpha / z * scale), scratch)
-    for i in range(k):
-        store(out, dtype, indices[i], 1, es_at + (v + i) * 4)
-    return loss
+    if divergence == REVERSE and (bad or loss == np.inf):
+        if out != 0:
+            zero(out, dtype, 0, v)
+        return np.inf
+    one = f32(1.0)
+    none = f32(0.0)
+    b = f32(beta)
+    part, centre = row_loss(divergence, k, kept_at, pt_at, x_at, z, 1.0, none, none, one, b, series)
+    loss += part
+    if divergence == JSD:  # its mean is of log(s/m) + log(1 - beta), times 1 - beta
+        d_ghost = d_ghost / (1.0 - beta) + math.log(1.0 - beta)
+    middle = centre + (math.exp(log_ghost_s) * d_ghost if rest > 0.0 and k < v else 0.0)
+    part, total, size = write_row(
+        divergence,
+        g_at,
+        0,
+        k,
+        k,
+        kept_at,
+        pt_at,
+        x_at,
+        z,
+        1.0,
+        none,
+        none,
+        f32(middle),
+        one,
+        b,
+        f32(scale),
+        scratch,
+    )
+    loss += part
+    if out != 0:
+        alpha = 1.0 + d_ghost if divergence == FORWARD else d_ghost - middle
+        if divergence == JSD:
+            alpha *= 1.0 - beta
+        if (
+            divergence != FORWARD
+        ):  # whose k targets need not sum to one; these gradients sum to zero but for rounding
+            total += rest / z * alpha
+            centre_gradient(kept, f32_at(g_at), k, f32(-total / z * scale))
+            alpha -= total
+        scaled_row(out, dtype, v, es_at, f32(alpha / z * scale), scratch)
+        scatter(out, dtype, indices, f32_at(g_at), k)
+    return np.inf if bad else loss
 
 
 @njit(error_model="numpy")
@@ -198,7 +296,7 @@ def sampled_row(student, out, dtype, v, wide_indices, values, k, it, scale, scra
     es = f32_at(es_at)
     indices = i64_at(wide_indices)
     weights = f32_at(values)
-    z, rs = student_pass(student, dtype, v, f32(it * LOG2E), es_at, scratch)
+    z, rs = student_pass(student, dtype, v, it, es_at, scratch)
     if not (z > 0.0 and z < np.inf):
         return np.nan
     log_z = math.log(z)
@@ -221,7 +319,7 @@ def sampled_row(student, out, dtype, v, wide_indices, values, k, it, scale, scra
 def _factory(source: str):
     def sparse_rows(
         first, last, divergence, student, gradient, losses, mask, student_stride, dtype, v, indices, values, k,
-        sampled, ghost, scratch, inverse_t, scale, beta,
+        sampled, ghost, scratch, inverse_t, scale, beta, series,
     ):  # fmt: skip
         """Rows first .. last: addresses, 0 for no mask or no gradient; strides in bytes; losses before T^2."""
         source  # noqa: B018 closed over for the cache's key
@@ -246,7 +344,7 @@ def _factory(source: str):
             else:
                 loss[r] = top_k_row(
                     divergence, row, out, dtype, v, place, value, k, ghost, inverse_t, scale * inverse_t, beta,
-                    scratch, es_at,
+                    series, scratch, es_at,
                 )  # fmt: skip
 
     return sparse_rows
