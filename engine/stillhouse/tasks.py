@@ -183,15 +183,20 @@ class JoinedSplit:
 
     def batch(self, index: Tensor) -> Batch:
         late = index >= len(self.first)
-        order = torch.argsort(torch.cat([(~late).nonzero()[:, 0], late.nonzero()[:, 0]]))
-        parts = [self.first.batch(index[~late]), self.second.batch(index[late] - len(self.first))]
+        # A Dataset can't collate no rows at all: where a split has none here, its row 0 is read and left out.
+        early, rest = index[~late], index[late] - len(self.first)
+        parts = [
+            self.first.batch(early if len(early) else index.new_zeros(1)),
+            self.second.batch(rest if len(rest) else index.new_zeros(1)),
+        ]
+        order = torch.where(late, len(parts[0]) + late.cumsum(0), (~late).cumsum(0)) - 1
         labels = [_or_ignored(part, parts[0]) for part in parts]
         return Batch(
             _join([part.inputs for part in parts], order),
             None if labels[0] is None else torch.cat(labels)[order],  # type: ignore[arg-type]
             index,
-            _join([part.teacher_inputs for part in parts], order),
-            _join([part.mask for part in parts], order),
+            _join(_views(parts), order),
+            _join(_masks(parts), order),
             _join([part.extra for part in parts], order),
         )
 
@@ -217,6 +222,20 @@ def _or_ignored(part: Batch, like: Batch) -> Tensor | None:
     return like.labels.new_full((len(part), *like.labels.shape[1:]), IGNORE)
 
 
+def _views(parts: list[Batch]) -> list[Any]:
+    own = any(part.teacher_inputs is not None for part in parts)
+    return [part.for_teacher if own else None for part in parts]
+
+
+def _masks(parts: list[Batch]) -> list[Tensor | None]:
+    like = next((part.mask for part in parts if part.mask is not None), None)
+    if like is None:
+        return [None, None]
+    return [
+        like.new_ones((len(part), *like.shape[1:])) if part.mask is None else part.mask for part in parts
+    ]
+
+
 def _join(parts: list[Any], order: Tensor) -> Any:
     if isinstance(parts[0], Mapping):
         return {
@@ -240,9 +259,15 @@ class Splits:
         return [(name, split) for name in names if (split := getattr(self, name)) is not None]
 
     def validate(self) -> None:
-        """Raise DataError for an empty split, NaN, or tensors of different lengths."""
+        """Raise DataError for an empty split, NaN, tensors of different lengths, or nothing to score with."""
         for name, split in self.items():
             split.validate(name)
+            scored = name in ("validation", "test")
+            if scored and split.batch(torch.zeros(1, dtype=torch.long)).labels is None:
+                raise DataError(
+                    f"the {name} split has no labels; expected some, since it is there to be scored: give it labels, or "
+                    "leave it out"
+                )
 
     def fingerprint(self) -> dict[str, str]:
         """Each split's digest, by name."""
