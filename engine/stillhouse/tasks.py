@@ -231,9 +231,7 @@ def _masks(parts: list[Batch]) -> list[Tensor | None]:
     like = next((part.mask for part in parts if part.mask is not None), None)
     if like is None:
         return [None, None]
-    return [
-        like.new_ones((len(part), *like.shape[1:])) if part.mask is None else part.mask for part in parts
-    ]
+    return [like.new_ones((len(part), *like.shape[1:])) if part.mask is None else part.mask for part in parts]
 
 
 def _join(parts: list[Any], order: Tensor) -> Any:
