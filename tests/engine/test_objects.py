@@ -1,0 +1,284 @@
+"""distill(student, teacher, data): three lines, and the caller's world as it was."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+import toys
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+import stillhouse
+from stillhouse.errors import CheckpointError, ConfigError, DataError, StillhouseError
+
+FAST = {"steps": 9, "batch_size": 8, "device": "cpu"}
+
+
+class Items(Dataset):
+    def __init__(self, *columns):
+        self.columns = columns
+
+    def __len__(self):
+        return len(self.columns[0])
+
+    def __getitem__(self, row):
+        items = [column[row] for column in self.columns]
+        return items[0] if len(items) == 1 else tuple(items)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(zip(*toys.rows(8), strict=True))
+
+
+def distilled(data, student=None, teacher=None, **given):
+    student = student if student is not None else toys.net(seed=1)
+    return stillhouse.distill(student, teacher or toys.net(16, seed=2), data, **{**FAST, **given})
+
+
+def everything():
+    made = toys.splits()
+    return {
+        "train": (made.train.inputs, made.train.labels),
+        "validation": (made.validation.inputs, made.validation.labels),
+        "test": (made.test.inputs, made.test.labels),
+        "unlabelled": made.unlabelled.inputs,
+    }
+
+
+X, Y = toys.rows(48, 1)
+FORMS = {
+    "inputs": lambda: X,
+    "inputs and labels": lambda: (X, Y),
+    "a list": lambda: [X, Y],
+    "a dataset": lambda: TensorDataset(X, Y),
+    "a dataset of inputs": lambda: Items(X),
+    "a loader": lambda: DataLoader(TensorDataset(X, Y), batch_size=5, shuffle=True),
+    "a loader with a collate of its own": lambda: DataLoader(
+        Items(X, Y), collate_fn=lambda items: {"input": torch.stack([x for x, _ in items]), "labels": torch.stack([y for _, y in items])}
+    ),
+    "a mapping": everything,
+    "a mapping of datasets": lambda: {
+        "train": TensorDataset(X, Y),
+        "unlabelled": Items(toys.rows(7, 3)[0]),
+        "validation": TensorDataset(*toys.rows(9, 5)),
+    },
+    "splits": toys.splits,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_takes_data_in_every_form(form):
+    student = toys.net(seed=1)
+    before = toys.weights(student)
+    made = distilled(FORMS[form](), student, batch_size=3)
+    assert made.student is student
+    assert made.summary["steps"] == 9
+    assert not toys.same_bits(before, student)
+
+
+def test_forms_of_the_same_rows_train_the_same_student():
+    trained = []
+    for form in ("inputs and labels", "a list"):
+        trained.append(distilled(FORMS[form](), method="kd").student)
+    assert toys.same_bits(*trained)
+
+
+def test_scores_every_split_that_has_labels_and_opens_the_test_split_once():
+    made = distilled(everything())
+    assert set(made.scores) == {"validation", "test"}
+    assert set(made.scores["test"]) == {"accuracy", "nll"}
+    assert made.summary["test_opened"] == 1
+
+
+def test_without_a_validation_split_it_runs_and_scores_nothing():
+    assert distilled((X, Y)).scores == {}
+
+
+def test_the_callers_random_numbers_and_teacher_are_untouched():
+    def draw():
+        return torch.rand(2).tolist(), np.random.rand(), random.random()
+
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(3)
+    expected = draw()
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(3)
+    teacher = toys.net(16, seed=2)
+    before = toys.weights(teacher)
+    distilled(everything(), toys.net(seed=1, dropout=0.5), teacher)
+    assert draw() == expected
+    assert toys.same_bits(before, teacher)
+    for module in teacher.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+def test_the_same_seed_twice_and_another_one():
+    trained = [
+        distilled(everything(), toys.net(seed=1, dropout=0.5), seed=seed).student for seed in (0, 0, 1)
+    ]
+    assert toys.same_bits(trained[0], trained[1])
+    assert not toys.same_bits(trained[0], trained[2])
+
+
+def test_another_target_is_what_comes_out_and_the_student_can_be_trained_on():
+    student, target = toys.net(seed=1), toys.net(12, seed=5)
+    made = distilled(everything(), student, target=target)
+    assert made.student is target
+    assert all(parameter.requires_grad for parameter in (*student.parameters(), *target.parameters()))
+
+
+@pytest.mark.parametrize("fails", ["method", "data"])
+def test_the_models_are_left_as_they_were_when_it_is_refused(fails):
+    student, teacher = toys.net(seed=1), toys.net(16, seed=2)
+    before = toys.weights(student)
+    with pytest.raises(StillhouseError):
+        distilled(
+            X[:0] if fails == "data" else X, student, teacher, method="sdl" if fails == "method" else "sld"
+        )
+    assert toys.same_bits(before, student)
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ((X[:0], Y[:0]), "the train split is empty"),
+        ((X, Y[:3]), "train.labels has 3 rows, the inputs have 48"),
+        ((torch.where(torch.arange(48)[:, None] == 7, torch.nan, X), Y), "train.inputs holds NaN or infinity, first in row 7"),
+        ({"train": X, "unlabelled": X / 0}, "unlabelled.inputs holds NaN or infinity, first in row 0"),
+        ({"train": TensorDataset(X * torch.nan, Y)}, "train.inputs holds NaN"),
+        ({"train": X, "valdation": X}, "data has a split 'valdation'; did you mean 'validation'?"),
+        ({"validation": (X, Y)}, "expected 'train' among them"),
+        ({}, "data has the splits none"),
+        (Stream(), "an iterable has no sample ids"),
+        (DataLoader(Stream()), "an iterable has no sample ids"),
+        ("mnist", "the train split is str; expected tensors"),
+        ({"train": (X, Y), "validation": X}, "validation split has no labels"),
+        ({"train": (X, Y), "test": X}, "test split has no labels"),
+        ({"train": (X, Y), "validation": Items(X)}, "validation split has no labels"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)  # fmt: skip
+def test_data_that_can_not_be_used_are_refused_before_training(data, said):
+    student = toys.net(seed=1)
+    before = toys.weights(student)
+    with pytest.raises(DataError) as caught:
+        distilled(data, student)
+    assert said in str(caught.value)
+    assert toys.same_bits(before, student)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"stpes": 3}, "stpes: unknown; did you mean 'steps'?"),
+        ({"steps": "many"}, "steps: "),
+        ({"optimizer": {"name": "AdamV"}}, "did you mean 'Adam"),
+        ({"method": "hard_lables"}, "did you mean 'hard_labels'"),
+        (
+            {"method": {"name": "sld", "temprature": 1}},
+            "method.temprature: unknown; did you mean 'temperature'?",
+        ),
+        ({"method": "kd", "student": toys.net(outputs=3)}, "outputs of shape"),
+        ({"device": "tpu"}, "device"),
+        ({"device": "cudda"}, "device: got 'cudda'"),
+    ],
+)
+def test_settings_that_can_not_be_used_are_refused_before_training(given, said):
+    with pytest.raises(StillhouseError) as caught:
+        distilled((X, Y), **given)
+    assert said in str(caught.value)
+
+
+def test_a_method_object_of_ones_own():
+    made = stillhouse.distill(toys.net(seed=1), None, (X, Y), method=toys.Squares(), **FAST)
+    assert made.summary["methods"] == ["squares"]
+
+
+def test_a_score_of_ones_own_names_the_metric():
+    made = distilled(
+        everything(), score=lambda outputs, labels: {"mine": float(outputs.mean()), "rows": len(labels)}
+    )
+    assert made.summary["metric"] == "mine"
+    assert made.scores["test"]["rows"] == 16
+
+
+def test_float_labels_are_a_regression():
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1))
+    data = {"train": (X, X.sum(-1)), "test": (X, X.sum(-1))}
+    made = stillhouse.distill(
+        net, None, data, method="hard_labels", steps=400, batch_size=16, optimizer={"lr": 3e-2}, device="cpu"
+    )
+    assert made.summary["metric"] == "r2"
+    assert made.scores["test"]["r2"] > 0.9
+
+
+class TestDirectory:
+    def run(self, folder, student=None, **given):
+        student = student if student is not None else toys.net(seed=1)
+        return distilled(given.pop("data", everything()), student, dir=folder, **given)
+
+    def test_is_kept_and_read_back(self, tmp_path):
+        first = self.run(tmp_path / "run")
+        again = toys.net(seed=1)
+        second = self.run(tmp_path / "run", again)
+        assert toys.same_bits(first.student, again)
+        assert second.scores == first.scores
+
+    @pytest.mark.parametrize("method", ["sld", {"name": "kd", "alpha": 0.5}])
+    def test_goes_on_after_an_error_bit_for_bit(self, tmp_path, method):
+        class Stops(toys.Squares):
+            stop = True
+
+            @stillhouse.api.hookimpl
+            def on_step_end(self, step):
+                if self.stop and step.index == 6:
+                    raise RuntimeError("power cut")
+
+        class NeverStops(Stops):
+            stop = False
+
+        Stops.__name__ = NeverStops.__name__ = "Same"
+        common = {"checkpoint_every": 2, "data": toys.splits()}
+        whole = self.run(tmp_path / "whole", method=[method, NeverStops()], **common).student
+        student = toys.net(seed=1)
+        with pytest.raises(RuntimeError, match=r"power cut"):
+            self.run(tmp_path / "run", student, method=[method, Stops()], **common)
+        again = toys.net(seed=1)
+        made = self.run(tmp_path / "run", again, method=[method, NeverStops()], resume=True, **common)
+        assert made.summary["steps"] == 9
+        assert toys.same_bits(whole, again)
+        for module in (*student.modules(), *again.modules()):
+            assert not module._forward_hooks
+
+    @pytest.mark.parametrize("resume", [False, True])
+    @pytest.mark.parametrize("change", ["data", "teacher", "settings"])
+    def test_of_something_else_is_refused_naming_it(self, tmp_path, change, resume):
+        self.run(tmp_path / "run")
+        if resume:
+            (tmp_path / "run" / "summary.json").unlink()
+        given = {
+            "data": {"data": {**everything(), "unlabelled": toys.rows(64, 77)[0]}},
+            "teacher": {"teacher": toys.net(16, seed=3)},
+            "settings": {"batch_size": 4},
+        }[change]
+        said = {
+            "data": "another unlabelled split",
+            "teacher": "another teacher",
+            "settings": "batch_size: 8 there, 4 here",
+        }
+        with pytest.raises(CheckpointError, match=said[change]):
+            self.run(tmp_path / "run", resume=resume, **given)
+
+
+def test_models_with_shared_weights_are_refused():
+    net = toys.net()
+    with pytest.raises(ConfigError, match=r"copy\.deepcopy"):
+        distilled((X, Y), net, net)
+    distilled((X, Y), toys.net(), copy.deepcopy(toys.net()))
