@@ -51,10 +51,13 @@ class Implementation:
     hook: str
     function: Callable[..., Any]
     arguments: tuple[str, ...]
+    places: tuple[int, ...]
+    """Where the arguments that the plugin takes stand among the hook's."""
 
-    def __call__(self, **given: Any) -> Any:
+    def __call__(self, *values: Any) -> Any:
+        """Call with all of the hook's arguments, in its order."""
         try:
-            return self.function(*[given[name] for name in self.arguments])
+            return self.function(*[values[place] for place in self.places])
         except Exception as error:
             blame(error, f"in hook '{self.hook}' of {self.plugin}")
             raise
@@ -98,11 +101,13 @@ class Plugins:
 
     def _implementations(self, hook: str) -> tuple[Implementation, ...]:
         by_name = {plugin.name: plugin for plugin in self.plugins}
-        found = reversed(getattr(self._manager.hook, hook).get_hookimpls())
-        return tuple(
-            Implementation(by_name[impl.plugin_name], hook, impl.function, tuple(impl.argnames))
-            for impl in found
-        )
+        order = hook_arguments()[hook]
+        calls = []
+        for impl in reversed(getattr(self._manager.hook, hook).get_hookimpls()):
+            taken = tuple(impl.argnames)
+            places = tuple(order.index(name) for name in taken)
+            calls.append(Implementation(by_name[impl.plugin_name], hook, impl.function, taken, places))
+        return tuple(calls)
 
     def wrap(self, wrapper: Callable[[Implementation], Implementation] | None) -> None:
         """Call every implementation through ``wrapper`` from now on; None: as they are."""
@@ -123,12 +128,12 @@ class Plugins:
 
     def batch_transform(self, batch: Batch, step: StepInfo) -> Batch:
         for call in self._calls["batch_transform"]:
-            batch = _kept(call, call(batch=batch, step=step), batch, Batch)
+            batch = _kept(call, call(batch, step), batch, Batch)
         return batch
 
     def teacher_forward(self, teacher: nn.Module | None, batch: Batch, step: StepInfo) -> TeacherOut | None:
         for call in self._calls["teacher_forward"]:
-            given = call(teacher=teacher, batch=batch, step=step)
+            given = call(teacher, batch, step)
             return None if given is None else _kept(call, given, given, TeacherOut)
         return None
 
@@ -136,7 +141,7 @@ class Plugins:
         self, targets: Targets, batch: Batch, teacher_out: TeacherOut | None, step: StepInfo
     ) -> Targets:
         for call in self._calls["label_transform"]:
-            given = call(targets=targets, batch=batch, teacher_out=teacher_out, step=step)
+            given = call(targets, batch, teacher_out, step)
             targets = _kept(call, given, targets, Targets)
         return targets
 
@@ -149,44 +154,41 @@ class Plugins:
         step: StepInfo,
     ) -> dict[str, LossTerm]:
         terms: dict[str, LossTerm] = {}
+        device = None if student_out is None else student_out.logits.device
         for call in self._calls["loss_terms"]:
-            given = call(
-                student_out=student_out, teacher_out=teacher_out, targets=targets, batch=batch, step=step
-            )
+            given = call(student_out, teacher_out, targets, batch, step)
             for name, term in _terms(call, given).items():
-                if student_out is not None and term.value.device != student_out.logits.device:
-                    raise call.wrong(
-                        term.value, f"'{name}' on the student's device, {student_out.logits.device}: {_MOVE}"
-                    )
+                if device is not None and term.value.device != device:
+                    raise call.wrong(term.value, f"'{name}' on the student's device, {device}: {_MOVE}")
                 terms[f"{call.plugin.name}.{name}"] = term
         return terms
 
     def combine_terms(self, terms: dict[str, LossTerm], step: StepInfo) -> dict[str, LossTerm]:
         for call in self._calls["combine_terms"]:
-            given = call(terms=terms, step=step)
+            given = call(terms, step)
             if given is not None:
                 terms = _terms(call, given)
         return terms
 
     def student_update(self, student: nn.Module, optimizer: Optimizer, loss: Tensor, step: StepInfo) -> bool:
         for call in self._calls["student_update"]:
-            return bool(call(student=student, optimizer=optimizer, loss=loss, step=step))
+            return bool(call(student, optimizer, loss, step))
         return False
 
     def on_step_end(self, step: StepInfo, metrics: Mapping[str, Tensor]) -> None:
         for call in self._calls["on_step_end"]:
-            call(step=step, metrics=metrics)
+            call(step, metrics)
 
     # The life of a run.
 
     def notify(self, hook: str, **given: Any) -> None:
         """Call a hook that gives nothing: on_run_start, on_stage_start, on_stage_end, on_run_end."""
         for call in self._calls[hook]:
-            call(**given)
+            call(*(given[name] for name in hook_arguments()[hook]))
 
     def stages(self, run: RunContext) -> tuple[Stage, ...]:
         """The stages that a plugin gives, else one on the labelled data; PluginError where two give some."""
-        answers = [(call, given) for call in self._calls["stages"] if (given := call(run=run)) is not None]
+        answers = [(call, given) for call in self._calls["stages"] if (given := call(run)) is not None]
         _one_claim("stages", [call for call, _ in answers])
         for call, given in answers:
             if not given or not all(isinstance(stage, Stage) for stage in given):
@@ -197,7 +199,7 @@ class Plugins:
     def stage_rows(self, run: RunContext, stage: Stage, split: Split) -> Tensor | None:
         """The row numbers that a plugin chose for the stage, checked; None for all of them."""
         for call in self._calls["stage_rows"]:
-            given = call(run=run, stage=stage, split=split)
+            given = call(run, stage, split)
             if given is None:
                 return None
             if not isinstance(given, Tensor) or given.dtype != torch.long or given.dim() != 1:
@@ -211,7 +213,7 @@ class Plugins:
         """Every plugin's auxiliary modules, under ``plugin.name``."""
         modules: dict[str, Auxiliary] = {}
         for call in self._calls["auxiliary_modules"]:
-            given = call(run=run) or {}
+            given = call(run) or {}
             if not isinstance(given, Mapping):
                 raise call.wrong(given, "a mapping from name to nn.Module or Auxiliary")
             for name, made in given.items():
@@ -229,7 +231,7 @@ class Plugins:
         """Hand each plugin its own state back."""
         for call in self._calls["load_state_dict"]:
             if call.plugin.name in state:
-                call(state=state[call.plugin.name])
+                call(state[call.plugin.name])
 
 
 def _one_claim(hook: str, claims: Sequence[Implementation]) -> None:
@@ -250,7 +252,7 @@ def _kept(call: Implementation, given: object, otherwise: T, kind: type[T]) -> T
 def _terms(call: Implementation, given: Any) -> dict[str, LossTerm]:
     if given is None:
         return {}
-    if not isinstance(given, Mapping):
+    if not isinstance(given, dict | Mapping):  # dict first: asking an abstract class takes longer
         raise call.wrong(given, "a mapping from name to LossTerm")
     for name, term in given.items():
         if not isinstance(term, LossTerm):

@@ -116,9 +116,11 @@ def _tensors(name: str, value: Any) -> list[tuple[str, Tensor]]:
 
 
 def _rows(value: Any, index: Tensor) -> Any:
-    if isinstance(value, Mapping):
+    if value is None:
+        return None
+    if isinstance(value, dict | Mapping):
         return {name: item[index] for name, item in value.items()}
-    return None if value is None else value[index]
+    return value[index]
 
 
 @dataclass
