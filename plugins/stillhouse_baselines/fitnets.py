@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
@@ -39,7 +41,9 @@ class Regressor(nn.Module):
         super().__init__()
         self.places = student.dim() == teacher.dim() and 3 <= student.dim() <= 5
         if self.places:
-            self.size = tuple(min(pair) for pair in zip(student.shape[2:], teacher.shape[2:], strict=True))
+            self.size: Any = tuple(
+                min(pair) for pair in zip(student.shape[2:], teacher.shape[2:], strict=True)
+            )
             self.map = nn.Linear(student.shape[1], teacher.shape[1])
         else:
             self.map = nn.Linear(student[0].numel(), teacher[0].numel())
@@ -49,12 +53,15 @@ class Regressor(nn.Module):
         if not self.places:
             return self.map(student.flatten(1)), teacher.flatten(1)
         student, teacher = (self._pooled(features) for features in (student, teacher))
-        return self.map(student.movedim(1, -1)).movedim(-1, 1), teacher
+        mapped: Tensor = self.map(student.movedim(1, -1)).movedim(-1, 1)
+        return mapped, teacher
 
     def _pooled(self, features: Tensor) -> Tensor:
-        pool = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[len(self.size)]
-        pooled: Tensor = pool(features, self.size if len(self.size) > 1 else self.size[0])
-        return pooled
+        if len(self.size) == 1:
+            return F.adaptive_avg_pool1d(features, self.size[0])
+        if len(self.size) == 2:
+            return F.adaptive_avg_pool2d(features, self.size)
+        return F.adaptive_avg_pool3d(features, self.size)
 
 
 class FitNets(Method):
@@ -115,7 +122,7 @@ class FitNets(Method):
 
 def middle(model: nn.Module) -> str:
     """The name of the middle one of the modules that have no children and no dropout."""
-    names = [
+    names: list[str] = [
         name
         for name, module in model.named_modules()
         if name and not list(module.children()) and not isinstance(module, nn.Dropout | nn.Identity)

@@ -22,6 +22,7 @@ from stillhouse.api import (
     Method,
     MethodConfig,
     RunContext,
+    Stage,
     StepInfo,
     StudentOut,
     Targets,
@@ -45,6 +46,11 @@ class HLDMConfig(MethodConfig):
     )
     terms: tuple[Literal["ce", "kd"], ...] | None = Field(
         None, description="Terms of its own; default: both where it is the run's only method, else none."
+    )
+    data: Literal["labelled", "unlabelled", "all"] | None = Field(
+        None,
+        description="What its own stage trains on; default: all for classes, labelled for regression. "
+        "Beside other methods it has no stage of its own.",
     )
     temperature: float = Field(4.0, gt=0, description="T of its own term kd, which is multiplied by T^2.")
     weights: dict[str, float] = Field(
@@ -118,10 +124,11 @@ class HLDM(Method):
     @hookimpl
     def on_run_start(self, run: RunContext) -> None:
         self._run, self._checked = run, False
-        alone = len(run.method_names) < 2
-        self._terms = self.config.terms if self.config.terms is not None else (("ce", "kd") if alone else ())
+        self._alone = len(run.method_names) < 2
+        own: tuple[Literal["ce", "kd"], ...] = ("ce", "kd") if self._alone else ()
+        self._terms = own if self.config.terms is None else self.config.terms
         if self.config.terms is None:
-            why = "the run has no other method" if alone else "the run's other methods bring terms"
+            why = "the run has no other method" if self._alone else "the run's other methods bring terms"
             run.chose("hldm.terms", list(self._terms), why)
         for name in (*self.config.weights, *self.config.scales):
             if name.partition(".")[0] not in run.method_names:
@@ -129,9 +136,29 @@ class HLDM(Method):
                     f"hldm: '{name}' names a term of no method of this run ({', '.join(run.method_names)}); expected "
                     "METHOD.TERM, as in kd.kl"
                 )
+        self._check_layer(run)
         self._every = max(1, run.steps // POINTS)
         self._floats = run.probe is not None and run.probe.labels is not None
         self._floats = self._floats and run.probe.labels.is_floating_point()  # type: ignore[union-attr]
+
+    def _check_layer(self, run: RunContext) -> None:
+        layer, names = self.config.layer, [name for name, _ in run.target.named_modules() if name]
+        if layer is not None and layer not in names:
+            raise ConfigError(
+                f"hldm.layer: no module '{layer}' in {type(run.target).__name__}; expected one of {', '.join(names)}"
+            )
+
+    @hookimpl
+    def stages(self, run: RunContext) -> list[Stage] | None:
+        if self._alone:
+            data = self.config.data or ("labelled" if self._floats else "all")
+            return [Stage("train", data=data, model=run.target_name)]
+        if self.config.data is not None:
+            raise ConfigError(
+                f"hldm.data is {self.config.data}, and {', '.join(run.method_names)} run together; expected it for "
+                "hldm alone: methods that stand together train on what they say"
+            )
+        return None
 
     @hookimpl
     def auxiliary_modules(self, run: RunContext) -> dict[str, nn.Module | Auxiliary]:

@@ -132,7 +132,7 @@ class GradNorm(Weighting):
         super().__init__()
         self.alpha = alpha
         self.theta = nn.Parameter(torch.zeros(SLOTS))
-        self.register_buffer("initial", torch.full((SLOTS,), torch.nan))
+        self.register_buffer("initial", torch.full((SLOTS,), torch.inf))
 
     def weights(self, slots: Tensor) -> Tensor:
         return len(slots) * self.theta.detach()[slots].softmax(0)
@@ -140,7 +140,7 @@ class GradNorm(Weighting):
     def objective(self, slots: Tensor, losses: Tensor, norms: Norms, share: float) -> tuple[Tensor, Tensor]:
         whole = losses / share  # as large as the update's
         first = self.initial[slots]
-        self.initial[slots] = torch.where(first.isnan(), whole, first)
+        self.initial[slots] = torch.where(first.isinf(), whole, first)
         ratio = whole / self.initial[slots].clamp(min=1e-12)
         rate = ratio / ratio.mean().clamp(min=1e-12)
         theta = self.theta[slots]
@@ -168,7 +168,7 @@ class DWA(Weighting):
         self.window, self.temperature = window, temperature
         self.register_buffer("sums", torch.zeros(SLOTS))
         self.register_buffer("counts", torch.zeros(SLOTS))
-        self.register_buffer("means", torch.full((SLOTS,), torch.nan))
+        self.register_buffer("means", torch.full((SLOTS,), torch.inf))
         self.register_buffer("ratio", torch.ones(SLOTS))
 
     def weights(self, slots: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ class DWA(Weighting):
         full = self.counts >= self.window
         mean = self.sums / self.counts.clamp(min=1)
         ratio = mean / self.means.clamp(min=1e-12)
-        self.ratio.copy_(torch.where(full & ~self.means.isnan(), ratio, self.ratio))
+        self.ratio.copy_(torch.where(full & ~self.means.isinf(), ratio, self.ratio))
         self.means.copy_(torch.where(full, mean, self.means))
         self.sums.masked_fill_(full, 0)
         self.counts.masked_fill_(full, 0)

@@ -22,6 +22,8 @@ class MultiHead(nn.Module):
     ``tasks`` lists each task's columns.
     """
 
+    members: Tensor
+
     def __init__(self, trunk: nn.Module, width: int, classes: Sequence[int]) -> None:
         super().__init__()
         self.trunk = trunk
@@ -49,8 +51,7 @@ class MultiHead(nn.Module):
                 raise DataError(
                     f"got task id {got}; expected -1 (every task) to {len(self.tasks) - 1}: mend the data"
                 )
-        members: Tensor = self.members  # type: ignore[assignment]
-        return logits.where(members[task], logits.new_full((), ABSENT))
+        return logits.where(self.members[task], logits.new_full((), ABSENT))
 
 
 def columns(classes: Sequence[int]) -> list[list[int]]:

@@ -80,7 +80,7 @@ class Mnist1dMultitask(Task):
         signals, digits, positions = make(sum(sizes), config.seed)
         mean, std = signals[: sum(train)].mean(), signals[: sum(train)].std()
         parts = zip(
-            ((signals - mean) / std).split(sizes), digits.split(sizes), positions.split(sizes), strict=True
+            *(torch.split(made, sizes) for made in ((signals - mean) / std, digits, positions)), strict=True
         )
         found = list(parts)
         x = found[-1][0]

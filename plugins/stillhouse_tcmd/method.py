@@ -32,7 +32,7 @@ from stillhouse.api import (
 from stillhouse_tcmd import losses, partition
 from stillhouse_tcmd.networks import ABSENT, CombinedNetwork, Router, Specialist, check_ids, membership
 from stillhouse_tcmd.report import write
-from stillhouse_tcmd.setup import fresh, task_ids, tasks_of
+from stillhouse_tcmd.setup import built, fresh, task_ids, tasks_of
 
 SPECIALIST, ROUTER, NETWORK = "tcmd.specialist", "tcmd.router", "tcmd.network"
 
@@ -49,6 +49,11 @@ class TCMDConfig(MethodConfig):
     network: Literal["shared", "side_by_side"] = Field(
         "shared",
         description="What the specialists become: one network with a shared trunk, or all of them, joined.",
+    )
+    specialist: dict[str, Any] | None = Field(
+        None,
+        description="A student's name and arguments, to build each specialist and the router; default: the "
+        "student's own architecture.",
     )
     gate: Literal["router", "merge"] = Field(
         "router",
@@ -132,12 +137,13 @@ class TCMD(Method):
     @hookimpl
     def auxiliary_modules(self, run: RunContext) -> dict[str, nn.Module]:
         config = self.config
+        small = run.student if config.specialist is None else built(run, config.specialist)
         specialists = [
-            Specialist(fresh(run.student, run.seed + number), own, self.outputs)
+            Specialist(fresh(small, run.seed + number), own, self.outputs)
             for number, own in enumerate(self.tasks)
         ]
         routed = self._exclusive and config.network == "side_by_side" and config.gate == "router"
-        self._router = Router(fresh(run.student, run.seed + len(self.tasks)), self.tasks) if routed else None
+        self._router = Router(fresh(small, run.seed + len(self.tasks)), self.tasks) if routed else None
         device = next(run.target.parameters()).device
         self._members = self._members.to(device)
         self._panel = CombinedNetwork(specialists, self.tasks, self.outputs, exclusive=False)
@@ -281,8 +287,10 @@ class TCMD(Method):
         """What the frozen specialists say, each of its own task's classes."""
         with torch.no_grad():
             if isinstance(batch.inputs, dict):
-                return self._panel(**{name: value for name, value in batch.inputs.items() if name != "task"})
-            taught: Tensor = self._panel(batch.inputs)
+                inputs = {name: value for name, value in batch.inputs.items() if name != "task"}
+                taught: Tensor = self._panel(**inputs)
+            else:
+                taught = self._panel(batch.inputs)
             return taught
 
     # What lasts, and what is shown.

@@ -50,7 +50,9 @@ def check_ids(ids: Tensor, tasks: int, where: str = "the batch") -> None:
 
 
 def logits_of(network: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
-    """A network's logits; an output object's ``.logits`` is taken."""
+    """A network's logits; an output object's ``.logits`` is taken. One named input is handed over by place."""
+    if not inputs and len(named) == 1:
+        inputs, named = tuple(named.values()), {}
     out = network(*inputs, **named)
     found: Tensor = out if isinstance(out, Tensor) else out.logits
     return found
@@ -117,6 +119,9 @@ class CombinedNetwork(nn.Module):
         Visentini-Scarzanella, UHC, CVPR 2019, arXiv:1904.06062).
     """
 
+    members: Tensor
+    merging: Tensor | None
+
     def __init__(
         self,
         parts: Sequence[nn.Module],
@@ -149,8 +154,7 @@ class CombinedNetwork(nn.Module):
             return logits
         if task.device.type == "cpu":
             check_ids(task, len(self.tasks))
-        members: Tensor = self.members  # type: ignore[assignment]
-        return logits.where(members[task], logits.new_full((), ABSENT))
+        return logits.where(self.members[task], logits.new_full((), ABSENT))
 
     def joint(self, inputs: tuple[Any, ...], named: dict[str, Any], task: Tensor | None = None) -> Tensor:
         """Logits of all classes ``(B, C)``."""
@@ -176,6 +180,8 @@ class SeveralTeachers(nn.Module):
     Where classes are shared between teachers, take ``CombinedNetwork(..., merge=True)`` instead.
     """
 
+    members: Tensor
+
     def __init__(self, teachers: Sequence[nn.Module], classes: Sequence[int]) -> None:
         super().__init__()
         self.teachers = nn.ModuleList(teachers)
@@ -189,8 +195,7 @@ class SeveralTeachers(nn.Module):
         if task is None:
             return logits
         check_ids(task, len(self.tasks))
-        members: Tensor = self.members  # type: ignore[assignment]
-        return logits.where(members[task], logits.new_full((), ABSENT))
+        return logits.where(self.members[task], logits.new_full((), ABSENT))
 
 
 def merging(tasks: Sequence[Sequence[int]], outputs: int) -> Tensor:
@@ -207,4 +212,5 @@ def merging(tasks: Sequence[Sequence[int]], outputs: int) -> Tensor:
             "gate merge: got tasks that do not overlap, so nothing says how likely one is against another; "
             "expected tasks linked by shared classes: use gate: router"
         )
-    return torch.linalg.pinv(system)[:outputs].float()
+    solution: Tensor = torch.linalg.pinv(system)
+    return solution[:outputs].float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ def _confusion(run: RunContext) -> Tensor:
     rows = torch.linspace(0, len(split) - 1, min(ROWS, len(split))).long()
     device = next(run.student.parameters()).device
     probabilities, labels = [], []
-    for part in rows.split(CHUNK):
+    for part in torch.split(rows, CHUNK):
         batch = split.batch(part).to(device)
         probabilities.append(run.outputs("teacher", batch).logits.float().softmax(-1).cpu())
         if batch.labels is not None:
@@ -70,6 +71,16 @@ def task_ids(split: Split) -> Tensor | None:
             return None
         found.append(ids)
     return torch.cat(found)
+
+
+def built(run: RunContext, named: dict[str, Any]) -> nn.Module:
+    """A further model by name; ConfigError where the surrounding trainer knows none by name."""
+    if run.build is None:
+        raise ConfigError(
+            f"tcmd.specialist is {named}, and this trainer builds no model by name; expected none: the "
+            "specialists are then like the student"
+        )
+    return run.build(named)
 
 
 def fresh(model: nn.Module, seed: int) -> nn.Module:

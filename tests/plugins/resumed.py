@@ -1,0 +1,43 @@
+"""Stopped after any number of updates and taken up by a new loop: the same bits as an unbroken run."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import torch
+from toys import same_bits
+
+from stillhouse.loop import Loop
+
+
+def models(loop: Loop) -> dict:
+    """Every tensor of every model, by name."""
+    return {
+        f"{name}.{key}": tensor.clone()
+        for name, model in loop.step.run.models.items()
+        for key, tensor in model.state_dict().items()
+    }
+
+
+def taken_up(make: Callable[[], Loop], after: int) -> Loop:
+    """A loop stopped ``after`` so many updates, its state written and read, and a new loop that ended the run."""
+    first = make()
+    first.run(after)
+    buffer = io.BytesIO()
+    torch.save(first.state_dict(), buffer)
+    buffer.seek(0)
+    second = make()
+    second.load_state_dict(torch.load(buffer, weights_only=True))
+    assert second.run()
+    return second
+
+
+def assert_resumes(make: Callable[[], Loop], stops: range) -> None:
+    """Equal bits for each stop."""
+    whole = make()
+    assert whole.run()
+    for stop in stops:
+        again = taken_up(make, stop)
+        assert same_bits(models(again), models(whole)), f"stopped after {stop}"
+        assert again.step.plugins.state_dict() == whole.step.plugins.state_dict(), f"stopped after {stop}"

@@ -1,0 +1,455 @@
+from __future__ import annotations
+
+import json
+import math
+import signal
+
+import pytest
+import torch
+import yaml
+from resumed import assert_resumes
+from torch import nn
+from toys import loop, net, rows, same_bits, splits, weights
+
+from stillhouse.api import ConfigError, Diverged, LossTerm, Method, Splits, StepInfo, TensorSplit, hookimpl
+from stillhouse.dispatch import PluginError
+from stillhouse_baselines.fitnets import FitNets, Regressor
+from stillhouse_hldm import HLDM, HLDMConfig, method, weighting
+
+WEIGHTINGS = {
+    "uncertainty": {},
+    "gradnorm": {},
+    "dwa": {"window": 3},
+    "fixed": {"weights": {"hldm.kd": 0.7}},
+    "simplex": {"entropy": 0.5},
+}
+
+
+def hldm(name: str, **more):
+    return {"name": "hldm", "weighting": name, **WEIGHTINGS[name], **more}
+
+
+def learned(weigh, constants, *, steps=1000, lr=0.05):
+    """Train a weighting on constant losses; its slots' weights, by term."""
+    names = [f"t{number}" for number in range(len(constants))]
+    slots, losses = weigh.slots(names), torch.tensor(constants)
+    optimizer = torch.optim.Adam(weigh.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        weigh.prepare()
+        loss, _ = weigh.objective(slots, losses, lambda: losses, 1.0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    weigh.prepare()
+    return weigh.weights(slots)
+
+
+# Known answers.
+
+
+def test_for_constant_losses_the_optimum_is_the_logarithm():
+    weigh = weighting.Uncertainty(5.0, {})
+    learned(weigh, [0.05, 1.0, 30.0])
+    assert weigh.s[:3].tolist() == pytest.approx([math.log(0.05), 0.0, math.log(30.0)], abs=1e-3)
+
+
+def test_a_missing_regulariser_is_seen(monkeypatch):
+    sound = weighting.Uncertainty.objective
+    monkeypatch.setattr(
+        weighting.Uncertainty,
+        "objective",
+        lambda self, *given: (sound(self, *given)[0] + self.s[:3].sum(), torch.zeros(())),
+    )
+    with pytest.raises(AssertionError):
+        test_for_constant_losses_the_optimum_is_the_logarithm()
+
+
+def test_a_term_scaled_by_100_ends_with_the_same_contribution():
+    losses = torch.tensor([0.3, 0.9])
+    plain = learned(weighting.Uncertainty(6.0, {}), losses.tolist()) * losses
+    scaled = losses * torch.tensor([100.0, 1.0])
+    made = learned(weighting.Uncertainty(6.0, {}), scaled.tolist()) * scaled
+    assert made.tolist() == pytest.approx(plain.tolist(), rel=1e-2)
+
+
+def test_a_bound_that_is_too_tight_is_seen(monkeypatch):
+    monkeypatch.setattr(weighting.Uncertainty, "prepare", lambda self: self.s.data.clamp_(-1, 1))
+    with pytest.raises(AssertionError):
+        test_a_term_scaled_by_100_ends_with_the_same_contribution()
+
+
+def test_under_gradnorm_with_alpha_0_the_weighted_gradient_norms_become_equal():
+    weigh = weighting.GradNorm(0.0)
+    made = learned(weigh, [0.2, 1.0, 5.0])
+    norms = made * torch.tensor([0.2, 1.0, 5.0])
+    assert norms.tolist() == pytest.approx([float(norms.mean())] * 3, rel=0.02)
+    assert float(made.sum()) == pytest.approx(3)
+
+
+def test_a_gradnorm_that_follows_rates_is_seen():
+    weigh = weighting.GradNorm(1.0)
+    slots = weigh.slots(["t0", "t1", "t2"])
+    weigh.initial[slots] = torch.tensor([1.0, 1.0, 1.0])
+    norms = learned(weigh, [0.2, 1.0, 5.0]) * torch.tensor([0.2, 1.0, 5.0])
+    assert norms[0] < norms[1] < norms[2], "the slower a term falls, the greater its part"
+
+
+def test_in_a_run_gradnorm_evens_the_gradients_out():
+    made = loop(
+        hldm("gradnorm", alpha=0, lr=0.05, data="labelled"),
+        steps=150,
+        batch_size=48,
+        scheduler="CosineAnnealingLR",
+        optimizer={"lr": 1e-3},
+    )
+    made.run()
+    plugin, step = made.step.plugins.plugins[0].method, made.step
+    batch = made.splits.train.batch(torch.arange(48))
+    out, teacher = step.run.student(batch.inputs), step.teacher(batch.inputs)
+    info = StepInfo(stage=step.stages[0], rows=48, labelled=48)
+    from stillhouse.targets import StudentOut, Targets
+
+    terms = plugin.loss_terms(StudentOut(out), Targets(batch.labels, teacher), batch, info)
+    weigh = plugin.weighting.weights(plugin.weighting.slots([f"hldm.{name}" for name in terms]))
+    norms = plugin._norms([term.value for term in terms.values()], info) * weigh
+    assert float(norms[0] / norms[1]) == pytest.approx(1, abs=0.1)
+
+
+def test_equal_ratios_give_dwa_weights_of_1():
+    weigh = weighting.DWA(2, 2.0)
+    slots = weigh.slots(["a", "b"])
+    for value in (8.0, 8.0, 4.0, 4.0):
+        weigh.observe({"a": torch.tensor(value), "b": torch.tensor(10 * value)})
+    assert weigh.ratio[:2].tolist() == [0.5, 0.5]
+    assert weigh.weights(slots).tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_dwa_favours_the_term_that_falls_slower_by_the_papers_softmax():
+    weigh = weighting.DWA(1, 2.0)
+    slots = weigh.slots(["a", "b"])
+    for a, b in ((1.0, 1.0), (0.5, 1.0)):
+        weigh.observe({"a": torch.tensor(a), "b": torch.tensor(b)})
+    expected = 2 * torch.softmax(torch.tensor([0.25, 0.5]), 0)
+    assert torch.allclose(weigh.weights(slots), expected)
+
+
+def test_a_dwa_of_values_in_place_of_ratios_is_seen(monkeypatch):
+    monkeypatch.setattr(
+        weighting.DWA, "weights", lambda self, slots: len(slots) * self.means[slots].softmax(0)
+    )
+    with pytest.raises(AssertionError):
+        test_equal_ratios_give_dwa_weights_of_1()
+
+
+@pytest.mark.parametrize("entropy", [0.3, 2.0])
+def test_the_optimum_on_the_simplex_with_entropy_is_a_softmax(entropy):
+    losses = torch.tensor([0.4, 0.9, 1.5])
+    made = learned(weighting.Simplex(entropy), losses.tolist())
+    assert torch.allclose(made, (-losses / entropy).softmax(0), atol=2e-3)
+
+
+def test_a_plain_simplex_collapses_and_is_refused(monkeypatch):
+    assert float(learned(weighting.Simplex(1e-6), [0.4, 0.9, 1.5]).max()) > 0.99
+    with pytest.raises(ValueError, match=r"puts all weight on the smallest loss.*expected entropy above 0"):
+        HLDMConfig(weighting="simplex")
+    with pytest.raises(ConfigError, match=r"method: .*simplex without entropy"):
+        loop({"name": "hldm", "weighting": "simplex"})
+
+
+# Traps.
+
+
+def test_t_squared_does_not_turn_the_distillation_term_down():
+    """kd is balanced un-scaled: T^2 moves its loss and not its s, so its contribution keeps the factor T^2."""
+    kd, temperature = 0.08, 4.0
+    name = "hldm.kd"
+    weigh = weighting.Uncertainty(6.0, {name: temperature**2})
+    slots = weigh.slots([name])
+    optimizer = torch.optim.Adam(weigh.parameters(), lr=0.02)
+    for _ in range(1500):
+        loss, _ = weigh.objective(slots, torch.tensor([kd * temperature**2]), lambda: None, 1.0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert weigh.s[0].item() == pytest.approx(math.log(kd), abs=0.02)
+    made = HLDM(HLDMConfig(temperature=3.0)).weighting
+    assert made.scales == {"hldm.kd": 9.0}
+    assert HLDM(HLDMConfig(scales={"hldm.kd": 1.0})).weighting.scales == {"hldm.kd": 1.0}
+
+
+def test_a_loss_that_goes_to_0_stops_at_the_bound_and_can_come_back():
+    weigh = weighting.Uncertainty(3.0, {})
+    assert float(learned(weigh, [0.0])) == pytest.approx(math.exp(3.0))
+    assert float(learned(weigh, [2.0])) == pytest.approx(0.5, rel=1e-2)
+
+
+# In a run.
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_every_weighting_trains_the_student_and_shows_its_weights(name):
+    made = loop(hldm(name), steps=40)
+    teacher = weights(made.step.teacher)
+    made.run()
+    assert same_bits(made.step.teacher, teacher)
+    assert {"hldm.ce", "hldm.kd", "hldm.weight.hldm.ce", "hldm.weight.hldm.kd"} <= set(
+        made.watcher.metrics[-1]
+    )
+    moved = made.watcher.metrics[-1]["hldm.weight.hldm.kd"] != made.watcher.metrics[0]["hldm.weight.hldm.kd"]
+    assert moved is (name != "fixed")
+
+
+def test_fixed_weights_are_the_ones_given():
+    made = loop(hldm("fixed"))
+    made.run()
+    row = made.watcher.metrics[0]
+    assert row["loss"] == pytest.approx(row["hldm.ce"] + 0.7 * row["hldm.kd"])
+
+
+def test_the_loss_is_kendalls():
+    made = loop(hldm("uncertainty", scales={"hldm.kd": 1.0}), steps=40)
+    made.run()
+    row = made.watcher.metrics[-1]
+    s = [-math.log(row[f"hldm.weight.hldm.{name}"]) for name in ("ce", "kd")]
+    kendall = sum(
+        math.exp(-s_i) * row[f"hldm.{name}"] + s_i for s_i, name in zip(s, ("ce", "kd"), strict=True)
+    )
+    assert row["loss"] == pytest.approx(kendall, rel=1e-4)
+
+
+def test_the_students_gradient_is_that_of_the_weighted_terms():
+    made = loop(hldm("uncertainty"), steps=40)
+    made.run(20)
+    step = made.step
+    batch = made.splits.train.batch(torch.arange(8))
+    loss, _ = step(step.run.student, batch)
+    got = torch.autograd.grad(loss, list(step.run.student.parameters()))
+    logits, taught = step.run.student(batch.inputs), step.teacher(batch.inputs)
+    from stillhouse.kernels import softmax_kl
+
+    s = step.plugins.plugins[0].method.weighting.s.detach()
+    expected = (-s[0]).exp() * nn.functional.cross_entropy(logits, batch.labels)
+    expected = expected + (-s[1]).exp() * softmax_kl(logits, taught, temperature=4.0)
+    for a, b in zip(got, torch.autograd.grad(expected, list(step.run.student.parameters())), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_the_weights_have_an_optimizer_group_of_their_own_without_weight_decay():
+    made = loop(hldm("uncertainty", lr=0.3), optimizer={"lr": 1e-3, "weight_decay": 0.1})
+    made.run(1)
+    student, own = made.optimizer.param_groups
+    assert (student["weight_decay"], student["lr"]) == (0.1, 1e-3)
+    assert (own["weight_decay"], own["lr"]) == (0.0, 0.3)
+    assert own["params"][0] is made.step.run.models["hldm.weights"].s
+    assert "s" in made.state_dict()["models"]["hldm.weights"]
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_a_run_taken_up_anywhere_has_the_bits_of_an_unbroken_one(name):
+    assert_resumes(lambda: loop(hldm(name)), range(1, 12, 5))
+
+
+def test_forgotten_slots_are_seen(monkeypatch):
+    monkeypatch.setattr(HLDM, "load_state_dict", hookimpl(lambda self, state: None))
+    with pytest.raises(AssertionError):
+        test_a_run_taken_up_anywhere_has_the_bits_of_an_unbroken_one("uncertainty")
+
+
+@pytest.mark.parametrize("name", ["uncertainty", "fixed", "simplex"])
+def test_micro_batches_give_the_same_weights(name):
+    whole, parts = loop(hldm(name)), loop(hldm(name), micro_batch_size=3)
+    whole.run(), parts.run()
+    for key, value in whole.watcher.metrics[-1].items():
+        assert parts.watcher.metrics[-1][key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
+
+
+def test_without_labels_the_distillation_term_stands_alone():
+    made = loop("hldm", data=splits(labels=False))
+    made.run()
+    assert "hldm.ce" not in made.watcher.metrics[-1]
+
+
+def test_regression_has_squared_errors():
+    x, _ = rows(24)
+    data = Splits(TensorSplit(x, torch.randn(24, 1, generator=torch.Generator().manual_seed(1))))
+    made = loop("hldm", data=data, student=net(4, outputs=1), teacher=net(8, seed=3, outputs=1), steps=6)
+    made.run(1)
+    assert made.step.stages[0].data == "labelled"
+    assert made.watcher.metrics[0]["hldm.kd"] > 0
+
+
+# Over other methods.
+
+
+class Extra(Method):
+    """A term that may be made not finite."""
+
+    api_version = 1
+    requires = frozenset()
+    value = 1.0
+
+    @hookimpl
+    def loss_terms(self, student_out, step):
+        return {"term": LossTerm(self.value * student_out.logits.square().mean())}
+
+
+@pytest.mark.parametrize("name", ["uncertainty", "gradnorm", "dwa", "simplex", "fixed"])
+def test_it_stands_over_any_other_methods(name):
+    more = WEIGHTINGS[name] | ({"weights": {"fitnets.hint": 0.5}} if name == "fixed" else {})
+    made = loop(["kd", "fitnets", {"name": "hldm", "weighting": name, **more}])
+    before = weights(made.step.teacher)
+    made.run()
+    assert same_bits(made.step.teacher, before)
+    shown = {key for key in made.watcher.metrics[-1] if key.startswith("hldm.weight.")}
+    assert shown == {f"hldm.weight.{term}" for term in ("kd.kl", "kd.ce", "fitnets.hint")}
+    assert made.step.run.chosen["hldm.terms"]["value"] == []
+
+
+def test_it_stands_over_a_method_with_stages():
+    made = loop(["sld", "hldm"])
+    made.run()
+    assert [stage.name for stage in made.step.stages] == ["distil", "relabel", "target"]
+    assert "hldm.weight.sld.kl" in made.watcher.metrics[-1]
+
+
+def test_its_own_terms_stand_beside_others_where_asked():
+    made = loop(["fitnets", {"name": "hldm", "terms": ["ce", "kd"]}])
+    made.run()
+    assert {"fitnets.hint", "hldm.ce", "hldm.kd"} <= set(made.watcher.metrics[-1])
+
+
+def test_a_methods_own_weight_counts_as_part_of_its_term():
+    made = loop([{"name": "kd", "alpha": 0.25}, {"name": "hldm", "weighting": "fixed"}])
+    made.run(1)
+    row = made.watcher.metrics[0]
+    assert row["loss"] == pytest.approx(0.25 * row["kd.kl"] + 0.75 * row["kd.ce"])
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["uncertainty", "gradnorm", "dwa", "simplex", "fixed"])
+def test_a_loss_that_is_not_finite_stops_the_run_names_the_term_and_leaves_the_student(name, bad):
+    extra = Extra()
+    settings = WEIGHTINGS[name] if name != "fixed" else {}
+    made = loop([extra, HLDM(HLDMConfig(weighting=name, **settings))])
+    made.run(3)
+    before = weights(made.step.run.student)
+    extra.value = bad
+    with pytest.raises(
+        Diverged, match=r"not finite in update 3: extra.term = (nan|inf); the student is as it was"
+    ):
+        made.run()
+    assert same_bits(made.step.run.student, before)
+
+
+REFUSED = {
+    "a term of no method": ({"weighting": "fixed", "weights": {"crd.nce": 1.0}}, "names a term of no method of this run"),
+    "weights that are learned": ({"weights": {"hldm.kd": 1.0}}, "set weighting: fixed"),
+    "an unknown key": ({"alhpa": 1}, "did you mean 'alpha'"),
+    "a negative alpha": ({"alpha": -1}, "greater than or equal to 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_settings_that_make_no_sense_are_refused(what):
+    settings, message = REFUSED[what]
+    with pytest.raises(ConfigError, match=message):
+        loop({"name": "hldm", **settings})
+
+
+def test_an_unknown_term_is_named_with_the_ones_there_are():
+    made = loop(hldm("fixed", weights={"hldm.kl": 1.0}, data="labelled"))
+    with pytest.raises(
+        ConfigError, match=r"'hldm.kl' is no term of this run; its terms are hldm.ce, hldm.kd"
+    ):
+        made.run(1)
+
+
+def test_an_unknown_layer_is_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"hldm.layer: no module 'fc'"):
+        loop(hldm("gradnorm", layer="fc"))
+    assert loop(hldm("gradnorm", layer="3")).run()
+
+
+def test_data_beside_other_methods_is_refused():
+    with pytest.raises(ConfigError, match="expected it for hldm alone"):
+        loop(["kd", hldm("fixed", weights={}, data="all")])
+
+
+def test_two_methods_with_stages_are_still_refused():
+    with pytest.raises(PluginError, match="hook 'stages' is claimed by"):
+        loop(["sld", {"name": "tcmd", "tasks": [[0, 1], [2, 3]]}])
+
+
+def test_more_terms_than_slots_are_refused():
+    with pytest.raises(ConfigError, match="more than 32 loss terms"):
+        weighting.Weighting().slots([f"t{number}" for number in range(33)])
+
+
+# FitNets.
+
+
+def test_the_hint_is_the_mean_squared_error():
+    made = loop(["kd", FitNets()])
+    batch = made.splits.train.batch(torch.arange(8))
+    _, terms = made.step(made.step.run.student, batch)
+    layers = made.step.plugins.plugins[1].method.layers
+    student, teacher = made.step.run.student, made.step.teacher
+    features = [
+        model[: int(layers[role]) + 1](batch.inputs)
+        for model, role in ((student, "student"), (teacher, "teacher"))
+    ]
+    regressor = made.step.run.models["fitnets.regressor"]
+    expected = nn.functional.mse_loss(regressor.map(features[0]), features[1])
+    assert float(terms["fitnets.hint"]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_features_with_places_meet_at_the_smaller_number_of_them():
+    regressor = Regressor(torch.zeros(2, 3, 10), torch.zeros(2, 5, 4))
+    a, b = regressor(torch.randn(2, 3, 10), torch.randn(2, 5, 4))
+    assert a.shape == b.shape == (2, 5, 4)
+    flat = Regressor(torch.zeros(2, 7), torch.zeros(2, 5, 4))
+    a, b = flat(torch.randn(2, 7), torch.randn(2, 5, 4))
+    assert a.shape == b.shape == (2, 20)
+
+
+def test_a_module_that_is_not_there_is_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"teacher.head: no such module"):
+        loop(["kd", {"name": "fitnets", "teacher_layer": "head"}])
+
+
+# Real processes.
+
+CONFIG = {
+    "task": {"name": "digits", "labelled": 100, "unlabelled": 150, "validation": 60},
+    "teacher": {"name": "mlp", "hidden": 24, "train": {"steps": 30}},
+    "student": {"name": "mlp", "hidden": 8},
+    "methods": ["kd", "fitnets", "hldm"],
+    "steps": 40, "batch_size": 16, "log_every": 2, "validate_every": 10, "checkpoint_every": 4, "threads": 1,
+}  # fmt: skip
+
+
+def test_killed_and_taken_up_the_weights_and_their_plot_are_whole(tmp_path, forks):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(CONFIG))
+    log = tmp_path / "log"
+    run = lambda out, *more, **faults: forks.run(
+        ["run", "run.yaml", f"out={out}", *more], tmp_path, log, **faults
+    )
+    assert run("whole") == 0, log.read_text()
+    die = {"function": "stillhouse.loop:Loop._update", "call": 23, "when": "after"}
+    assert run("again", die=die) == -signal.SIGKILL, log.read_text()
+    assert run("again", "--resume") == 0, log.read_text()
+    for name in ("student.safetensors", "weights.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    points = json.loads((tmp_path / "whole" / "weights.json").read_text())
+    assert [point["step"] for point in points] == list(range(40))
+    assert set(points[0]["weights"]) == {"kd.kl", "kd.ce", "fitnets.hint"}
+    assert (tmp_path / "whole" / "weights.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plot_has_a_few_hundred_points_however_long_the_run():
+    assert method.POINTS == 400
