@@ -46,6 +46,8 @@ class Batch:
 
     def __len__(self) -> int:
         """Number of samples (not of tokens)."""
+        if isinstance(self.inputs, Tensor):
+            return self.inputs.shape[0]
         first = next(iter(self.inputs.values())) if isinstance(self.inputs, Mapping) else self.inputs
         return len(first)
 

@@ -118,9 +118,9 @@ def _tensors(name: str, value: Any) -> list[tuple[str, Tensor]]:
 def _rows(value: Any, index: Tensor) -> Any:
     if value is None:
         return None
-    if isinstance(value, dict | Mapping):
-        return {name: item[index] for name, item in value.items()}
-    return value[index]
+    if isinstance(value, Tensor):
+        return value[index]
+    return {name: item[index] for name, item in value.items()}
 
 
 @dataclass
