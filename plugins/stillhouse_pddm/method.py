@@ -103,7 +103,6 @@ class PDDM(Method):
     def __init__(self, config: PDDMConfig | None = None) -> None:
         super().__init__(config)
         self._facts: dict[str, Any] = {}
-        self._kept: dict[str, Any] = {}
 
     # Set-up.
 
@@ -289,20 +288,15 @@ class PDDM(Method):
             self._start(run.target)
 
     def _close_path(self, run: RunContext) -> None:
-        """Align the units, then keep outputs and flows of every point on some training rows."""
+        """Align the units, then keep every point's parameters, outputs and flows."""
         inputs, done = _some_rows(run).inputs, []
         if self.config.align:
             for point in range(1, len(self.networks)):
                 found = align(self.networks[point], self.networks[point - 1], inputs)
                 done.append({"point": point + 1, "layers": [asdict(item) for item in found]})
         self._facts["alignment"] = done
-        with torch.no_grad():
-            seen = [flow(network.eval(), inputs) for network in self.networks]
-        self._kept = {"outputs": [outputs for outputs, _ in seen], "flows": [flows for _, flows in seen]}
         if run.dir is not None:
-            (run.dir / report.FOLDER).mkdir(exist_ok=True)
-            parameters = [network.state_dict() for network in self.networks]
-            torch.save({**self._kept, "parameters": parameters}, run.dir / report.FOLDER / "path.pt")
+            report.keep(run.dir, self.networks, inputs)
 
     @torch.no_grad()
     def _start(self, target: nn.Module) -> None:
@@ -335,11 +329,11 @@ class PDDM(Method):
 
     @hookimpl
     def state_dict(self) -> dict[str, Any]:
-        return {"facts": self._facts, "kept": self._kept}
+        return {"facts": self._facts}
 
     @hookimpl
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._facts, self._kept = dict(state["facts"]), dict(state["kept"])
+        self._facts = dict(state["facts"])
 
 
 def _some_rows(run: RunContext) -> Batch:

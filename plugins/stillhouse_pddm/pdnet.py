@@ -92,7 +92,8 @@ class LayerMap(nn.Module):
         moved = mixed + self.offset(rows, columns)
         if gains is not None:
             moved = plain + gains.repeat_interleave(self.block)[:rows, None, None] * (moved - plain)
-        return moved.reshape(shape)
+        made: Tensor = moved.reshape(shape)
+        return made
 
 
 class PDNet(nn.Module):

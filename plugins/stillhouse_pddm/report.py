@@ -17,6 +17,19 @@ FOLDER = "pddm"
 
 
 @torch.no_grad()
+def keep(folder: Path, networks: Sequence[nn.Module], inputs: Any) -> None:
+    """``pddm/path.pt``: of every point the parameters and buffers, and on ``inputs`` the outputs and FSP matrices."""
+    seen = [flow(network.eval(), inputs) for network in networks]
+    content = {
+        "parameters": [network.state_dict() for network in networks],
+        "outputs": [outputs for outputs, _ in seen],
+        "flows": [flows for _, flows in seen],
+    }
+    (folder / FOLDER).mkdir(exist_ok=True)
+    torch.save(content, folder / FOLDER / "path.pt")
+
+
+@torch.no_grad()
 def errors(
     pdnet: PDNet, networks: Sequence[nn.Module], inputs: Any, *, regression: bool
 ) -> list[dict[str, float | int | None]]:
