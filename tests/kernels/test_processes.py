@@ -142,28 +142,36 @@ student, teacher = torch.zeros(4, 9, requires_grad=True), torch.ones(4, 9)
 start = time.perf_counter()
 stillhouse.kernels.softmax_kl(student, teacher).backward()
 first = time.perf_counter() - start
-from stillhouse.kernels.cpu_dense import dense_rows
-hits = sum(dense_rows.stats.cache_hits.values())
-print(first, hits)
+print(first, "compiled" if "numba" in sys.modules else "loaded")
 """
 
 
 def run_program(cache):
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache)}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 
 
 @pytest.mark.slow
 def test_a_second_process_finds_the_compiled_kernels(tmp_path):
-    assert run_program(tmp_path)[1] == "0"
-    assert run_program(tmp_path)[1] == "1"
+    assert run_program(tmp_path)[1] == "compiled"
+    assert run_program(tmp_path)[1] == "loaded"
+    (kept,) = tmp_path.glob("*.kernel")
+    content = kept.read_bytes()
+    for damaged in (content[:-100], content[:-1] + b"?", b"", b"nonsense"):
+        kept.write_bytes(damaged)
+        assert run_program(tmp_path)[1] == "compiled"
+        assert run_program(tmp_path)[1] == "loaded"
 
 
 def test_imports_are_late_and_the_first_call_of_a_process_works():
     environment = dict(os.environ)
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -183,21 +191,25 @@ def test_the_cache_knows_every_source(monkeypatch, tmp_path):
         source.write_bytes(text)
 
 
-def test_without_a_place_for_the_cache_it_compiles_in_memory(monkeypatch):
-    from numba.core import caching
-
+@pytest.mark.slow
+def test_without_a_place_for_the_cache_it_compiles_in_memory(monkeypatch, tmp_path):
     from stillhouse.kernels import cpu_jit
 
-    for locator in caching.CacheImpl._locator_classes:
-        monkeypatch.setattr(locator, "from_function", classmethod(lambda cls, function, path: None))
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file" / "folder"))
+    assert run_program(tmp_path / "file" / "folder")[1] == "compiled"
+    assert not cpu_jit._write_whole(tmp_path / "file" / "folder" / "name", b"")
 
-    def factory(source):
-        def twice(x):
-            return 2 * x if source else x
 
-        return twice
+def test_another_compiler_or_processor_has_another_key(monkeypatch):
+    from stillhouse.kernels import cpu_jit
 
-    assert cpu_jit.compiled("int64(int64)", factory)(4) == 8
+    keys = {cpu_jit.key()}
+    monkeypatch.setattr(cpu_jit.llvm, "get_host_cpu_name", lambda: "another")
+    keys.add(cpu_jit.key())
+    monkeypatch.setattr(cpu_jit.llvmlite, "__version__", "another")
+    keys.add(cpu_jit.key())
+    assert len(keys) == 3
 
 
 def allocated(step):

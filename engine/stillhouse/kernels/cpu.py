@@ -1,4 +1,4 @@
-"""The Numba backend: torch tensors in front of the compiled rows. Importing this module loads or compiles them."""
+"""The Numba backend: torch tensors in front of the compiled rows, which the first call loads or compiles."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from stillhouse.kernels.cpu_dense import dense_rows
-from stillhouse.kernels.cpu_read import BLOCK
+from stillhouse.kernels.cpu_jit import BLOCK, entry
 from stillhouse.kernels.reference import top_k_at
 from stillhouse.kernels.series import jsd_series
 from stillhouse.kernels.targets import Sampled, Target, TopK
@@ -85,11 +85,12 @@ def _dense(
         student.stride(0) * student.element_size(), teacher.stride(0) * teacher.element_size(),
         DTYPES[student.dtype], DTYPES[teacher.dtype], vs, vt, v, wide,
     )  # fmt: skip
-    numbers = (1.0 / temperature, scale * temperature * temperature, beta, _series(beta))
+    rows, series = entry("dense_rows"), _series(beta)
+    numbers = (1.0 / temperature, scale * temperature * temperature, beta)
 
     def kernel(first: int, last: int, keep: tuple[Tensor, ...] = (teacher,)) -> None:
         scratch = _workers.scratch(2 * BLOCK + 3 * (v + LINE))
-        dense_rows(first, last, *fixed, scratch, stride, *numbers)
+        rows(first, last, *fixed, scratch, stride, series.ctypes.data, *numbers)
 
     return kernel
 
@@ -98,8 +99,6 @@ def _sparse(
     student: Tensor, target: TopK | Sampled, temperature: float, divergence: str, beta: float, mask: Tensor | None,
     scale: float, out_grad: Tensor | None, losses: Tensor,
 ) -> Callable[[int, int], None]:  # fmt: skip
-    from stillhouse.kernels.cpu_sparse import sparse_rows  # loaded by those who use it
-
     sampled = isinstance(target, Sampled)
     values = target.weights if isinstance(target, Sampled) else top_k_at(target, temperature)
     values = values.to(torch.float32).contiguous()
@@ -111,18 +110,19 @@ def _sparse(
         losses.data_ptr(), 0 if mask is None else mask.data_ptr(), student.stride(0) * student.element_size(),
         DTYPES[student.dtype], v, indices.data_ptr(), values.data_ptr(), k, int(sampled), int(ghost),
     )  # fmt: skip
-    numbers = (1.0 / temperature, scale * temperature * temperature, beta, _series(beta))
+    rows, series = entry("sparse_rows"), _series(beta)
+    numbers = (1.0 / temperature, scale * temperature * temperature, beta)
 
     def kernel(first: int, last: int, keep: tuple[Tensor, ...] = (values, indices)) -> None:
         scratch = _workers.scratch(2 * BLOCK + v + 4 * k + LINE)
-        sparse_rows(first, last, *fixed, scratch, *numbers)
+        rows(first, last, *fixed, scratch, series.ctypes.data, *numbers)
 
     return kernel
 
 
 @lru_cache(maxsize=64)
-def _series(beta: float) -> tuple[np.float32, ...]:
-    return tuple(np.float32(c) for c in jsd_series(beta))
+def _series(beta: float) -> NDArray[np.float32]:
+    return np.array(jsd_series(beta), dtype=np.float32)
 
 
 def fresh_like(student: Tensor) -> Tensor:

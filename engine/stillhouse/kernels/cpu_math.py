@@ -68,6 +68,8 @@ reduce_max = _floats(2, _call("llvm.maxnum", 2, fastmath=("nnan", "nsz")))
 # 2^n, where n is the low mantissa bits of a float that had MAGIC added
 shifted = _floats(1, lambda b, a: b.bitcast(b.shl(b.bitcast(a[0], I32), ir.Constant(I32, 23)), FLOAT))
 MAGIC = f32(1.5 * 2**23 + 127)
+LEAST = f32(-127.0)  # the exponent that stands for a probability of zero
+LN2 = f32(0.6931471805599453)
 NEAR = f32(0.75)  # |log(p/q)| below which a KL's term is summed as a series, because its closed form cancels
 
 
@@ -91,27 +93,60 @@ MAGIC_WIDE = 1.5 * 2**52 + 1023
 @njit(inline="always")  # type: ignore[untyped-decorator]
 def exp2(z):  # type: ignore[no-untyped-def]
     """2^z to 1e-7 relative; 0 below 2^-127, NaN for NaN."""
-    return exp2_of_product(z, f32(1.0), f32(0.0))
+    z = LEAST if z < LEAST else z
+    biased = z + MAGIC
+    return exp2_of_rest(z - (biased - MAGIC)) * shifted(biased)
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
 def exp2_of_product(a, k, k_low):  # type: ignore[no-untyped-def]
-    """2^(a (k + k_low)) as :func:`exp2`, without the rounding of the product, which is that of a large exponent.
+    """2^(a (k + k_low)) for a >= LEAST / k, without the rounding of the product, which is that of a large exponent."""
+    biased = a * k + MAGIC  # rounds to the nearest integer; at LEAST it gives 0
+    return exp2_of_rest(fma(a, k_low, fma(a, k, MAGIC - biased))) * shifted(biased)
 
-    Minimax polynomial on [-1/2, 1/2].
-    """
-    z = a * k
-    below = z < f32(-127.0)
-    z = f32(-127.0) if below else z
-    biased = z + MAGIC  # rounds to the nearest integer
-    whole = biased - MAGIC
-    x = f32(0.0) if below else fma(a, k_low, fma(a, k, -whole))
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def exp2_of_rest(x):  # type: ignore[no-untyped-def]
+    """2^x for |x| <= 1/2. Minimax polynomial."""
     p = fma(f32(0.000154697351565), x, f32(0.00133908668598))
     p = fma(p, x, f32(0.00961803077074))
     p = fma(p, x, f32(0.0555035710549))
     p = fma(p, x, f32(0.240226510842))
     p = fma(p, x, f32(0.693147188029))
-    return fma(p, x, f32(1.0)) * shifted(biased)
+    return fma(p, x, f32(1.0))
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def log1p_of_ratio(r):  # type: ignore[no-untyped-def]
+    """log(1 + r) for 0 <= r <= 1, to 1.4e-7 relative. Minimax polynomial."""
+    p = fma(f32(0.00523269268483), r, f32(-0.0295052324425))
+    p = fma(p, r, f32(0.0782259415495))
+    p = fma(p, r, f32(-0.136632449171))
+    p = fma(p, r, f32(0.191060063469))
+    p = fma(p, r, f32(-0.248429821074))
+    p = fma(p, r, f32(0.333190967941))
+    p = fma(p, r, f32(-0.499994931398))
+    return fma(p, r, f32(0.99999996988)) * r
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def log_cosh_half(square):  # type: ignore[no-untyped-def]
+    """log(cosh(x / 2)) from x^2, for |x| < NEAR, to 4e-8 relative. Taylor series."""
+    y = square * f32(0.25)
+    q = fma(f32(31 / 14175), y, f32(-17 / 2520))
+    q = fma(q, y, f32(1 / 45))
+    q = fma(q, y, f32(-1 / 12))
+    return fma(q, y, f32(0.5)) * y
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def even_jsd(d):  # type: ignore[no-untyped-def]
+    """The JSD (beta 1/2) of an entry of 1 and e^-d, over d^2, for 0 <= d < NEAR, to 9e-8 relative. Minimax polynomial."""
+    q = fma(f32(-6.15940489565e-05), d, f32(0.000412321237685))
+    q = fma(q, d, f32(-0.0025955316905))
+    q = fma(q, d, f32(0.0156234374467))
+    q = fma(q, d, f32(-0.0624998955258))
+    return fma(q, d, f32(0.124999998849))
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]

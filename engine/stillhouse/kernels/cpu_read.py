@@ -8,8 +8,10 @@ import math
 import numpy as np
 from numba import njit
 
+from stillhouse.kernels.cpu_jit import BLOCK
 from stillhouse.kernels.cpu_math import (
     FLOOR,
+    LEAST,
     absolute,
     decode_bf16,
     decode_f16,
@@ -24,7 +26,6 @@ from stillhouse.kernels.cpu_math import (
     u16_at,
 )
 
-BLOCK = 2048  # columns at a time: buffers of 8 KB stay in the first-level cache
 FIRST = 256  # columns whose maximum is the first reference
 ROOM = f32(8.0)  # how far, in powers of two, an exponential may exceed its reference: rounding grows with it
 LOG2E = 1.4426950408889634
@@ -115,12 +116,15 @@ def exponentials(s, t, es, et, diff, n, rs, rt, offset, k, k_low):
     top_s = FLOOR
     top_t = FLOOR
     far = f32(0.0)
+    least = LEAST / k
     for i in range(n):
         a = FLOOR if s[i] < FLOOR else s[i]
         b = FLOOR if t[i] < FLOOR else t[i]
         d = gap(a, b, offset)
         a = a - rs
         b = b - rt
+        a = least if a < least else a
+        b = least if b < least else b
         x = exp2_of_product(a, k, k_low)
         y = exp2_of_product(b, k, k_low)
         es[i] = x

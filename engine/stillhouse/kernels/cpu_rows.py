@@ -19,19 +19,23 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from stillhouse.kernels.cpu_jit import BLOCK
 from stillhouse.kernels.cpu_math import (
+    LN2,
     NEAR,
     absolute,
+    even_jsd,
     exp2,
     f32,
     f32_at,
     fma,
     log,
+    log1p_of_ratio,
+    log_cosh_half,
     phi_over_square,
     reduce_add,
 )
 from stillhouse.kernels.cpu_read import (
-    BLOCK,
     LOG2E,
     pass_a,
     store,
@@ -107,9 +111,7 @@ def jsd_block(es, et, diff, n, it, high, low, izs, izt, beta, series):
         pt = et[i] * izt
         x = fma(diff[i], it, -high) - low
         swap = x < f32(0.0)
-        more = (
-            pt if swap else ps
-        )  # the lesser side from it and x: two exponentials do not agree to the last bit
+        more = pt if swap else ps  # the lesser side is had from it and x, to the last bit as x has it
         ratio = exp2(-absolute(x) * f32(LOG2E))
         q = (inverse if swap else odds) * ratio
         u = f32(1.0) + q
@@ -126,6 +128,32 @@ def jsd_block(es, et, diff, n, it, high, low, izs, izt, beta, series):
         loss = reduce_add(loss, close if near else term)
         mean = reduce_add(mean, -ps * to_s)
         et[i] = -to_s
+    return loss, mean
+
+
+@njit(error_model="numpy")
+def even_jsd_block(es, et, diff, n, it, high, low, izs, izt):
+    """:func:`jsd_block` for beta 1/2, where the two sides change places and half of the arithmetic goes."""
+    loss = f32(0.0)
+    mean = f32(0.0)
+    half = f32(0.5)
+    for i in range(n):
+        ps = es[i] * izs
+        pt = et[i] * izt
+        x = fma(diff[i], it, -high) - low
+        swap = x < f32(0.0)
+        more = pt if swap else ps
+        d = absolute(x)
+        ratio = exp2(d * f32(-LOG2E))
+        grown = log1p_of_ratio(ratio)
+        term = half * fma(ratio + f32(1.0), LN2 - grown, -ratio * d)
+        near = d < NEAR
+        square = d * d
+        loss = reduce_add(loss, more * (even_jsd(d) * square if near else term))
+        close = fma(half, x, -log_cosh_half(square)) - LN2
+        w = close if near else -grown - (d if swap else f32(0.0))
+        mean = reduce_add(mean, ps * w)
+        et[i] = w
     return loss, mean
 
 
@@ -192,7 +220,11 @@ def row_loss(divergence, v, es_at, et_at, diff_at, zs, zt, high, low, it, beta, 
         if divergence == REVERSE:
             centre += weighted_sum(es, diff, n, it, high, low)
         elif divergence == JSD:
-            part, mean = jsd_block(es, f32_at(et_at + j * 4), diff, n, it, high, low, izs, izt, beta, series)
+            et = f32_at(et_at + j * 4)
+            if beta == f32(0.5):
+                part, mean = even_jsd_block(es, et, diff, n, it, high, low, izs, izt)
+            else:
+                part, mean = jsd_block(es, et, diff, n, it, high, low, izs, izt, beta, series)
             loss += part
             centre += mean
     if divergence == REVERSE:

@@ -8,10 +8,11 @@ import math
 import numpy as np
 from numba import njit
 
-from stillhouse.kernels.cpu_dense import SERIES
-from stillhouse.kernels.cpu_jit import compiled
+from stillhouse.kernels.cpu_dense import coefficients
+from stillhouse.kernels.cpu_jit import BLOCK
 from stillhouse.kernels.cpu_math import (
     FLOOR,
+    LEAST,
     absolute,
     bool_at,
     decode_bf16,
@@ -29,7 +30,6 @@ from stillhouse.kernels.cpu_math import (
     u16_at,
 )
 from stillhouse.kernels.cpu_read import (
-    BLOCK,
     LOG2E,
     ROOM,
     block,
@@ -50,7 +50,6 @@ from stillhouse.kernels.cpu_rows import (
 )
 
 OUT_OF_RANGE = -np.inf  # the loss that reports an index outside the row
-SIGNATURE = "void(" + "int64, " * 16 + f"float64, float64, float64, UniTuple(float32, {SERIES}))"
 
 
 @njit(error_model="numpy")
@@ -58,9 +57,10 @@ def student_exponentials(s, es, n, rs, k, k_low):
     """Pass A for a student alone."""
     zs = f32(0.0)
     top = FLOOR
+    least = LEAST / k
     for i in range(n):
         a = s[i] - rs
-        a = FLOOR if a < FLOOR else a
+        a = least if a < least else a
         x = exp2_of_product(a, k, k_low)
         es[i] = x
         zs = reduce_add(zs, x)
@@ -234,7 +234,9 @@ def top_k_row(
         kept[i] = es[j]
         logits[i] = f32(logit(student, dtype, j))
         es[j] = f32(0.0)
-    rest = row_sum(es_at, v)
+    rest = (
+        z - inside if inside < 0.5 * z else row_sum(es_at, v)
+    )  # a difference that cancels is summed instead
     z = inside + rest
     mass, far = compare(logits, f32_at(values), f32_at(pt_at), f32_at(x_at), k, rs, it, math.log(z))
     bad = False
@@ -316,38 +318,32 @@ def sampled_row(student, out, dtype, v, wide_indices, values, k, it, scale, scra
     return loss
 
 
-def _factory(source: str):
-    def sparse_rows(
-        first, last, divergence, student, gradient, losses, mask, student_stride, dtype, v, indices, values, k,
-        sampled, ghost, scratch, inverse_t, scale, beta, series,
-    ):  # fmt: skip
-        """Rows first .. last: addresses, 0 for no mask or no gradient; strides in bytes; losses before T^2."""
-        source  # noqa: B018 closed over for the cache's key
-        loss = f32_at(losses)
-        keep = bool_at(mask)
-        item = 4 if dtype == 0 else 2
-        es_at = scratch + 2 * BLOCK * 4
-        for r in range(first, last):
-            out = gradient + r * v * item if gradient != 0 else gradient
-            if mask != 0 and keep[r] == 0:
-                loss[r] = f32(0.0)
-                if out != 0:
-                    zero(out, dtype, 0, v)
-                continue
-            row = student + r * student_stride
-            place = indices + r * k * 8
-            value = values + r * k * 4
-            if sampled != 0:
-                loss[r] = sampled_row(
-                    row, out, dtype, v, place, value, k, inverse_t, scale * inverse_t, scratch, es_at
-                )
-            else:
-                loss[r] = top_k_row(
-                    divergence, row, out, dtype, v, place, value, k, ghost, inverse_t, scale * inverse_t, beta,
-                    series, scratch, es_at,
-                )  # fmt: skip
-
-    return sparse_rows
-
-
-sparse_rows = compiled(SIGNATURE, _factory)
+def sparse_rows(
+    first, last, divergence, student, gradient, losses, mask, student_stride, dtype, v, indices, values, k,
+    sampled, ghost, scratch, series, inverse_t, scale, beta,
+):  # fmt: skip
+    """Rows first .. last: addresses, 0 for no mask or no gradient; strides in bytes; losses before T^2."""
+    loss = f32_at(losses)
+    terms = coefficients(series)
+    keep = bool_at(mask)
+    item = 4 if dtype == 0 else 2
+    es_at = scratch + 2 * BLOCK * 4
+    for r in range(first, last):
+        out = gradient + r * v * item if gradient != 0 else gradient
+        if mask != 0 and keep[r] == 0:
+            loss[r] = f32(0.0)
+            if out != 0:
+                zero(out, dtype, 0, v)
+            continue
+        row = student + r * student_stride
+        place = indices + r * k * 8
+        value = values + r * k * 4
+        if sampled != 0:
+            loss[r] = sampled_row(
+                row, out, dtype, v, place, value, k, inverse_t, scale * inverse_t, scratch, es_at
+            )
+        else:
+            loss[r] = top_k_row(
+                divergence, row, out, dtype, v, place, value, k, ghost, inverse_t, scale * inverse_t, beta,
+                terms, scratch, es_at,
+            )  # fmt: skip
