@@ -61,7 +61,7 @@ class TCMDConfig(MethodConfig):
     )
     temperature: float = Field(4.0, gt=0, description="T of both softmaxes; the loss is multiplied by T^2.")
     alpha: float = Field(
-        0.9,
+        1.0,
         ge=0,
         le=1,
         description="Weight of the soft labels; 1 - alpha is the labels', where a row has one.",

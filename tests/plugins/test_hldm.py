@@ -29,7 +29,7 @@ def hldm(name: str, **more):
     return {"name": "hldm", "weighting": name, **WEIGHTINGS[name], **more}
 
 
-def learned(weigh, constants, *, steps=1000, lr=0.05):
+def learned(weigh, constants, *, steps=2000, lr=0.05):
     """Train a weighting on constant losses; its slots' weights, by term."""
     names = [f"t{number}" for number in range(len(constants))]
     slots, losses = weigh.slots(names), torch.tensor(constants)
@@ -405,7 +405,7 @@ def test_the_hint_is_the_mean_squared_error():
     ]
     regressor = made.step.run.models["fitnets.regressor"]
     expected = nn.functional.mse_loss(regressor.map(features[0]), features[1])
-    assert float(terms["fitnets.hint"]) == pytest.approx(float(expected), rel=1e-5)
+    assert terms["fitnets.hint"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_features_with_places_meet_at_the_smaller_number_of_them():
