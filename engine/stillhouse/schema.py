@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -22,8 +22,8 @@ def schema() -> dict[str, Any]:
     made["title"] = "Stillhouse run"
     defs = made["$defs"]
     methods, tasks, observers = ({} for _ in range(3))
-    students: dict[str, Any] = {}
-    teachers: dict[str, Any] = {}
+    students: list[tuple[str, Any]] = []  # several tasks may have a builder of one name
+    teachers: list[tuple[str, Any]] = []
     for entry in catalog.entries():
         try:
             found = catalog.load(entry)
@@ -34,18 +34,19 @@ def schema() -> dict[str, Any]:
         elif entry.kind == "observer":
             observers[entry.name] = _settings(found, Observer)
         elif entry.kind == "model":
-            students[entry.name] = teachers[entry.name] = _builder(found)
+            students.append((entry.name, _builder(found)))
+            teachers.append((entry.name, _builder(found)))
         else:
             tasks[entry.name] = _settings(found, Task)
             if found is not None:
-                students |= {name: _builder(builder) for name, builder in found.students.items()}
-                teachers |= {name: _builder(builder) for name, builder in found.teachers.items()}
+                students += [(name, _builder(builder)) for name, builder in found.students.items()]
+                teachers += [(name, _builder(builder)) for name, builder in found.teachers.items()]
     training = defs["TeacherConfig"]["properties"]
     extra = {name: training[name] for name in ("checkpoint", "train")}
     for name, known, more in (
-        ("Method", methods, {}),
-        ("Task", tasks, {}),
-        ("Observer", observers, {}),
+        ("Method", list(methods.items()), {}),
+        ("Task", list(tasks.items()), {}),
+        ("Observer", list(observers.items()), {}),
         ("Student", students, {}),
         ("Teacher", teachers, extra),
     ):
@@ -76,11 +77,11 @@ def _builder(found: Builder | None) -> type[BaseModel] | None:
 
 
 def _choice(
-    known: Mapping[str, type[BaseModel] | None], more: Mapping[str, Any], defs: dict[str, Any]
+    known: Sequence[tuple[str, type[BaseModel] | None]], more: Mapping[str, Any], defs: dict[str, Any]
 ) -> dict[str, Any]:
     """Either a bare name, or a mapping whose other keys depend on its name."""
-    options: list[dict[str, Any]] = [{"type": "string", "enum": sorted(known)}]
-    for name, kind in sorted(known.items()):
+    options: list[dict[str, Any]] = [{"type": "string", "enum": sorted({name for name, _ in known})}]
+    for name, kind in sorted(known, key=lambda item: item[0]):
         described = {} if kind is None else kind.model_json_schema(ref_template="#/$defs/{model}")
         defs.update(described.pop("$defs", {}))
         options.append(
