@@ -40,7 +40,7 @@ STAGES = ("bottleneck", "target")
 class IBMDConfig(MethodConfig):
     """Settings of IBMD."""
 
-    beta: float = Field(0.03, ge=0, description="Weight of the rates: how much the code is squeezed.")
+    beta: float = Field(1e-3, ge=0, description="Weight of the rates: how much the code is squeezed.")
     gamma: float = Field(
         0.1, ge=0, description="Weight of KL(e_T || e_S), which ties the two codes together."
     )
