@@ -92,9 +92,7 @@ def _plugin_verbs(plugins: argparse.ArgumentParser) -> None:
         verb.add_argument("--kind", choices=(*kinds, "model"), help="where a name stands for several")
     for verb in (new, show, check):
         verb.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="as JSON")
-        verb.add_argument(
-            "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks"
-        )
+        verb.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
 
 
 def _keeping(command: argparse.ArgumentParser) -> None:

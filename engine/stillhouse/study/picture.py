@@ -36,6 +36,7 @@ def curves(summaries: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> 
 
 
 def _points(folder: Path, metric: str) -> list[tuple[int, float]]:
-    rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    path = folder / METRICS  # a run shorter than log_every has none
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     key = f"validation.{metric}"
     return [(row["step"], row[key]) for row in rows if key in row] or [(0, float("nan"))]
