@@ -52,7 +52,9 @@ def hooks(kind: type[Method]) -> list[dict[str, Any]]:
     for name in (hook for specs in (StepHooks, LifeHooks) for hook in vars(specs) if hook in offers):
         function = getattr(kind, name, None)
         if function is not None:
-            taken = [argument for argument in inspect.signature(function).parameters if argument in offers[name]]
+            taken = [
+                argument for argument in inspect.signature(function).parameters if argument in offers[name]
+            ]
             found.append({"name": name, "arguments": taken, "order": ORDER[name in FIRST_RESULT]})
     return found
 
