@@ -10,15 +10,6 @@ from pydantic import Field
 from torch import Tensor
 
 from stillhouse.api import Batch, ConfigError, Method, MethodConfig, RunContext, StepInfo, hookimpl
-    Batch,
-    ConfigError,
-    Conformance,
-    Method,
-    MethodConfig,
-    RunContext,
-    StepInfo,
-    hookimpl,
-)
 from stillhouse_transforms.classes import probabilities
 
 
