@@ -78,7 +78,7 @@ class FitNets(Method):
 
     api_version = 1
     Config = FitNetsConfig
-    requires = frozenset({"logits", "hidden_states"})
+    requires = frozenset({"hidden_states"})
     different_outputs = True
     regression = True
     config: FitNetsConfig

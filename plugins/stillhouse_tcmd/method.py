@@ -7,6 +7,7 @@ amalgamation (Shen et al. 2019, arXiv:1811.02796) and UHC (Vongkulbhisal et al. 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from stillhouse.api import (
     IGNORE,
     Batch,
     ConfigError,
+    Conformance,
     LossTerm,
     Method,
     MethodConfig,
@@ -96,6 +98,8 @@ class TCMD(Method):
     api_version = 1
     Config = TCMDConfig
     requires = frozenset({"logits"})
+    # A check's run has six updates: each specialist gets some.
+    conformance = Conformance(settings={"shares": [4.0, 1.0, 1.0]})
     config: TCMDConfig
 
     # Set-up.
@@ -146,7 +150,7 @@ class TCMD(Method):
         self._router = Router(fresh(small, run.seed + len(self.tasks)), self.tasks) if routed else None
         device = next(run.target.parameters()).device
         self._members = self._members.to(device)
-        self._panel = CombinedNetwork(specialists, self.tasks, self.outputs, exclusive=False)
+        self._specialists = [specialist.to(device) for specialist in specialists]
         self.network = CombinedNetwork(
             [run.target] if config.network == "shared" else specialists,
             self.tasks,
@@ -155,7 +159,6 @@ class TCMD(Method):
             router=self._router,
             merge=config.gate == "merge",
         ).to(device)
-        self._panel.to(device)
         made: dict[str, nn.Module] = {f"specialist{number}": part for number, part in enumerate(specialists)}
         if self._router is not None:
             made["router"] = self._router
@@ -232,7 +235,7 @@ class TCMD(Method):
             self._router is not None
         ):  # only the router is trained; the specialists' part of the loss is constant
             return {"kd": LossTerm(step.mean(losses.whole(logits, targets.dense, temperature, mask), mask))}
-        taught = self._specialists(batch)
+        taught = self._taught(batch)
         if not self._exclusive:
             rows = losses.by_task(logits, taught, self.tasks, self._ids(batch), temperature, mask)
             return {"kd": LossTerm(step.mean(rows, mask))}
@@ -283,15 +286,16 @@ class TCMD(Method):
             )
         return ids
 
-    def _specialists(self, batch: Batch) -> Tensor:
-        """What the frozen specialists say, each of its own task's classes."""
+    def _taught(self, batch: Batch) -> Tensor:
+        """What the frozen specialists say, each of its own task's classes ``(B, C)``."""
+        named = batch.inputs if isinstance(batch.inputs, Mapping) else {"inputs": batch.inputs}
+        inputs = {name: value for name, value in named.items() if name != "task"}
         with torch.no_grad():
-            if isinstance(batch.inputs, dict):
-                inputs = {name: value for name, value in batch.inputs.items() if name != "task"}
-                taught: Tensor = self._panel(**inputs)
-            else:
-                taught = self._panel(batch.inputs)
-            return taught
+            answers = [part.own_logits(**inputs) for part in self._specialists]
+            taught = answers[0].new_full((*answers[0].shape[:-1], self.outputs), ABSENT)
+            for own, logits in zip(self.tasks, answers, strict=True):
+                taught[..., own] = logits
+        return taught
 
     # What lasts, and what is shown.
 
