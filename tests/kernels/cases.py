@@ -39,4 +39,6 @@ def fused(student, target, **settings):
 
 
 def relative(got, expected, floor=0.0):
-    return ((got.double() - expected.double()).norm() / max(expected.double().norm().item(), floor, 1e-300)).item()
+    return (
+        (got.double() - expected.double()).norm() / max(expected.double().norm().item(), floor, 1e-300)
+    ).item()

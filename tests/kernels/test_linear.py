@@ -24,7 +24,9 @@ def targets():
         "dense": teacher,
         "top-k": TopK.from_logits(teacher, 5, temperature=2.0),
         "renormalised": TopK.from_logits(teacher, 5, temperature=2.0, rest="renormalise"),
-        "sampled": Sampled.from_logits(teacher, 5, temperature=2.0, generator=torch.Generator().manual_seed(0)),
+        "sampled": Sampled.from_logits(
+            teacher, 5, temperature=2.0, generator=torch.Generator().manual_seed(0)
+        ),
     }
 
 
@@ -97,7 +99,10 @@ def test_leading_dimensions_and_no_rows():
 def test_memory_stays_below_a_tenth_of_the_unfused_path(monkeypatch):
     monkeypatch.undo()
     rows, width, size = 4096, 32000, 512
-    hidden, weight = torch.randn(rows, size).requires_grad_(), (torch.randn(width, size) / 22).requires_grad_()
+    hidden, weight = (
+        torch.randn(rows, size).requires_grad_(),
+        (torch.randn(width, size) / 22).requires_grad_(),
+    )
     teacher = torch.randn(rows, width)
 
     def step(loss):

@@ -5,7 +5,7 @@ import torch
 from cases import exact, logits, relative
 from torch.utils.checkpoint import checkpoint
 
-from stillhouse.kernels import TopK, linear_softmax_kl, softmax_kl
+from stillhouse.kernels import Sampled, TopK, linear_softmax_kl, softmax_kl
 
 
 def gradient(loss, *inputs):
@@ -86,7 +86,11 @@ def test_under_autocast():
 def test_second_derivatives_raise(call):
     student, teacher = logits(4, 9, 1).requires_grad_(), logits(4, 5, 2)
     weight = logits(5, 9, 3)
-    loss = softmax_kl(student @ weight.t(), teacher) if call == "softmax_kl" else linear_softmax_kl(student, weight, teacher)
+    loss = (
+        softmax_kl(student @ weight.t(), teacher)
+        if call == "softmax_kl"
+        else linear_softmax_kl(student, weight, teacher)
+    )
     (first,) = torch.autograd.grad(loss, student, create_graph=True)
     with pytest.raises(RuntimeError, match=r"second derivative.*backend='torch'"):
         first.sum().backward()
@@ -102,7 +106,11 @@ def test_the_torch_backend_has_second_derivatives():
 @pytest.mark.parametrize("call", ["softmax_kl", "linear_softmax_kl"])
 def test_backward_twice_gives_the_same_gradient(call):
     student, teacher, weight = logits(4, 9, 1).requires_grad_(), logits(4, 5, 2), logits(5, 9, 3)
-    loss = softmax_kl(student @ weight.t(), teacher) if call == "softmax_kl" else linear_softmax_kl(student, weight, teacher)
+    loss = (
+        softmax_kl(student @ weight.t(), teacher)
+        if call == "softmax_kl"
+        else linear_softmax_kl(student, weight, teacher)
+    )
     loss = loss * 0.5
     (one,) = torch.autograd.grad(loss, student, retain_graph=True)
     kept = one.clone()
@@ -126,6 +134,29 @@ def test_in_place_gives_the_same_gradient_and_tells_who_saved_the_logits():
     saved.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         saved_too.sum().backward()
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["dense", "top-k", "sampled"])
+def test_in_place_is_the_same_for_every_target(kind, dtype, divergence):
+    """The rows are read before they are overwritten: what aliases is the caller's memory."""
+    if kind == "sampled" and divergence != "forward":
+        pytest.skip("samples are for the forward divergence")
+    student, teacher = logits(8, 5000, 1, dtype=dtype), logits(8, 5000, 2)
+    draws = torch.Generator().manual_seed(0)
+    made = {
+        "dense": lambda: teacher,
+        "top-k": lambda: TopK.from_logits(teacher, 7),
+        "sampled": lambda: Sampled.from_logits(teacher, 7, generator=draws),
+    }
+    target = made[kind]()
+    fresh, over = student.clone().requires_grad_(), student.clone().requires_grad_()
+    expected = softmax_kl(fresh, target, divergence=divergence)
+    got = softmax_kl(over.view_as(over), target, divergence=divergence, inplace=True)
+    assert torch.equal(got, expected)
+    assert torch.equal(*gradient(got, over), *gradient(expected, fresh))
+    assert not torch.equal(over, student)
 
 
 def test_no_gradient_is_computed_where_none_is_wanted():

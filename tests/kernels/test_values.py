@@ -29,7 +29,9 @@ def test_float32_agrees_with_float64(width, temperature, divergence):
 def test_the_specification_is_the_textbook_formula(temperature):
     student, teacher = logits(6, 50, 1, dtype=torch.float64), logits(6, 50, 2, dtype=torch.float64)
     log_s, log_t = (x.div(temperature).log_softmax(-1) for x in (student, teacher))
-    log_m = torch.logaddexp(log_t + torch.tensor(0.3).double().log(), log_s + torch.tensor(0.7).double().log())
+    log_m = torch.logaddexp(
+        log_t + torch.tensor(0.3).double().log(), log_s + torch.tensor(0.7).double().log()
+    )
 
     def kl(log_p, log_q):
         return kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1) * temperature**2

@@ -32,8 +32,12 @@ Step = Callable[[], Any]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure, default cpu")
-    parser.add_argument("--shapes", nargs="+", metavar="NxV", help=f"rows x vocabulary, default {' '.join(SHAPES)}")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where to measure, default cpu"
+    )
+    parser.add_argument(
+        "--shapes", nargs="+", metavar="NxV", help=f"rows x vocabulary, default {' '.join(SHAPES)}"
+    )
     parser.add_argument("--quick", action="store_true", help="small shapes, few rounds")
     parser.add_argument("--rounds", type=int, help="rounds of each shape, default 9 (3 with --quick)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
@@ -57,7 +61,9 @@ def main(args: argparse.Namespace) -> int:
         return 2
     rounds = args.rounds or (3 if args.quick else 9)
     backend, why = explain(device)
-    print(f"backend {backend} ({why}); torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads")
+    print(
+        f"backend {backend} ({why}); torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads"
+    )
     results = []
     for shape in args.shapes or (QUICK if args.quick else SHAPES):
         rows, width = (int(part) for part in shape.lower().split("x"))
@@ -67,7 +73,9 @@ def main(args: argparse.Namespace) -> int:
         results.append(_linear(*(QUICK_LINEAR if args.quick else LINEAR), device, max(2, rounds // 3)))
         _print(results[-1])
     if args.json:
-        args.json.write_text(json.dumps({"backend": backend, "torch": torch.__version__, "results": results}, indent=1))
+        args.json.write_text(
+            json.dumps({"backend": backend, "torch": torch.__version__, "results": results}, indent=1)
+        )
     if args.plot:
         _plot(results, args.plot)
     return 0
@@ -99,9 +107,7 @@ def _in_place(logits: Tensor, target: Any) -> Step:
 
 def _dense(rows: int, width: int, device: torch.device, rounds: int, *, compiled: bool) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
-    student, teacher = (
-        (3 * torch.randn(rows, width, generator=generator)).to(device) for _ in range(2)
-    )
+    student, teacher = ((3 * torch.randn(rows, width, generator=generator)).to(device) for _ in range(2))
     scratch, other = student.clone(), torch.empty_like(student)
     half, half_teacher = student.bfloat16(), teacher.bfloat16()
     k = min(64, width)
@@ -233,7 +239,9 @@ def _ratio(result: dict[str, Any], numerator: str, denominator: str) -> float | 
 
 
 def _print(result: dict[str, Any]) -> None:
-    print(f"\n{result['shape']:<24}{'ms':>10}{'eager / it':>12}{'compile / it':>14}{'it / floor':>12}{'peak MiB':>10}")
+    print(
+        f"\n{result['shape']:<24}{'ms':>10}{'eager / it':>12}{'compile / it':>14}{'it / floor':>12}{'peak MiB':>10}"
+    )
     for key, times in result["ms"].items():
         against = "eager bf16" if key == "fused bf16" else "eager"
         cells = (
@@ -242,9 +250,12 @@ def _print(result: dict[str, Any]) -> None:
             None if "bf16" in key else _ratio(result, key, "floor"),
         )
         shown = "".join(
-            f"{'' if cell is None else f'{cell:.2f}':>{size}}" for cell, size in zip(cells, (12, 14, 12), strict=True)
+            f"{'' if cell is None else f'{cell:.2f}':>{size}}"
+            for cell, size in zip(cells, (12, 14, 12), strict=True)
         )
-        print(f"  {key:<22}{statistics.median(times):>10.3f}{shown}{result['peak_mib'][key]:>10.1f}", flush=True)
+        print(
+            f"  {key:<22}{statistics.median(times):>10.3f}{shown}{result['peak_mib'][key]:>10.1f}", flush=True
+        )
 
 
 def _plot(results: Sequence[dict[str, Any]], path: Path) -> None:

@@ -23,11 +23,17 @@ def choose(student: Tensor, backend: str | None) -> str:
         return backend
     wanted = "cpu" if backend == "numba" else "cuda"
     if device != wanted:
-        raise fail(f"backend={backend!r}", f"logits on {device}", f"logits on {wanted}", "leave backend at None")
+        raise fail(
+            f"backend={backend!r}", f"logits on {device}", f"logits on {wanted}", "leave backend at None"
+        )
     if dtype == torch.float64:
-        raise fail(f"backend={backend!r}", "float64 logits", "float32, bfloat16 or float16", "backend='torch'")
+        raise fail(
+            f"backend={backend!r}", "float64 logits", "float32, bfloat16 or float16", "backend='torch'"
+        )
     if backend == "cuda" and not cuda_available()[0]:
-        raise fail("backend='cuda'", cuda_available()[1], "a CUDA driver and the extra 'cuda'", "backend='torch'")
+        raise fail(
+            "backend='cuda'", cuda_available()[1], "a CUDA driver and the extra 'cuda'", "backend='torch'"
+        )
     return backend
 
 
@@ -55,7 +61,10 @@ def explain(device: str | torch.device) -> tuple[str, str]:
     """The backend in use for logits on ``device`` in float32 and 16-bit types, and why it is that one."""
     kind = torch.device(device).type
     if kind == "cpu":
-        return "numba", f"CPU tensors: the Numba kernel, {torch.get_num_threads()} threads; float64 takes torch"
+        return (
+            "numba",
+            f"CPU tensors: the Numba kernel, {torch.get_num_threads()} threads; float64 takes torch",
+        )
     if kind == "cuda":
         available, why = cuda_available()
         return ("cuda", f"CUDA tensors: {why}") if available else ("torch", f"no CUDA kernel: {why}")

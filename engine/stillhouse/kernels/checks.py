@@ -25,9 +25,16 @@ def check_settings(temperature: float, divergence: str, beta: float, reduction: 
     if isinstance(temperature, Tensor) or not 0 < temperature < math.inf:
         raise fail("temperature", temperature, "a finite number above 0", "pass a float such as 1.0")
     if divergence not in DIVERGENCES:
-        raise fail("divergence", repr(divergence), f"one of {', '.join(DIVERGENCES)}", "pick one of these names")
+        raise fail(
+            "divergence", repr(divergence), f"one of {', '.join(DIVERGENCES)}", "pick one of these names"
+        )
     if divergence == "jsd" and not 0 < beta < 1:
-        raise fail("beta", beta, "a number strictly between 0 and 1", "the ends are divergence='forward' or 'reverse'")
+        raise fail(
+            "beta",
+            beta,
+            "a number strictly between 0 and 1",
+            "the ends are divergence='forward' or 'reverse'",
+        )
     if reduction not in REDUCTIONS:
         raise fail("reduction", repr(reduction), f"one of {', '.join(REDUCTIONS)}", "pick one of these names")
     if count is not None:
@@ -36,12 +43,18 @@ def check_settings(temperature: float, divergence: str, beta: float, reduction: 
 
 def _check_count(count: object, reduction: str) -> None:
     if reduction != "mean":
-        raise fail("count", f"a count with reduction={reduction!r}", "reduction='mean'", "drop count, or average")
+        raise fail(
+            "count", f"a count with reduction={reduction!r}", "reduction='mean'", "drop count, or average"
+        )
     if isinstance(count, Tensor):
         if count.dim() != 0:
-            raise fail("count", f"shape {tuple(count.shape)}", "a number or a 0-d tensor", "sum it over the step")
+            raise fail(
+                "count", f"shape {tuple(count.shape)}", "a number or a 0-d tensor", "sum it over the step"
+            )
     elif not isinstance(count, (int, float)) or not 0 <= count < math.inf:
-        raise fail("count", count, "a finite number of valid rows, 0 or more", "count the rows of the whole step")
+        raise fail(
+            "count", count, "a finite number of valid rows, 0 or more", "count the rows of the whole step"
+        )
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
@@ -49,13 +62,19 @@ def check_floating(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise fail(name, type(tensor).__name__, "a torch.Tensor", "convert it with torch.as_tensor")
     if tensor.dtype not in FLOATS:
-        raise fail(f"{name} dtype", tensor.dtype, "float32, bfloat16, float16 or float64", "call .float() on it")
+        raise fail(
+            f"{name} dtype", tensor.dtype, "float32, bfloat16, float16 or float64", "call .float() on it"
+        )
 
 
-def check_target(student: Tensor, target: Target, mask: Tensor | None, temperature: float, divergence: str) -> None:
+def check_target(
+    student: Tensor, target: Target, mask: Tensor | None, temperature: float, divergence: str
+) -> None:
     """Refuse a target or a mask that does not belong to these student logits (..., V)."""
     if student.dim() < 1 or student.shape[-1] < 1:
-        raise fail("student_logits shape", tuple(student.shape), "(..., V) with V >= 1", "keep the vocabulary last")
+        raise fail(
+            "student_logits shape", tuple(student.shape), "(..., V) with V >= 1", "keep the vocabulary last"
+        )
     if isinstance(target, TopK):
         _check_top_k(student, target, temperature)
     elif isinstance(target, Sampled):
@@ -74,7 +93,9 @@ def check_mask(student: Tensor, mask: Tensor) -> None:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise fail("mask dtype", got, "torch.bool (True: the row counts)", "call .bool() on it")
     if tuple(mask.shape) != rows:
-        raise fail("mask shape", tuple(mask.shape), f"{rows}, the student's without the last", "one entry for a row")
+        raise fail(
+            "mask shape", tuple(mask.shape), f"{rows}, the student's without the last", "one entry for a row"
+        )
     _same_device("mask", student, mask)
 
 
@@ -93,7 +114,12 @@ def _check_top_k(student: Tensor, target: TopK, temperature: float) -> None:
     if target.rest not in ("ghost", "renormalise"):
         raise fail("TopK.rest", repr(target.rest), "'ghost' or 'renormalise'", "pick one of these names")
     if not 0 < target.temperature < math.inf:
-        raise fail("TopK.temperature", target.temperature, "a finite number above 0", "1.0 for plain log-probabilities")
+        raise fail(
+            "TopK.temperature",
+            target.temperature,
+            "a finite number above 0",
+            "1.0 for plain log-probabilities",
+        )
     if target.rest == "ghost" and target.temperature != temperature:
         raise fail(
             "TopK.temperature",
@@ -103,12 +129,16 @@ def _check_top_k(student: Tensor, target: TopK, temperature: float) -> None:
         )
     _check_pair(student, target.indices, target.log_probs, "TopK", "log_probs")
     if target.indices.shape[-1] > student.shape[-1]:
-        raise fail("TopK k", target.indices.shape[-1], f"at most V = {student.shape[-1]}", "store fewer entries")
+        raise fail(
+            "TopK k", target.indices.shape[-1], f"at most V = {student.shape[-1]}", "store fewer entries"
+        )
 
 
 def _check_sampled(student: Tensor, target: Sampled, temperature: float, divergence: str) -> None:
     if divergence != "forward":
-        raise fail("divergence", f"{divergence!r} with Sampled", "'forward'", "use TopK or dense logits as target")
+        raise fail(
+            "divergence", f"{divergence!r} with Sampled", "'forward'", "use TopK or dense logits as target"
+        )
     if target.temperature != temperature:
         raise fail(
             "Sampled.temperature",
@@ -126,7 +156,9 @@ def _check_pair(student: Tensor, indices: Tensor, values: Tensor, kind: str, nam
         raise fail(f"{kind}.indices dtype", dtype, "torch.int64", "call .long() on it")
     if indices.shape != values.shape:
         got = f"{tuple(indices.shape)} and {tuple(values.shape)}"
-        raise fail(f"{kind} shapes", got, f"indices and {name} of the same shape", "gather both with the same index")
+        raise fail(
+            f"{kind} shapes", got, f"indices and {name} of the same shape", "gather both with the same index"
+        )
     _same_rows(f"{kind}.indices", student, indices)
     _same_device(f"{kind}.{name}", student, values)
 
@@ -144,7 +176,12 @@ def _same_rows(name: str, student: Tensor, other: Tensor) -> None:
 
 def _same_device(name: str, student: Tensor, other: Tensor) -> None:
     if other.device != student.device:
-        raise fail(f"{name} device", other.device, f"{student.device}, the student's", f"call .to({str(student.device)!r})")
+        raise fail(
+            f"{name} device",
+            other.device,
+            f"{student.device}, the student's",
+            f"call .to({str(student.device)!r})",
+        )
 
 
 def check_values(target: Target, width: int, mask: Tensor | None) -> None:
@@ -160,7 +197,12 @@ def check_values(target: Target, width: int, mask: Tensor | None) -> None:
     low, high = indices.min().item(), indices.max().item()
     if low < 0 or high >= width:
         got = low if low < 0 else high
-        raise fail(f"{kind}.indices", got, f"0 to {width - 1}, the student's entries", "drop or remap foreign entries")
+        raise fail(
+            f"{kind}.indices",
+            got,
+            f"0 to {width - 1}, the student's entries",
+            "drop or remap foreign entries",
+        )
     if isinstance(target, TopK):
         _check_log_probs(indices, values)
     else:
@@ -170,11 +212,18 @@ def check_values(target: Target, width: int, mask: Tensor | None) -> None:
 def _check_log_probs(indices: Tensor, log_probs: Tensor) -> None:
     ordered = indices.sort(-1).values
     if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
-        raise fail("TopK.indices", "a repeated index in a row", "k distinct entries", "Sampled is what may repeat")
+        raise fail(
+            "TopK.indices", "a repeated index in a row", "k distinct entries", "Sampled is what may repeat"
+        )
     sums = log_probs.exp().sum(-1)
     if not bool((sums <= 1 + SUM_TOLERANCE).all()) or not bool((sums > 0).all()):
         worst = sums[~((sums <= 1 + SUM_TOLERANCE) & (sums > 0))][0].item()
-        raise fail("TopK.log_probs", f"a row whose exp sums to {worst:.6g}", "above 0 and at most 1", "pass log_softmax")
+        raise fail(
+            "TopK.log_probs",
+            f"a row whose exp sums to {worst:.6g}",
+            "above 0 and at most 1",
+            "pass log_softmax",
+        )
 
 
 def _check_weights(weights: Tensor) -> None:
@@ -183,4 +232,6 @@ def _check_weights(weights: Tensor) -> None:
     sums = weights.sum(-1)
     if not bool(((sums - 1).abs() <= SUM_TOLERANCE).all()):
         worst = sums[((sums - 1).abs() > SUM_TOLERANCE)][0].item()
-        raise fail("Sampled.weights", f"a row that sums to {worst:.6g}", "1 in each row", "divide by the row's sum")
+        raise fail(
+            "Sampled.weights", f"a row that sums to {worst:.6g}", "1 in each row", "divide by the row's sum"
+        )

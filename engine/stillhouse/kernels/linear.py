@@ -98,7 +98,9 @@ def linear_softmax_kl(
     if isinstance(target, TeacherHead):
         _check_layer("teacher ", target.hidden, target.weight, target.bias)
         if target.hidden.shape[:-1] != rows:
-            raise fail("teacher hidden shape", tuple(target.hidden.shape), f"{tuple(rows)} + (H',)", "align the rows")
+            raise fail(
+                "teacher hidden shape", tuple(target.hidden.shape), f"{tuple(rows)} + (H',)", "align the rows"
+            )
         if mask is not None:
             check_mask(logits, mask)
         flat: Target | TeacherHead = TeacherHead(
@@ -138,14 +140,22 @@ def _check_layer(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None)
     check_floating(f"{side}weight", weight)
     if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         got = f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}"
-        raise fail(f"{side}layer shapes", got, "(..., H) and (V, H)", "pass weight as torch.nn.Linear holds it")
+        raise fail(
+            f"{side}layer shapes", got, "(..., H) and (V, H)", "pass weight as torch.nn.Linear holds it"
+        )
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.device != hidden.device:
-            raise fail(f"{side}{name} device", tensor.device, f"{hidden.device}, that of hidden", "move it there")
+            raise fail(
+                f"{side}{name} device", tensor.device, f"{hidden.device}, that of hidden", "move it there"
+            )
         if tensor is not None and tensor.dtype != hidden.dtype:
-            raise fail(f"{side}{name} dtype", tensor.dtype, f"{hidden.dtype}, that of hidden", "cast one of them")
+            raise fail(
+                f"{side}{name} dtype", tensor.dtype, f"{hidden.dtype}, that of hidden", "cast one of them"
+            )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise fail(f"{side}bias shape", tuple(bias.shape), f"({weight.shape[0]},)", "pass the layer's own bias")
+        raise fail(
+            f"{side}bias shape", tuple(bias.shape), f"({weight.shape[0]},)", "pass the layer's own bias"
+        )
 
 
 class _LinearSoftmaxKL(torch.autograd.Function):
@@ -176,7 +186,12 @@ class _LinearSoftmaxKL(torch.autograd.Function):
                     None if g is None else ops.scaled_in_place(g, upstream) for g in ctx.saved_tensors
                 )
         if torch.is_grad_enabled():
-            return (*(None if g is None else ops.no_second_derivative(g) for g in gradients), None, None, None)
+            return (
+                *(None if g is None else ops.no_second_derivative(g) for g in gradients),
+                None,
+                None,
+                None,
+            )
         return (*gradients, None, None, None)
 
 
@@ -227,7 +242,9 @@ def _at(target: Target | TeacherHead, chunk: slice) -> Target:
     if isinstance(target, TeacherHead):
         return torch.nn.functional.linear(target.hidden[chunk], target.weight, target.bias)
     if isinstance(target, TopK):
-        return TopK(target.indices[chunk], target.log_probs[chunk], target.rest, target.temperature, target.trusted)
+        return TopK(
+            target.indices[chunk], target.log_probs[chunk], target.rest, target.temperature, target.trusted
+        )
     if isinstance(target, Sampled):
         return Sampled(target.indices[chunk], target.weights[chunk], target.temperature, target.trusted)
     return target[chunk]

@@ -77,7 +77,8 @@ def softmax_kl(
     if not torch.compiler.is_compiling():
         check_values(flat, student.shape[-1], flat_mask)
     if isinstance(flat, TopK) and flat.rest == "renormalise" and divergence == "reverse":
-        student, flat = _restricted(student, flat, flat_mask, temperature)  # entries the teacher lacks are dropped
+        # entries that the teacher lacks are dropped
+        student, flat = _restricted(student, flat, flat_mask, temperature)
     per_row = reduction == "none"
     if chosen == "torch":
         rows = reference.softmax_kl_rows(student, flat, temperature, divergence, beta, flat_mask)
@@ -94,7 +95,9 @@ def softmax_kl(
     return loss.reshape(student_logits.shape[:-1]) if per_row and student_logits.dim() != 2 else loss
 
 
-def _restricted(student: Tensor, target: TopK, mask: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+def _restricted(
+    student: Tensor, target: TopK, mask: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
     indices = target.indices if mask is None else torch.where(mask[:, None], target.indices, 0)
     return student.gather(-1, indices), reference.top_k_at(target, temperature) * temperature
 
@@ -107,10 +110,16 @@ def flatten(student: Tensor, target: Target, mask: Tensor | None) -> tuple[Tenso
 
     if isinstance(target, TopK):
         target = TopK(
-            rows(target.indices), rows(target.log_probs.detach()), target.rest, target.temperature, target.trusted
+            rows(target.indices),
+            rows(target.log_probs.detach()),
+            target.rest,
+            target.temperature,
+            target.trusted,
         )
     elif isinstance(target, Sampled):
-        target = Sampled(rows(target.indices), rows(target.weights.detach()), target.temperature, target.trusted)
+        target = Sampled(
+            rows(target.indices), rows(target.weights.detach()), target.temperature, target.trusted
+        )
     else:
         target = rows(target.detach())
     return rows(student), target, None if mask is None else mask.reshape(-1)

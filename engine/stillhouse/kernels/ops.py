@@ -46,7 +46,9 @@ def arguments(
     )  # fmt: skip
 
 
-def _target(dense: Tensor | None, indices: Tensor | None, values: Tensor | None, kind: str, held_at: float) -> Target:
+def _target(
+    dense: Tensor | None, indices: Tensor | None, values: Tensor | None, kind: str, held_at: float
+) -> Target:
     if dense is not None:
         return dense
     assert indices is not None
@@ -149,7 +151,8 @@ class _SoftmaxKL(torch.autograd.Function):
         if inplace:
             gradient = student.detach()
             loss: Tensor = torch.ops.stillhouse.softmax_kl_.default(gradient, *arguments)
-            torch.autograd.graph.increment_version(student)  # who saved these logits is told that they are gone
+            # who saved these logits is told that they are gone
+            torch.autograd.graph.increment_version(student)
         else:
             loss, gradient = torch.ops.stillhouse.softmax_kl.default(student, *arguments, True)
         count, divisor, per_row = arguments[6], arguments[7], arguments[-1]
@@ -163,7 +166,9 @@ class _SoftmaxKL(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
         if ctx.divisor is not None:
-            upstream = upstream / ctx.divisor if isinstance(ctx.divisor, Tensor) or ctx.divisor else upstream * 0
+            upstream = (
+                upstream / ctx.divisor if isinstance(ctx.divisor, Tensor) or ctx.divisor else upstream * 0
+            )
         if torch.compiler.is_compiling():
             return _scaled(gradient, upstream), None, None
         gradient = scaled_in_place(gradient, upstream)

@@ -23,7 +23,12 @@ NEG_INF = float("-inf")
 
 
 def softmax_kl_rows(
-    student: Tensor, target: Target, temperature: float, divergence: str, beta: float, mask: Tensor | None = None
+    student: Tensor,
+    target: Target,
+    temperature: float,
+    divergence: str,
+    beta: float,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Loss of each row, (N,): T^2 times the divergence; exactly 0, with gradient 0, where ``mask`` (N,) is False."""
     if mask is not None:  # replaced before any arithmetic, so that inf and NaN in masked rows reach nothing
@@ -95,7 +100,9 @@ def _aligned(student: Tensor, teacher: Tensor, temperature: float, divergence: s
     )
 
 
-def _top_k_outcomes(student: Tensor, target: TopK, temperature: float, divergence: str) -> tuple[Tensor, Tensor]:
+def _top_k_outcomes(
+    student: Tensor, target: TopK, temperature: float, divergence: str
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities over the k entries and, as one more outcome, everything else: (N, k + 1) each."""
     log_t = top_k_at(target, temperature)
     if target.rest == "renormalise" and divergence == "reverse":
@@ -129,7 +136,9 @@ def _mask_target(target: Target, mask: Tensor) -> Target:
         k = target.indices.shape[-1]
         first = torch.arange(k, device=mask.device)
         indices = torch.where(keep, target.indices, first)
-        return TopK(indices, torch.where(keep, target.log_probs, -math.log(k)), target.rest, target.temperature)
+        return TopK(
+            indices, torch.where(keep, target.log_probs, -math.log(k)), target.rest, target.temperature
+        )
     if isinstance(target, Sampled):
         return Sampled(torch.where(keep, target.indices, 0), torch.where(keep, target.weights, 0))
     return torch.where(keep, target, 0)

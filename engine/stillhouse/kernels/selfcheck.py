@@ -40,7 +40,9 @@ def _target(kind: str, teacher: Tensor) -> Target:
 
 def _to(target: Target, device: torch.device) -> Target:
     if isinstance(target, TopK):
-        return TopK(target.indices.to(device), target.log_probs.to(device), target.rest, target.temperature, True)
+        return TopK(
+            target.indices.to(device), target.log_probs.to(device), target.rest, target.temperature, True
+        )
     if isinstance(target, Sampled):
         return Sampled(target.indices.to(device), target.weights.to(device), target.temperature, True)
     return target.to(device)
