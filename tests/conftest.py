@@ -17,6 +17,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["STILLHOUSE_CACHE"] = tempfile.mkdtemp(prefix="stillhouse-test-cache-")
 os.environ.pop("STILLHOUSE_PLUGINS", None)
 os.environ["MPLBACKEND"] = "agg"
+# Helpers that tests of one folder lend to another's.
+sys.path.insert(0, str(Path(__file__).parent / "engine"))
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

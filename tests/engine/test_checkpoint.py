@@ -92,7 +92,9 @@ def test_a_disk_that_is_really_full(tmp_path):
         pytest.skip("mounting is not allowed here")
     try:
         good = checkpoint.write(disk, 1, CONTENT)
-        with pytest.raises(CheckpointError, match="No space left on device.*the one of step 1 is still good"):
+        with pytest.raises(
+            CheckpointError, match=r"No space left on device.*the one of step 1 is still good"
+        ):
             checkpoint.write(disk, 2, {**CONTENT, "big": torch.zeros(50_000)})
         assert [path.name for path in disk.iterdir()] == [good.name]
         assert torch.equal(checkpoint.read(good)["x"], torch.arange(3))

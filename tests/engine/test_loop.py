@@ -238,7 +238,9 @@ class TestAuxiliary:
 
         @hookimpl
         def auxiliary_modules(self, run):
-            return {"map": Auxiliary(nn.Linear(8, 16), {"lr": 0.5, "weight_decay": 0.0})}
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                return {"map": Auxiliary(nn.Linear(8, 16), {"lr": 0.5, "weight_decay": 0.0})}
 
         @hookimpl
         def loss_terms(self, student_out, teacher_out, step):

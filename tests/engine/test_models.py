@@ -30,9 +30,14 @@ def test_versions_grow_with_every_write():
 def test_evaluating_puts_every_modules_own_mode_back_also_after_an_error():
     net = toys.net(dropout=0.5)
     net[2].eval()
-    with pytest.raises(RuntimeError), evaluating(net):
-        assert not net.training
-        raise RuntimeError
+
+    def fails():
+        with evaluating(net):
+            assert not net.training
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fails()
     assert (net.training, net[0].training, net[2].training) == (True, True, False)
 
 
