@@ -15,7 +15,9 @@ x = torch.randn(2048, 20)
 y = teacher(x).argmax(-1)
 loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=64, shuffle=True)
 
-step = DistillStep({"name": "kd", "temperature": 2.0}, student=student, teacher=teacher, probe=next(iter(loader)))
+step = DistillStep(
+    {"name": "kd", "temperature": 2.0}, student=student, teacher=teacher, probe=next(iter(loader))
+)
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
 for epoch in range(3):
     for batch in loader:

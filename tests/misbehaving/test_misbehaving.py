@@ -154,11 +154,9 @@ def test_a_name_that_another_has_is_refused_naming_both_distributions(acme, cli,
 def test_a_capability_that_is_not_needed_is_told_by_the_checks(acme):
     acme("needs_less_than_it_says")
     kind = loaded(catalog.find("method", "mine"))
-    (told,) = [
-        outcome
-        for outcome in outcomes(checks_for(subject_of(kind)))
-        if outcome.check.name == "declared_capabilities_are_needed"
-    ]
+    (told,) = outcomes(
+        [check for check in checks_for(subject_of(kind)) if check.name == "declared_capabilities_are_needed"]
+    )
     assert told.status == "failed"
     assert re.search(rf"{WHO}: requires 'unlabelled' and runs the same without", told.message)
 

@@ -48,8 +48,14 @@ def test_row_2_every_path_trains_the_objective_of_the_reference(divergence, temp
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_row_3_the_gradient_keeps_its_scale_at_any_temperature(backend, divergence):
-    student, teacher = logits(64, 10, 1, 0.1), logits(64, 10, 2, 0.1)  # small logits: softmax is linear in them
-    norms = [loss_and_gradient(student, teacher, temperature=t, divergence=divergence, backend=backend)[1].norm() for t in (1.0, 8.0)]
+    student, teacher = (
+        logits(64, 10, 1, 0.1),
+        logits(64, 10, 2, 0.1),
+    )  # small logits: softmax is linear in them
+    norms = [
+        loss_and_gradient(student, teacher, temperature=t, divergence=divergence, backend=backend)[1].norm()
+        for t in (1.0, 8.0)
+    ]
     assert 0.9 < norms[1] / norms[0] < 1.1
 
 
@@ -75,7 +81,9 @@ def test_row_4_masked_rows_reach_nothing_whatever_they_hold(kind, backend, diver
             spoilt[~mask] = poison
         if kind == "linear":
             leaf = dirty.clone().requires_grad_()
-            loss = linear_softmax_kl(torch.where(mask[:, None], leaf, leaf.detach()), torch.eye(20), spoilt, mask=mask, **kept)
+            loss = linear_softmax_kl(
+                torch.where(mask[:, None], leaf, leaf.detach()), torch.eye(20), spoilt, mask=mask, **kept
+            )
         else:
             leaf = dirty.clone().requires_grad_()
             loss = softmax_kl(leaf, spoilt, mask=mask, **kept)
@@ -103,7 +111,12 @@ def test_row_5_extreme_logits_give_finite_numbers(temperature, backend, divergen
     other = one_hot.roll(1, 1)
     banned = logits(1, 50, 1)
     banned[0, 10:] = -torch.inf
-    cases = [(one_hot, one_hot), (one_hot, other), (banned, banned), (logits(1, 50, 2) * 1e3, logits(1, 50, 3) * 1e3)]
+    cases = [
+        (one_hot, one_hot),
+        (one_hot, other),
+        (banned, banned),
+        (logits(1, 50, 2) * 1e3, logits(1, 50, 3) * 1e3),
+    ]
     for student, teacher in cases:
         loss, gradient = loss_and_gradient(
             student, teacher, temperature=temperature, divergence=divergence, backend=backend
@@ -154,16 +167,28 @@ def test_row_7_a_padded_vocabulary(student_width, teacher_width, divergence, bac
     t = teacher if divergence != "forward" else teacher[:, :shared]
 
     def padded(x):
-        return torch.nn.functional.pad(x.double().log_softmax(-1), (0, 152_064 - x.shape[1]), value=-torch.inf)
+        return torch.nn.functional.pad(
+            x.double().log_softmax(-1), (0, 152_064 - x.shape[1]), value=-torch.inf
+        )
 
     log_s, log_t = padded(s), padded(t)
     log_m = ((log_s.exp() + log_t.exp()) / 2).log()
 
     def kl(log_p, log_q):
         some = log_p.exp() > 0
-        return kl_div(torch.where(some, log_q, 0), torch.where(some, log_p, 0), log_target=True, reduction="none").where(some, 0).sum(-1)
+        return (
+            kl_div(
+                torch.where(some, log_q, 0), torch.where(some, log_p, 0), log_target=True, reduction="none"
+            )
+            .where(some, 0)
+            .sum(-1)
+        )
 
-    rows = {"forward": kl(log_t, log_s), "reverse": kl(log_s, log_t), "jsd": (kl(log_t, log_m) + kl(log_s, log_m)) / 2}
+    rows = {
+        "forward": kl(log_t, log_s),
+        "reverse": kl(log_s, log_t),
+        "jsd": (kl(log_t, log_m) + kl(log_s, log_m)) / 2,
+    }
     assert torch.allclose(loss.double(), rows[divergence].mean(), rtol=1e-5)
     assert gradient.shape == student.shape
     extra = gradient[:, shared:]
