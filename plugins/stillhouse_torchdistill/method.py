@@ -94,7 +94,7 @@ class Torchdistill(Method):
         self, student_out: StudentOut, teacher_out: TeacherOut, targets: Targets, batch: Batch, step: StepInfo
     ) -> dict[str, LossTerm]:
         values = self._call(self._loss, student_out, teacher_out, targets, batch)
-        terms = {"loss": LossTerm(values * step.share, self.config.weight)}
+        terms = {"loss": LossTerm(values.reshape(()) * step.share, self.config.weight)}
         if self.config.ce_weight and targets.labels is not None:
             ce = cross_entropy(student_out.logits, targets.labels, step, batch.mask)
             terms["ce"] = LossTerm(ce, self.config.ce_weight)
@@ -117,7 +117,7 @@ class Torchdistill(Method):
                 head = self.config.heads[path]
                 return self._heads[path](look(head.role, head.path, head.side))
             if path == IDS:
-                return {"pos_idx": _needed(batch.ids, role, path, side)[rows]}
+                return self._samples(_needed(batch.ids, role, path, side)[rows])
             if path == ROOT and side == "input":
                 value = batch.inputs if role == "student" else batch.for_teacher
             else:
@@ -132,6 +132,13 @@ class Torchdistill(Method):
         if hasattr(loss, "term_dict"):
             return loss({"student": views[0], "teacher": views[1]}, {}, labels)  # type: ignore[no-any-return]
         return loss(*views, labels)  # type: ignore[no-any-return]
+
+    def _samples(self, ids: Tensor) -> dict[str, Tensor]:
+        """Row numbers, and others drawn beside them: CRDLoss can't draw its own (1.1.5 looks for a missing field)."""
+        arguments = self.config.arguments
+        negatives = int(arguments.get("num_negative_samples", 1))
+        others = torch.randint(int(arguments.get("output_size", 1)), (len(ids), negatives), device=ids.device)
+        return {"pos_idx": ids, "contrast_idx": torch.cat([ids[:, None], others], dim=1)}
 
     def _rehearse(self, run: RunContext) -> None:
         """Call a copy of the loss on the probe until it finds all it looks for; ConfigError where it can't."""
