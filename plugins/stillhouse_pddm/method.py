@@ -21,6 +21,7 @@ from stillhouse.api import (
     Auxiliary,
     Batch,
     ConfigError,
+    Conformance,
     LossTerm,
     Method,
     MethodConfig,
@@ -98,6 +99,9 @@ class PDDM(Method):
     Config = PDDMConfig
     requires = frozenset({"logits"})
     regression = True
+    conformance = Conformance(
+        settings={"points": 2, "pdnet_steps": 2}
+    )  # the checks stop and resume at each update
     config: PDDMConfig
 
     def __init__(self, config: PDDMConfig | None = None) -> None:

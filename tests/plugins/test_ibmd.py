@@ -162,8 +162,9 @@ def test_without_noise_and_without_beta_it_is_feature_distillation():
     torch.testing.assert_close(terms["match"].value, hint)
     torch.testing.assert_close(gradient, torch.autograd.grad(hint, student)[0])
     assert all(terms[f"rate_{side}"].weight == 0 for side in ("teacher", "student"))
-    again = terms_of(config, student, teacher)[1]
-    assert torch.equal(again["distortion_student"].value, terms["distortion_student"].value), "no noise"
+    assert terms["match"].weight == 1.0
+    code = method.encode_student(student)
+    assert torch.equal(method.encode_student.code(code), code.mean), "no noise"
 
 
 def test_rate_and_distortion_are_logged_in_nats_whatever_the_temperature():
@@ -203,6 +204,9 @@ def test_the_student_is_optimised_through_the_frozen_encoder_too():
     for made in (through, alone):
         made.run()
     assert not toys.same_bits(through.model, alone.model)
+    tied = loop({**QUICK, "gamma": 1.0})
+    tied.run()
+    assert not toys.same_bits(tied.model, through.model), "gamma ties the student's code to the teacher's"
 
 
 @pytest.mark.parametrize("at", [2, 4, 5, 9], ids=["in bottleneck", "between", "first of target", "in target"])
