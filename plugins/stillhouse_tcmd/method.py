@@ -98,8 +98,7 @@ class TCMD(Method):
     api_version = 1
     Config = TCMDConfig
     requires = frozenset({"logits"})
-    # A check's run has six updates: each specialist gets some.
-    conformance = Conformance(settings={"shares": [4.0, 1.0, 1.0]})
+    conformance = Conformance(settings={"tasks": [[0, 1], [2, 3, 4]], "shares": [2.0, 1.0, 1.0]})
     config: TCMDConfig
 
     # Set-up.

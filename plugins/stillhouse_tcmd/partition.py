@@ -55,7 +55,8 @@ def confusion(probabilities: Tensor, labels: Tensor | None) -> Tensor:
 def cluster(confused: Tensor, count: int) -> Tasks:
     """At most ``count`` tasks, classes that are confused ``(C, C)`` with each other together.
 
-    Average linkage over the distance ``1 - (m_ij + m_ji) / max``, with SciPy.
+    Complete linkage over the distance ``1 - (m_ij + m_ji) / max``, with SciPy. A class that would stand alone, with
+    nothing for a specialist to tell apart, joins the task it is confused with most.
     """
     if not 1 <= count <= len(confused):
         raise ConfigError(
@@ -71,12 +72,18 @@ def cluster(confused: Tensor, count: int) -> Tasks:
     distance = 1 - alike / alike.max().clamp(min=1e-12)
     distance.fill_diagonal_(0)
     groups = fcluster(
-        linkage(squareform(distance.double().numpy(), checks=False), "average"), count, "maxclust"
+        linkage(squareform(distance.double().numpy(), checks=False), "complete"), count, "maxclust"
     )
     found: dict[int, list[int]] = {}
     for label, group in enumerate(groups):
         found.setdefault(int(group), []).append(label)
-    return sorted(found.values())
+    tasks = sorted(found.values(), key=len, reverse=True)
+    while len(tasks) > 1 and len(tasks[-1]) == 1:
+        (alone,) = tasks.pop()
+        nearest = max(tasks, key=lambda own: float(alike[alone, own].mean()))
+        nearest.append(alone)
+        tasks.sort(key=len, reverse=True)
+    return sorted(sorted(own) for own in tasks)
 
 
 def sampled(ids: Tensor, tasks: int, temperature: float) -> Tensor:

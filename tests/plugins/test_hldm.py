@@ -13,7 +13,6 @@ from toys import loop, net, rows, same_bits, splits, weights
 
 from stillhouse.api import ConfigError, Diverged, LossTerm, Method, Splits, StepInfo, TensorSplit, hookimpl
 from stillhouse.dispatch import PluginError
-from stillhouse_baselines.fitnets import FitNets, Regressor
 from stillhouse_hldm import HLDM, HLDMConfig, method, weighting
 
 WEIGHTINGS = {
@@ -388,38 +387,6 @@ def test_two_methods_with_stages_are_still_refused():
 def test_more_terms_than_slots_are_refused():
     with pytest.raises(ConfigError, match="more than 32 loss terms"):
         weighting.Weighting().slots([f"t{number}" for number in range(33)])
-
-
-# FitNets.
-
-
-def test_the_hint_is_the_mean_squared_error():
-    made = loop(["kd", FitNets()])
-    batch = made.splits.train.batch(torch.arange(8))
-    _, terms = made.step(made.step.run.student, batch)
-    layers = made.step.plugins.plugins[1].method.layers
-    student, teacher = made.step.run.student, made.step.teacher
-    features = [
-        model[: int(layers[role]) + 1](batch.inputs)
-        for model, role in ((student, "student"), (teacher, "teacher"))
-    ]
-    regressor = made.step.run.models["fitnets.regressor"]
-    expected = nn.functional.mse_loss(regressor.map(features[0]), features[1])
-    assert terms["fitnets.hint"].item() == pytest.approx(expected.item(), rel=1e-5)
-
-
-def test_features_with_places_meet_at_the_smaller_number_of_them():
-    regressor = Regressor(torch.zeros(2, 3, 10), torch.zeros(2, 5, 4))
-    a, b = regressor(torch.randn(2, 3, 10), torch.randn(2, 5, 4))
-    assert a.shape == b.shape == (2, 5, 4)
-    flat = Regressor(torch.zeros(2, 7), torch.zeros(2, 5, 4))
-    a, b = flat(torch.randn(2, 7), torch.randn(2, 5, 4))
-    assert a.shape == b.shape == (2, 20)
-
-
-def test_a_module_that_is_not_there_is_refused_with_the_nearest():
-    with pytest.raises(ConfigError, match=r"teacher.head: no such module"):
-        loop(["kd", {"name": "fitnets", "teacher_layer": "head"}])
 
 
 # Real processes.

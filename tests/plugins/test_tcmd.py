@@ -11,9 +11,6 @@ from torch import nn
 from toys import CLASSES, loop, net, rows, same_bits, splits, weights
 
 from stillhouse.api import ConfigError, DataError, Splits, StepInfo, TensorSplit
-from stillhouse.kernels import softmax_kl
-from stillhouse_tasks import multitask
-from stillhouse_tasks.mnist1d import make as plain_mnist1d
 from stillhouse_tasks.multihead import MultiHead
 from stillhouse_tcmd import (
     TCMD,
@@ -22,10 +19,8 @@ from stillhouse_tcmd import (
     SeveralTeachers,
     Specialist,
     losses,
-    networks,
     partition,
 )
-from stillhouse_tcmd.report import scores
 
 HALVES = [[0, 2], [1, 3]]
 SIDE = {"name": "tcmd", "tasks": HALVES, "network": "side_by_side"}
@@ -70,115 +65,6 @@ def until(made, name: str) -> None:
     """Run to the start of a stage."""
     names = [stage.name for stage in made.step.stages]
     made.run(sum(made.lengths[: names.index(name)]))
-
-
-class Call(nn.Module):
-    """A network that gives what it is given."""
-
-    def forward(self, x):
-        return x
-
-
-# Known answers.
-
-
-def teachers_own(logits, tasks, *, merge=False):
-    """The combination with the teacher's conditionals as specialists and its marginals as router."""
-    parts = [Specialist(Call(), own, logits.shape[-1]) for own in tasks]
-    router = None if merge else Router(Call(), tasks)
-    return CombinedNetwork(parts, tasks, logits.shape[-1], router=router, merge=merge)(logits).softmax(-1)
-
-
-@pytest.mark.parametrize("tasks", [[[0, 1], [2, 3], [4]], [[0, 3], [1, 4], [2]], [[0, 1, 2, 3, 4]]])
-def test_with_the_teachers_marginals_and_conditionals_the_combination_is_the_teacher(tasks):
-    logits = 5 * torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(teachers_own(logits, tasks), logits.softmax(-1), atol=1e-6)
-
-
-def test_so_it_is_for_tasks_that_overlap_and_are_merged():
-    logits = 2 * torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
-    made = teachers_own(logits, [[0, 1, 2], [2, 3], [3, 4, 0]], merge=True)
-    assert torch.allclose(made, logits.softmax(-1), atol=1e-5)
-
-
-def test_a_broken_router_or_merge_is_seen(monkeypatch):
-    monkeypatch.setattr(Router, "forward", lambda self, x: torch.zeros(len(x), len(self.tasks)))
-    with pytest.raises(AssertionError):
-        test_with_the_teachers_marginals_and_conditionals_the_combination_is_the_teacher(
-            [[0, 1], [2, 3], [4]]
-        )
-    sound = networks.merging
-    monkeypatch.setattr(networks, "merging", lambda *given: sound(*given).roll(1, 1))
-    with pytest.raises(AssertionError):
-        test_so_it_is_for_tasks_that_overlap_and_are_merged()
-
-
-@pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_the_specialists_losses_and_the_routers_sum_to_kd(temperature):
-    generator = torch.Generator().manual_seed(1)
-    student, teacher = (3 * torch.randn(32, 5, generator=generator) for _ in range(2))
-    tasks = [[0, 3], [1, 2, 4]]
-    pi = losses.task_weights(teacher, tasks, temperature)
-    parts = [pi[:, k] * losses.restricted(student, teacher, own, temperature) for k, own in enumerate(tasks)]
-    total = sum(parts) + losses.routing(student, teacher, tasks, temperature)
-    assert torch.allclose(total, losses.whole(student, teacher, temperature), rtol=1e-4, atol=1e-5)
-
-
-def test_a_wrong_weight_is_seen(monkeypatch):
-    sound = losses.task_weights
-    monkeypatch.setattr(losses, "task_weights", lambda *given: sound(*given[:2], 1.0))
-    with pytest.raises(AssertionError):
-        test_the_specialists_losses_and_the_routers_sum_to_kd(4.0)
-
-
-@pytest.mark.parametrize("network", ["shared", "side_by_side"])
-def test_one_task_reduces_to_kd(network):
-    method = {"name": "tcmd", "tasks": [list(range(CLASSES))], "network": network, "alpha": 1.0}
-    made = loop(method, teacher=net(16, seed=2))
-    batch, step = made.splits.train.batch(torch.arange(8)), made.step
-    for stage in step.stages:
-        step.begin(stage)
-        model = step.model(stage)
-        loss, _ = step(model, batch)
-        reference = step.run.models["tcmd.specialist0"] if stage.teacher is None else step.teacher
-        if stage.name == "combine" and network == "shared":
-            reference = step.run.models["tcmd.specialist0"]
-        kd = softmax_kl(model(batch.inputs), reference(batch.inputs).detach(), temperature=4.0)
-        assert loss.item() == pytest.approx(kd.item(), rel=1e-5), stage.name
-
-
-def test_one_task_with_a_forgotten_temperature_is_seen(monkeypatch):
-    sound = losses.whole
-    monkeypatch.setattr(losses, "whole", lambda s, t, temperature, mask=None: sound(s, t, 1.0, mask))
-    with pytest.raises(AssertionError):
-        test_one_task_reduces_to_kd("shared")
-
-
-def test_a_router_cannot_leak():
-    """What is routed is made from the inputs alone; the scores with the task given stand apart."""
-    made = loop(SIDE)
-    made.run()
-    network = made.step.run.models["tcmd.network"]
-    x, y = rows(64, 7)
-    with torch.no_grad():
-        logits = network(x)
-    assert torch.equal(logits.softmax(-1), network(x).softmax(-1))
-    found = scores(logits, y, HALVES, exclusive=True)
-    for entry in found:
-        assert entry["routed"] <= min(entry["given"], 1.0) + 1e-9
-        mine = torch.isin(y, torch.tensor(entry["classes"]))
-        given = logits[mine][:, entry["classes"]].argmax(-1)
-        right = torch.tensor(entry["classes"])[given] == y[mine]
-        assert entry["given"] == pytest.approx(float(right.float().mean()))
-    with torch.no_grad():
-        told = network(x, task=torch.isin(y, torch.tensor(HALVES[1])).long())
-    assert (told.argmax(-1) == y).float().mean() >= (logits.argmax(-1) == y).float().mean()
-
-
-def test_scores_given_and_routed_are_told_apart():
-    logits, y = torch.tensor([[0.0, 5.0, 1.0, 0.0]]), torch.tensor([2])
-    entry = scores(logits, y, HALVES, exclusive=True)[0]
-    assert (entry["given"], entry["routed"], entry["router"]) == (1.0, 0.0, 0.0)
 
 
 # The networks.
@@ -258,7 +144,9 @@ def test_a_partition_of_classes_goes_through_its_stages(name):
     made.run()
     assert same_bits(made.step.teacher, before)
     found = [stage.name for stage in made.step.stages]
-    assert found == ["specialise-0", "specialise-1", *(["combine"] if "merged" not in name else []), "refine"]
+    tasks = len(made.step.plugins.plugins[0].method.tasks)
+    specialise = [f"specialise-{number}" for number in range(tasks)]
+    assert found == [*specialise, *(["combine"] if "merged" not in name else []), "refine"]
 
 
 def test_each_specialise_stage_trains_one_specialist():
@@ -402,6 +290,9 @@ def test_classes_that_are_confused_make_a_task():
         confused[a, b] = 0.2
     assert partition.cluster(confused, 3) == [[0, 4], [1, 5], [2, 3]]
     assert partition.cluster(confused, 1) == [[0, 1, 2, 3, 4, 5]]
+    confused[2, 3], confused[2, 1] = 0.01, 0.05
+    confused[3, 0] = 0.05
+    assert partition.cluster(confused, 4) == [[0, 3, 4], [1, 2, 5]], "2 and 3 do not stand alone"
     with pytest.raises(ConfigError, match="got 7 tasks for 6 classes; expected 1 to 6"):
         partition.cluster(confused, 7)
 
@@ -481,37 +372,6 @@ def test_regression_is_refused():
     data = Splits(TensorSplit(x, torch.randn(16, 1)))
     with pytest.raises(ConfigError, match="regression"):
         loop("tcmd", data=data, student=net(4, outputs=1), teacher=net(8, outputs=1))
-
-
-# The task.
-
-
-def test_the_signals_are_those_of_the_package_with_the_place_known():
-    signals, digits, quarters = multitask.make(400, 0)
-    again = multitask.make(400, 0)
-    assert all(torch.equal(a, b) for a, b in zip((signals, digits, quarters), again, strict=True))
-    assert set(quarters.tolist()) == {0, 1, 2, 3}
-    plain = plain_mnist1d(400, 0)[0]
-    shape = [(signals / signals.std()).abs().mean(), (plain / plain.std()).abs().mean()]
-    assert shape[0] == pytest.approx(float(shape[1]), rel=0.05)
-
-
-def test_each_sample_has_the_label_of_its_task():
-    task = multitask.Mnist1dMultitask(
-        multitask.MultitaskConfig(digit=30, parity=20, position=10, unlabelled=5, validation=6, test=7)
-    )
-    made = task.splits()
-    assert made.train.extra["task"].bincount().tolist() == [30, 20, 10]
-    for number, (low, high) in enumerate([(0, 9), (10, 11), (12, 15)]):
-        own = made.train.labels[made.train.extra["task"] == number]
-        assert low <= own.min()
-        assert own.max() <= high
-    outputs = torch.full((18, 16), -1e4).scatter(1, made.validation.labels[:, None], 5.0)
-    found = task.score(outputs, made.validation.labels)
-    assert found["accuracy"] == found["accuracy.digit"] == found["accuracy.position"] == 1
-    assert made.unlabelled.extra["task"].unique().tolist() == [-1]
-    with pytest.raises(DataError, match="got task id 3; expected -1"):
-        multitask.dense()(torch.zeros(1, 40), torch.tensor([3]))
 
 
 # Real processes.
