@@ -34,7 +34,7 @@ def fused(student, target, **settings):
     """(loss of each row, gradient of the mean), by the default backend."""
     s = student.detach().clone().requires_grad_()
     (gradient,) = torch.autograd.grad(softmax_kl(s, target, **settings), s)
-    rows = softmax_kl(s.detach(), target, reduction="none", **settings)
+    rows = softmax_kl(s.detach(), target, **{**settings, "reduction": "none"})
     return rows.double(), gradient.double()
 
 

@@ -78,6 +78,20 @@ def test_sixteen_bit_gradients_are_within_one_percent(dtype, divergence, width):
     assert relative(gradient_fused, gradient_exact) <= 1e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_gradients_are_rounded_to_nearest(dtype):
+    student, teacher = logits(16, 1000, 1, dtype=dtype), logits(16, 1000, 2, dtype=dtype)
+    _, narrow = fused(student, teacher, reduction="sum")
+    _, wide = fused(student.float(), teacher.float(), reduction="sum")
+    info = torch.finfo(dtype)
+    allowed = (wide.abs() * info.eps / 2).clamp(
+        min=info.smallest_normal * info.eps / 2
+    )  # half a unit in the last place
+    assert ((narrow - wide).abs() <= 1.001 * allowed).all()
+    off = narrow - wide
+    assert 0.45 < (off > 0).sum() / (off != 0).sum() < 0.55  # neither up nor down
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("width", [10, 1000, 32000])
 def test_nearly_equal_distributions_keep_their_loss(divergence, width):
