@@ -51,7 +51,9 @@ class TestEveryTask:
         other = TASKS[task](seed=7).splits().fingerprint()
         assert not set(other.values()) & set(made[task].fingerprint().values())
 
-    def test_leaves_the_global_generators_alone(self, task):
+    def test_leaves_the_global_generators_alone(
+        self, task, made
+    ):  # made: the libraries are imported, which draws
         for seed in (torch.manual_seed, np.random.seed, random.seed):
             seed(3)
         expected = torch.rand(1).item(), np.random.rand(), random.random()
