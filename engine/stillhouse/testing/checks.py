@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -105,7 +105,7 @@ def _functions(subject: Subject) -> Sequence[CheckFunction]:
     return (*import_checks.CHECKS, *own)
 
 
-def outcomes(checks: Sequence[Check]) -> Iterator[Outcome]:
+def outcomes(checks: Iterable[Check]) -> Iterator[Outcome]:
     """Run the checks one after the other."""
     for check in checks:
         try:

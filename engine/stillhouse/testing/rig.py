@@ -36,6 +36,8 @@ class Subject:
     distribution: str
     conformance: Conformance = field(default_factory=Conformance)
     entry: Entry | None = None
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What several checks look at and takes long to make."""
 
     def __str__(self) -> str:
         return f"plugin '{self.name}' ({self.distribution})"

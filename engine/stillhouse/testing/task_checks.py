@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stillhouse.api import Batch, Task
 from stillhouse.models import arguments_model, forward
-from stillhouse.tasks import Split, TensorSplit
+from stillhouse.tasks import Split, Splits, TensorSplit
 from stillhouse.testing.checks import CheckFunction, NotApplicable, expect
 from stillhouse.testing.rig import Subject
 from stillhouse.testing.state_checks import config_round_trips
@@ -17,7 +17,7 @@ from stillhouse.testing.state_checks import config_round_trips
 
 def splits_are_sound(subject: Subject, folder: Path) -> None:
     """There are training rows, the rows of every split are finite, and batches carry their ids."""
-    data = _task(subject).splits()
+    data = _splits(subject)
     data.validate()
     for name, split in data.items():
         index = torch.tensor([len(split) - 1, 0])
@@ -31,22 +31,23 @@ def splits_are_sound(subject: Subject, folder: Path) -> None:
 
 def splits_are_the_same_each_time(subject: Subject, folder: Path) -> None:
     """The same settings make the same rows, and the process's random numbers are left alone."""
-    before = torch.get_rng_state()
-    first = _task(subject).splits().fingerprint()
+    first = _splits(subject).fingerprint()
+    with torch.random.fork_rng():
+        torch.manual_seed(1234)
+        before = torch.get_rng_state()
+        again = _task(subject).splits().fingerprint()
+        drawn = not torch.equal(before, torch.get_rng_state())
     expect(
-        torch.equal(before, torch.get_rng_state()),
+        not drawn,
         subject,
         "splits() draws from torch's global random numbers; expected a generator with a seed of the config's",
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(1234)
-        again = _task(subject).splits().fingerprint()
     expect(first == again, subject, "two calls of splits() made different rows; expected the same")
 
 
 def test_rows_are_in_no_other_split(subject: Subject, folder: Path) -> None:
     """No test row stands in the training, validation or unlabelled rows."""
-    data = _task(subject).splits()
+    data = _splits(subject)
     if not isinstance(data.test, TensorSplit):
         raise NotApplicable("has no test split in memory")
     held_out = _digests(data.test)
@@ -64,7 +65,7 @@ def _digests(split: TensorSplit) -> set[bytes]:
 def models_fit_the_data(subject: Subject, folder: Path) -> None:
     """Every teacher and student is built from its defaults and takes a batch."""
     task = _task(subject)
-    batch = task.splits().train.batch(torch.arange(2))
+    batch = _splits(subject).train.batch(torch.arange(2))
     for role, builders in (("teacher", task.teachers), ("student", task.students)):
         for name, build in builders.items():
             arguments_model(build)()
@@ -87,7 +88,7 @@ def _covers(outputs: Tensor, batch: Batch) -> bool:
 def metric_is_scored_and_higher_is_better(subject: Subject, folder: Path) -> None:
     """``score`` gives the metric, and gives right answers more than wrong ones."""
     task = _task(subject)
-    split: Split | None = task.splits().validation
+    split: Split | None = _splits(subject).validation
     labels = None if split is None else split.batch(torch.arange(min(64, len(split)))).labels
     if labels is None:
         raise NotApplicable("has no labelled validation split")
@@ -110,6 +111,14 @@ def metric_is_scored_and_higher_is_better(subject: Subject, folder: Path) -> Non
 
 def _task(subject: Subject) -> Task:
     made: Task = subject.kind(subject.settings())
+    return made
+
+
+def _splits(subject: Subject) -> Splits:
+    """The task's data, made once for all checks."""
+    if "splits" not in subject.memo:
+        subject.memo["splits"] = _task(subject).splits()
+    made: Splits = subject.memo["splits"]
     return made
 
 
