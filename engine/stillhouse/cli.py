@@ -129,13 +129,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parsed(words: Sequence[str]) -> argparse.Namespace:
     """The options; overrides may also stand after an option, where argparse by itself takes none."""
+    words, kept = _without_rest(words)
     options, rest = parser().parse_known_args(words)
+    if kept:
+        options.rest = kept
     late: list[str] | None = getattr(options, "overrides", getattr(options, "configs", None))
     if rest and (late is None or any(word.startswith("-") for word in rest)):
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
     if late is not None:
         late.extend(rest)
     return options
+
+
+def _without_rest(words: Sequence[str]) -> tuple[Sequence[str], list[str]]:
+    """``bench kernels`` has a parser of its own, and argparse hands on no remainder that begins with an option."""
+    for first in range(len(words) - 1):
+        if list(words[first : first + 2]) == ["bench", "kernels"]:
+            return words[: first + 2], list(words[first + 2 :])
+        if not words[first].startswith("-"):
+            break
+    return words, []
 
 
 def _dispatch(options: argparse.Namespace) -> int:

@@ -263,14 +263,21 @@ def _plot(results: Sequence[dict[str, Any]], path: Path) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     figure, axes = plt.subplots(1, len(results), figsize=(4 * len(results), 4), squeeze=False)
     for axis, result in zip(axes[0], results, strict=True):
         names = list(result["ms"])
-        axis.barh(names, [statistics.median(result["ms"][name]) for name in names])
+        medians = [statistics.median(result["ms"][name]) for name in names]
+        axis.plot(medians, names, "o")  # no bars: on a logarithmic axis their length means nothing
+        for name, median in zip(names, medians, strict=True):
+            axis.annotate(f"{median:.3g}", (median, name), (6, -3), textcoords="offset points", fontsize=8)
         axis.set_title(result["shape"])
         axis.set_xlabel("ms, forward + backward")
         axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter(NullFormatter())  # labels that would overlap
+        axis.margins(x=0.25)
+        axis.grid(axis="x", alpha=0.3)
         axis.invert_yaxis()
     figure.tight_layout()
     figure.savefig(path)

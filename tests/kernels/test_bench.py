@@ -1,0 +1,28 @@
+"""``stillhouse bench kernels``: what it prints and writes, not how fast anything is."""
+
+import json
+
+
+def test_writes_every_time_and_a_plot(cli, tmp_path):
+    said = cli(
+        "bench", "kernels", "--quick", "--shapes", "8x10", "--rounds", "2", "--no-compile", "--no-linear",
+        "--json", tmp_path / "times.json", "--plot", tmp_path / "times.png",
+    )  # fmt: skip
+    assert said.code == 0
+    (result,) = json.loads((tmp_path / "times.json").read_text())["results"]
+    assert result["shape"] == "8x10"
+    assert (
+        result["ms"].keys()
+        == result["peak_mib"].keys()
+        >= {"floor", "eager", "fused", "fused in place", "fused top-k"}
+    )
+    assert all(len(times) == 2 and min(times) > 0 for times in result["ms"].values())
+    assert all(name in said.out for name in result["ms"])
+    assert (tmp_path / "times.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_refuses_a_device_that_is_not_there(cli, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    said = cli("--debug", "bench", "kernels", "--device", "cuda")
+    assert said.code == 2
+    assert "Fix: --device cpu" in said.out
