@@ -27,9 +27,7 @@ $(DEV): $(READY)
 run: $(READY)  ## the main job: hard labels, KD and SLD on MNIST-1D, 3 seeds, one table
 	$(BIN)/stillhouse compare mnist1d-hard mnist1d-kd mnist1d-sld --seeds 0,1,2 --overwrite
 
-# The kernels are compiled first, so that every process of the suite runs the same code from the cache.
 test: $(DEV)  ## the test suite
-	$(BIN)/stillhouse doctor --kernels > /dev/null
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(DEV)  ## the long tests: wheel in a clean environment, full sweeps

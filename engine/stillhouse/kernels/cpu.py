@@ -16,7 +16,7 @@ from stillhouse.kernels.cpu_jit import BLOCK, entry
 from stillhouse.kernels.reference import top_k_at
 from stillhouse.kernels.series import jsd_series
 from stillhouse.kernels.targets import Sampled, Target, TopK
-from stillhouse.kernels.workers import Workers
+from stillhouse.kernels.workers import GUARD, Workers
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DIVERGENCES = {"forward": 0, "reverse": 1, "jsd": 2}
@@ -78,7 +78,7 @@ def _dense(
     elif divergence == "reverse":
         vs = min(vs, vt)
     v = max(vs, vt)
-    stride = (v + LINE) * 4
+    stride = max(v + LINE, GUARD)  # rows of scratch are no nearer to each other than to other memory
     fixed = (
         DIVERGENCES[divergence], student.data_ptr(), teacher.data_ptr(),
         0 if out_grad is None else out_grad.data_ptr(), losses.data_ptr(), 0 if mask is None else mask.data_ptr(),
@@ -89,8 +89,8 @@ def _dense(
     numbers = (1.0 / temperature, scale * temperature * temperature, beta)
 
     def kernel(first: int, last: int, keep: tuple[Tensor, ...] = (teacher,)) -> None:
-        scratch = _workers.scratch(2 * BLOCK + 3 * (v + LINE))
-        rows(first, last, *fixed, scratch, stride, series.ctypes.data, *numbers)
+        scratch = _workers.scratch(2 * BLOCK + 3 * stride)
+        rows(first, last, *fixed, scratch, stride * 4, series.ctypes.data, *numbers)
 
     return kernel
 

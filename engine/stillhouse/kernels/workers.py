@@ -17,6 +17,7 @@ import torch
 
 SERIAL = 32_768  # logits that one thread finishes sooner than a second one wakes
 CHUNK = 131_072  # logits that a thread takes at a time
+GUARD = 256  # float32 between scratch and other memory; see Workers.scratch
 
 
 class Workers:
@@ -33,12 +34,16 @@ class Workers:
         self._local = threading.local()
 
     def scratch(self, elements: int) -> int:
-        """Address of this thread's scratch of at least so many float32; kept between calls."""
+        """Address of this thread's scratch of at least so many float32; kept between calls.
+
+        Nothing else lies within ``GUARD`` of it. LLVM's vector loops fall back to scalar ones, which round otherwise,
+        where two arrays are less than a few vectors apart, so that bits would depend on what the allocator did.
+        """
         have: torch.Tensor | None = getattr(self._local, "memory", None)
-        if have is None or have.numel() < elements:
-            have = torch.empty(elements, dtype=torch.float32)
+        if have is None or have.numel() < elements + 2 * GUARD:
+            have = torch.empty(elements + 2 * GUARD, dtype=torch.float32)
             self._local.memory = have
-        return have.data_ptr()
+        return have.data_ptr() + GUARD * have.element_size()
 
     def run(self, rows: int, width: int, kernel: Callable[[int, int], None]) -> None:
         """Call ``kernel(first, last)`` over all rows; returns when each is done, raises what a call raised."""
