@@ -475,7 +475,7 @@ class Trains(Quiet):
         import gc
 
         for found in gc.get_objects():
-            if isinstance(found, nn.Linear):
+            if issubclass(type(found), nn.Linear):  # isinstance() asks dead weak references
                 found.weight.data.mul_(1.01)
 
 
