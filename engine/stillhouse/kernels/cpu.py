@@ -36,8 +36,9 @@ def softmax_kl_fwd_bwd(
     mask: Tensor | None,
     scale: float,
     out_grad: Tensor | None,
+    loss_scale: float = 1.0,
 ) -> Tensor:
-    """Loss of each row (N,) in float32, and ``scale`` times its gradient written to ``out_grad``.
+    """``loss_scale`` times the loss of each row (N,) in float32, and ``scale`` times its gradient in ``out_grad``.
 
     Args:
         student: (N, V) float32, bfloat16 or float16, on the CPU, columns contiguous.
@@ -47,26 +48,29 @@ def softmax_kl_fwd_bwd(
         beta: for ``jsd``.
         mask: (N,) bool, or None.
         scale: multiplies the gradient, not the loss.
+        loss_scale: multiplies the loss, not the gradient.
         out_grad: (N, V) contiguous, of the student's dtype; may be ``student`` itself. None: loss only.
 
     Raises:
         IndexError: an index of a trusted TopK or Sampled lies outside the row.
     """
     losses = torch.empty(student.shape[0], dtype=torch.float32)
+    square = temperature * temperature
+    scales = (scale * square, loss_scale * square)
     if student.numel() == 0:
         return losses.zero_()
     mask = None if mask is None else mask.contiguous()
     if isinstance(target, Tensor):
-        kernel = _dense(student, target, temperature, divergence, beta, mask, scale, out_grad, losses)
+        kernel = _dense(student, target, temperature, divergence, beta, mask, scales, out_grad, losses)
     else:
-        kernel = _sparse(student, target, temperature, divergence, beta, mask, scale, out_grad, losses)
+        kernel = _sparse(student, target, temperature, divergence, beta, mask, scales, out_grad, losses)
     _workers.run(student.shape[0], student.shape[1], kernel)
-    return losses.mul_(temperature * temperature) if temperature != 1.0 else losses
+    return losses
 
 
 def _dense(
     student: Tensor, teacher: Tensor, temperature: float, divergence: str, beta: float, mask: Tensor | None,
-    scale: float, out_grad: Tensor | None, losses: Tensor,
+    scales: tuple[float, float], out_grad: Tensor | None, losses: Tensor,
 ) -> Callable[[int, int], None]:  # fmt: skip
     if teacher.stride(1) != 1:
         teacher = teacher.contiguous()
@@ -86,7 +90,7 @@ def _dense(
         DTYPES[student.dtype], DTYPES[teacher.dtype], vs, vt, v, wide,
     )  # fmt: skip
     rows, series = entry("dense_rows"), _series(beta)
-    numbers = (1.0 / temperature, scale * temperature * temperature, beta)
+    numbers = (1.0 / temperature, scales[0], beta, scales[1])
 
     def kernel(first: int, last: int, keep: tuple[Tensor, ...] = (teacher,)) -> None:
         scratch = _workers.scratch(2 * BLOCK + 3 * stride)
@@ -97,7 +101,7 @@ def _dense(
 
 def _sparse(
     student: Tensor, target: TopK | Sampled, temperature: float, divergence: str, beta: float, mask: Tensor | None,
-    scale: float, out_grad: Tensor | None, losses: Tensor,
+    scales: tuple[float, float], out_grad: Tensor | None, losses: Tensor,
 ) -> Callable[[int, int], None]:  # fmt: skip
     sampled = isinstance(target, Sampled)
     values = target.weights if isinstance(target, Sampled) else top_k_at(target, temperature)
@@ -111,7 +115,7 @@ def _sparse(
         DTYPES[student.dtype], v, indices.data_ptr(), values.data_ptr(), k, int(sampled), int(ghost),
     )  # fmt: skip
     rows, series = entry("sparse_rows"), _series(beta)
-    numbers = (1.0 / temperature, scale * temperature * temperature, beta)
+    numbers = (1.0 / temperature, scales[0], beta, scales[1])
 
     def kernel(first: int, last: int, keep: tuple[Tensor, ...] = (values, indices)) -> None:
         scratch = _workers.scratch(2 * BLOCK + v + 4 * k + LINE)

@@ -22,9 +22,10 @@ def coefficients(address):
 
 def dense_rows(
     first, last, divergence, student, teacher, gradient, losses, mask, student_stride, teacher_stride,
-    student_dtype, teacher_dtype, vs, vt, v, wide, scratch, scratch_stride, series, inverse_t, scale, beta,
+    student_dtype, teacher_dtype, vs, vt, v, wide, scratch, scratch_stride, series, inverse_t, scale,
+    beta, loss_scale,
 ):  # fmt: skip
-    """Rows first .. last: addresses, 0 for no mask or no gradient; strides in bytes; losses before T^2."""
+    """Rows first .. last: addresses, 0 for no mask or no gradient; strides in bytes; T^2 is in both scales."""
     it = f32(inverse_t)
     k = f32(inverse_t * LOG2E)
     loss = f32_at(losses)
@@ -38,7 +39,7 @@ def dense_rows(
             if out != 0:
                 zero(out, student_dtype, 0, wide)
             continue
-        loss[r] = dense_row(
+        loss[r] = loss_scale * dense_row(
             divergence, student + r * student_stride, teacher + r * teacher_stride, out, student_dtype,
             teacher_dtype, student_dtype, vs, vt, v, wide, it, k, f32(scale * inverse_t), f32(beta), terms,
             scratch, scratch_stride,

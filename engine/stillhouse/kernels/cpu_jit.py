@@ -23,8 +23,8 @@ import llvmlite.binding as llvm
 BLOCK = 2048  # columns at a time: buffers of 8 KB stay in the first-level cache
 SOURCES = ("cpu_jit.py", "cpu_math.py", "cpu_read.py", "cpu_rows.py", "cpu_dense.py", "cpu_sparse.py")
 ENTRIES = {  # module, and arguments: q an int64, which may be an address, d a float64
-    "dense_rows": ("cpu_dense", "q" * 19 + "d" * 3),
-    "sparse_rows": ("cpu_sparse", "q" * 17 + "d" * 3),
+    "dense_rows": ("cpu_dense", "q" * 19 + "d" * 4),
+    "sparse_rows": ("cpu_sparse", "q" * 17 + "d" * 4),
 }
 
 
@@ -102,7 +102,7 @@ def _write_whole(path: Path, content: bytes) -> bool:
 def _compile(name: str) -> tuple[str, bytes]:
     """Symbol and object code of a function that takes plain numbers; it needs nothing of Numba when it runs."""
     from numba import njit, types
-    from numba.core import compiler
+    from numba.core import codegen, compiler
     from numba.core.compiler_lock import global_compiler_lock
     from numba.core.registry import cpu_target
 
@@ -116,15 +116,34 @@ def _compile(name: str) -> tuple[str, bytes]:
     )
     typing, target = cpu_target.typing_context, cpu_target.target_context
     kinds = tuple({"q": types.int64, "d": types.float64}[kind] for kind in arguments)
+
+    class Codegen(codegen.JITCPUCodegen):  # type: ignore[misc]
+        def _customize_tm_features(self) -> str:
+            return ",".join([super()._customize_tm_features(), *tuning()])  # type: ignore[no-untyped-call]
+
     with global_compiler_lock:
         typing.refresh()
         target.refresh()
-        result: Any = compiler.compile_extra(  # type: ignore[no-untyped-call]
-            typing, target, function, kinds, types.void, flags, {}
-        )
-        result.library.finalize()
+        usual = target._internal_codegen
+        target._internal_codegen = Codegen("stillhouse")  # type: ignore[no-untyped-call]
+        try:
+            result: Any = compiler.compile_extra(  # type: ignore[no-untyped-call]
+                typing, target, function, kinds, types.void, flags, {}
+            )
+            result.library.finalize()
+        finally:
+            target._internal_codegen = usual
         code = result.library._codegen._tm.emit_object(result.library._final_module)
     return result.fndesc.llvm_func_name, code
+
+
+def tuning() -> list[str]:
+    """What is told to LLVM besides the processor's features.
+
+    It keeps to 256-bit vectors where wider ones once slowed the clock. From Ice Lake on (avx512vbmi2) they do not, and
+    rows of a thousand logits take a fifth to a quarter less time with 512.
+    """
+    return ["-prefer-256-bit"] if llvm.get_host_cpu_features().get("avx512vbmi2") else []
 
 
 def _load(symbol: str, code: bytes, arguments: str) -> Callable[..., None]:

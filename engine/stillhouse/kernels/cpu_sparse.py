@@ -320,9 +320,9 @@ def sampled_row(student, out, dtype, v, wide_indices, values, k, it, scale, scra
 
 def sparse_rows(
     first, last, divergence, student, gradient, losses, mask, student_stride, dtype, v, indices, values, k,
-    sampled, ghost, scratch, series, inverse_t, scale, beta,
+    sampled, ghost, scratch, series, inverse_t, scale, beta, loss_scale,
 ):  # fmt: skip
-    """Rows first .. last: addresses, 0 for no mask or no gradient; strides in bytes; losses before T^2."""
+    """Rows first .. last: addresses, 0 for no mask or no gradient; strides in bytes; T^2 is in both scales."""
     loss = f32_at(losses)
     terms = coefficients(series)
     keep = bool_at(mask)
@@ -339,11 +339,11 @@ def sparse_rows(
         place = indices + r * k * 8
         value = values + r * k * 4
         if sampled != 0:
-            loss[r] = sampled_row(
+            loss[r] = loss_scale * sampled_row(
                 row, out, dtype, v, place, value, k, inverse_t, scale * inverse_t, scratch, es_at
             )
         else:
-            loss[r] = top_k_row(
+            loss[r] = loss_scale * top_k_row(
                 divergence, row, out, dtype, v, place, value, k, ghost, inverse_t, scale * inverse_t, beta,
                 terms, scratch, es_at,
             )  # fmt: skip

@@ -70,11 +70,11 @@ def _compute(student: Tensor, arguments: Arguments, out: Tensor | None) -> Tenso
     factor = 1.0 if per_row else 1.0 / divisor if divisor else 0.0
     rows = cpu.softmax_kl_fwd_bwd(
         student, _target(*target), temperature=temperature, divergence=divergence, beta=beta, mask=mask,
-        scale=1.0 if student.dtype == torch.float16 else factor, out_grad=out,
+        scale=1.0 if student.dtype == torch.float16 else factor, out_grad=out, loss_scale=factor,
     )  # fmt: skip
     total = rows.sum()
     checked(total.item(), rows)
-    return rows if per_row else total.mul_(factor)
+    return rows if per_row else total
 
 
 def _compute_cuda(student: Tensor, arguments: Arguments, out: Tensor | None) -> Tensor:
