@@ -56,12 +56,15 @@ class Result:
 
 
 def run(student, target, *, temperature=1.0, divergence="forward", beta=0.5, mask=None, scale=None, factor=1.0,
-        cc=(9, 0), inplace=False, shift=(0, 0, 0), jitter=False, program=None) -> Result:  # fmt: skip
-    """The kernel on these tensors; ``shift`` moves student, teacher and gradient off a 256-byte boundary."""
+        cc=(9, 0), inplace=False, shift=(0, 0, 0), jitter=False, program=None, gradient=True) -> Result:  # fmt: skip
+    """The kernel on these tensors; ``shift`` moves student, teacher and gradient off a 256-byte boundary.
+
+    Without ``gradient`` the result's is the student as the kernel left it.
+    """
     dtype = {v: k for k, v in TORCH.items()}[student.dtype]
     rows, v = student.shape
     kind, tensors = arguments.target_kind(target), arguments.flatten(target, temperature)
-    launch = plan(rows, arguments.widths(v, target, divergence)[0], dtype, divergence, kind, cc)
+    launch = plan(rows, arguments.widths(v, target, divergence)[0], dtype, divergence, kind, cc, gradient)
     spec = launch.spec
     size = sum(x.nbytes + 1024 for x in (student, student, *tensors)) + rows * 16 + MEMORY_SLACK
     machine = Machine(program or program_of(spec, cc), launch.blocks, spec.threads, cluster=spec.cluster,
@@ -69,7 +72,7 @@ def run(student, target, *, temperature=1.0, divergence="forward", beta=0.5, mas
     memory = machine.memory
     s = memory.add(bits(student), shift[0])
     addresses = [memory.add(bits(x), shift[1] if kind == "dense" else 0) for x in tensors]
-    g = s if inplace else memory.add(np.zeros_like(bits(student)), shift[2], output=True)
+    g = s if inplace or not gradient else memory.add(np.zeros_like(bits(student)), shift[2], output=True)
     loss = memory.add(np.zeros(rows, np.float32), output=True)
     masks = memory.add(mask.numpy()) if mask is not None else 0
     scales = memory.add(scale.numpy()) if scale is not None else 0

@@ -222,6 +222,29 @@ def test_in_place_with_a_scale_for_each_row(v):
     assert relative(got.grad, grad) < 2e-6
 
 
+@pytest.mark.parametrize(
+    ("v", "dtype", "divergence", "kind"),
+    [
+        (10, "f32", "forward", "dense"),
+        (1000, "bf16", "jsd", "dense"),
+        (4096, "f32", "reverse", "dense"),
+        (32000, "bf16", "forward", "dense"),
+        (4096, "f32", "jsd", "ghost"),
+        (4096, "f32", "forward", "sampled"),
+    ],
+)
+def test_a_loss_alone_writes_nothing_else(v, dtype, divergence, kind):
+    student, teacher = logits(2, v, dtype)
+    teacher[0, 3] = -float("inf")  # an infinite loss under reverse
+    target = target_of(kind, teacher, 1.0)
+    mask = torch.tensor([True, False])
+    whole = run(student, target, divergence=divergence, mask=mask)
+    alone = run(student, target, divergence=divergence, mask=mask, gradient=False)
+    assert torch.equal(alone.loss, whole.loss)
+    assert torch.equal(alone.grad, student), "the student's logits are as they were"
+    assert alone.counts.bytes_written == 2 * 4, "two losses"
+
+
 def test_repeated_draws_add_up_in_place():
     student, teacher = logits(2, 4096)
     target = Sampled.from_logits(teacher, 64, temperature=0.5, generator=torch.Generator().manual_seed(0))

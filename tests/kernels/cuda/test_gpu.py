@@ -53,6 +53,19 @@ def test_matches_float64(v, dtype, divergence, kind):
     assert (grad.cpu().double() - wide.grad).norm() <= LIMITS[dtype] * wide.grad.norm() + 1e-6
 
 
+@pytest.mark.parametrize("v", [100, 32000])
+def test_a_loss_alone_allocates_no_gradient(v):
+    student, teacher = (t.cuda() for t in pair(64, v, torch.float32))
+    whole, _ = compute(student, teacher, "forward")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    alone = cuda.softmax_kl_fwd_bwd(
+        student, teacher, temperature=2.0, divergence="forward", beta=0.3, out_grad=None
+    )
+    assert torch.equal(alone, whole)
+    assert torch.cuda.max_memory_allocated() - before < student.numel() * 4
+
+
 def test_two_runs_give_the_same_bits():
     student, teacher = (t.cuda() for t in pair(64, 128256, torch.bfloat16))
     first, second = compute(student, teacher, "forward"), compute(student, teacher, "forward")

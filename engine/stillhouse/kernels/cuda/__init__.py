@@ -59,7 +59,8 @@ def softmax_kl_fwd_bwd(
         beta: between 0 and 1, exclusive.
         mask: bool (N,); rows where it is False have loss and gradient zero, whatever they hold.
         scale: factor of each row's gradient, (N,) or one number.
-        out_grad: (N, V) of the student's dtype; may be ``student`` itself. None: the gradient is dropped.
+        out_grad: (N, V) of the student's dtype; may be ``student`` itself. None: losses only, and no
+            such memory.
 
     Raises:
         ImportError: numba-cuda is missing.

@@ -38,10 +38,13 @@ def kernel_function(spec: Spec) -> tuple[Any, tuple[Any, ...]]:
     from stillhouse.kernels.cuda import rows, small, sparse
 
     if spec.family == "small":
-        return small.small_kernel(spec.dtype, spec.divergence, spec.threads, spec.lanes), small.SIGNATURE
+        return small.small_kernel(
+            spec.dtype, spec.divergence, spec.threads, spec.lanes, spec.gradient
+        ), small.SIGNATURE
     made = sparse.sparse_kernel if spec.target == "sparse" else rows.rows_kernel
     signature = sparse.SIGNATURE if spec.target == "sparse" else rows.SIGNATURE
-    return made(spec.dtype, spec.divergence, spec.threads, spec.cluster, spec.staged), signature
+    kernel = made(spec.dtype, spec.divergence, spec.threads, spec.cluster, spec.staged, spec.gradient)
+    return kernel, signature
 
 
 @contextmanager

@@ -37,21 +37,22 @@ def run(
     if rows == 0:
         return loss
     source = student.contiguous()
-    grad = _gradient_buffer(source, out_grad)
+    grad = None if out_grad is None else _gradient_buffer(source, out_grad)
     factor, scales = _scales(scale, rows, student)
     tensors = [t.contiguous() for t in flatten(target, temperature)]
     keeps = mask.contiguous() if mask is not None else None
     with torch.cuda.device(student.device):
         cc = torch.cuda.get_device_capability()
-        launch = plan(rows, widths(v, target, divergence)[0], dtype, divergence, target_kind(target), cc)
+        width = widths(v, target, divergence)[0]
+        launch = plan(rows, width, dtype, divergence, target_kind(target), cc, gradient=grad is not None)
         values = pack(
             launch, student_shape=(rows, v), target=target, temperature=temperature, divergence=divergence,
             beta=beta, factor=factor, student=source.data_ptr(), tensors=[t.data_ptr() for t in tensors],
-            grad=grad.data_ptr(), loss=loss.data_ptr(), mask=keeps.data_ptr() if keeps is not None else 0,
+            grad=(source if grad is None else grad).data_ptr(), loss=loss.data_ptr(), mask=keeps.data_ptr() if keeps is not None else 0,
             scale=scales.data_ptr() if scales is not None else 0,
         )  # fmt: skip
         _start(launch, cc, student.device, values)
-    if out_grad is not None and grad is not out_grad:
+    if out_grad is not None and grad is not None and grad is not out_grad:
         out_grad.copy_(grad)
     return loss
 
@@ -72,9 +73,9 @@ def _checked_dtype(student: Tensor, target: Target) -> str:
     return DTYPES[student.dtype]
 
 
-def _gradient_buffer(source: Tensor, out_grad: Tensor | None) -> Tensor:
+def _gradient_buffer(source: Tensor, out_grad: Tensor) -> Tensor:
     """Where the kernel writes: ``out_grad`` where it is laid out like the logits, else a tensor to copy from."""
-    if out_grad is not None and out_grad.is_contiguous() and out_grad.dtype == source.dtype:
+    if out_grad.is_contiguous() and out_grad.dtype == source.dtype:
         return out_grad
     return torch.empty_like(source)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 SMALL_WIDTH = 64  # up to here eight lanes a row
 WARP_WIDTH = 1024  # up to here a warp a row
@@ -26,7 +26,8 @@ class Spec:
     """What a kernel is compiled for.
 
     ``family``: "rows" (a block or a cluster a row) or "small" (several rows a block); ``target``: "dense" or
-    "sparse" (top-k and sampled labels); ``lanes``: of the group that has a row, in the "small" family.
+    "sparse" (top-k and sampled labels); ``lanes``: of the group that has a row, in the "small" family; ``gradient``:
+    whether one is written.
     """
 
     family: str
@@ -37,13 +38,17 @@ class Spec:
     cluster: int = 1
     staged: bool = True
     lanes: int = 0
+    gradient: bool = True
 
     @property
     def name(self) -> str:
         """A name for files and profilers."""
         place = f"lanes{self.lanes}" if self.family == "small" else f"cluster{self.cluster}"
         passes = "" if self.staged else "_unstaged"
-        return f"{self.family}_{self.target}_{self.dtype}_{self.divergence}_{self.threads}_{place}{passes}"
+        loss = "" if self.gradient else "_loss"
+        return (
+            f"{self.family}_{self.target}_{self.dtype}_{self.divergence}_{self.threads}_{place}{passes}{loss}"
+        )
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,23 @@ def opt_in_bytes(cc: tuple[int, int]) -> int:
     return known * 1024 - STATIC_BYTES
 
 
-def plan(rows: int, width: int, dtype: str, divergence: str, target: str, cc: tuple[int, int]) -> Plan:
+def plan(
+    rows: int,
+    width: int,
+    dtype: str,
+    divergence: str,
+    target: str,
+    cc: tuple[int, int],
+    gradient: bool = True,
+) -> Plan:
     """The launch for ``rows`` rows of ``width`` logits (the wider of student and teacher)."""
+    launch = _with_gradient(rows, width, dtype, divergence, target, cc)
+    return launch if gradient else replace(launch, spec=replace(launch.spec, gradient=False))
+
+
+def _with_gradient(
+    rows: int, width: int, dtype: str, divergence: str, target: str, cc: tuple[int, int]
+) -> Plan:
     if width <= WARP_WIDTH and target == "dense":
         return _small(rows, width, dtype, divergence, target)
     marks = 1 if target == "sparse" else 0  # a bit for each element: is it among the k?

@@ -65,15 +65,19 @@ SIGNATURE = (*[types.int64] * 6, *[types.int32] * 5, *[types.float32] * 4)
 ARGUMENTS = "s t g loss mask scale v t_stride s_width t_width slice k2 grad_factor loss_factor beta".split()
 
 
-def rows_kernel(dtype: str, divergence: str, threads: int, cluster: int, staged: bool) -> Callable:
+def rows_kernel(
+    dtype: str, divergence: str, threads: int, cluster: int, staged: bool, gradient: bool = True
+) -> Callable:
     """The kernel (undecorated) of one dtype, divergence, block and cluster size.
 
     Its arguments: addresses of student, teacher, gradient (float or 16-bit), loss (float32), mask (bool, or 0), scale
     (float32, or 0); V, the stride of teacher rows, the widths over which either side has mass, chunks in a block's
-    slice; log2(e)/T, the factor of gradients (times scale), of losses, and beta.
+    slice; log2(e)/T, the factor of gradients (times scale), of losses, and beta. Without ``gradient`` it writes losses
+    only, and g is not read.
     """
     code, wide, pair, merge = codec(dtype), codec("f32"), PAIRS[divergence], merges(threads, cluster)
     size, forward = code.size, divergence == "forward"
+    writes, means = forward and gradient, gradient and not forward
     decode, encode = code.decode, code.encode
     put, put_edge, fetch_edge, stage, unstage = (
         code.put,
@@ -172,10 +176,10 @@ def rows_kernel(dtype: str, divergence: str, threads: int, cluster: int, staged:
             xs, xt = whole_pair(words, slot, span, s_row, t_row, at)
             a, b, c = eight(xs, xt, known)
             total = total + a
-            if forward:
+            if writes:
                 ga, gb = encode(scaled(b, grad_scale))
                 put(g_row + at, ga, gb)
-            else:
+            if means:
                 mean = mean + sum8(c)
                 if staged:
                     keep(words, slot, span, b, c)
@@ -188,10 +192,10 @@ def rows_kernel(dtype: str, divergence: str, threads: int, cluster: int, staged:
                 xs, xt = edge_pair(words, I32(chunk - chunks[4]), span, s_row, t_row, s_width, t_width, e)
                 a, b, c = eight(xs, xt, known)
                 total = total + a
-                if forward:
+                if writes:
                     ga, gb = encode(scaled(b, grad_scale))
                     put_edge(g_row, e, v, ga, gb)
-                else:
+                if means:
                     mean = mean + sum8(c)
                     if staged:
                         keep(words, I32(chunk - chunks[4]), span, b, c)
@@ -247,7 +251,8 @@ def rows_kernel(dtype: str, divergence: str, threads: int, cluster: int, staged:
         if not is_kept(mask, row):
             if cluster > 1:
                 ptx.cluster_wait()
-            clear_row(g_row, v, chunks)
+            if gradient:
+                clear_row(g_row, v, chunks)
             if leader:
                 ptx.store_f32(loss + I64(row) * 4, ZERO)
             return
@@ -264,7 +269,7 @@ def rows_kernel(dtype: str, divergence: str, threads: int, cluster: int, staged:
         total, mean = sum_two(scratch, tid, rank, total, mean)
         if leader:
             ptx.store_f32(loss + I64(row) * 4, total * loss_factor)
-        if forward:
+        if not means:
             return
         if mean > HUGE:  # the teacher rules out what the student believes in: loss inf, and no gradient
             clear_row(g_row, v, chunks)

@@ -111,7 +111,7 @@ def stretches(dtype: str, threads: int) -> SimpleNamespace:
     return SimpleNamespace(aligned=aligned, load=load, store=store)
 
 
-def small_kernel(dtype: str, divergence: str, threads: int, lanes: int) -> Callable:
+def small_kernel(dtype: str, divergence: str, threads: int, lanes: int, gradient: bool = True) -> Callable:
     """The kernel (undecorated) with ``threads / lanes`` rows a block; arguments as in rows, ``rows`` for the slice."""
     pair, factors, stretch, size = (
         PAIRS[divergence],
@@ -121,6 +121,7 @@ def small_kernel(dtype: str, divergence: str, threads: int, lanes: int) -> Calla
     )
     aligned, load, store = stretch.aligned, stretch.load, stretch.store
     forward, rows_per_block = divergence == "forward", threads // lanes
+    writes, means = forward and gradient, gradient and not forward
     group_max, group_sum = butterflies(lanes)
 
     @device
@@ -174,9 +175,9 @@ def small_kernel(dtype: str, divergence: str, threads: int, lanes: int) -> Calla
     @device
     def leave(words, s_at, t_at, b, c, grad_scale):
         """The gradient (forward), or what it is made of, in the place of the logits."""
-        if forward:
+        if writes:
             ptx.shared_store(words, s_at, b * grad_scale)
-        else:
+        if means:
             ptx.shared_store(words, s_at, b)
             ptx.shared_store(words, t_at, c)
 
@@ -271,10 +272,12 @@ def small_kernel(dtype: str, divergence: str, threads: int, lanes: int) -> Calla
         )  # fmt: skip
         if there and lane == I32(0):
             ptx.store_f32(loss + I64(row) * 4, total * loss_factor if kept else ZERO)
+        if not gradient:
+            return
         if there:
             if not kept or mean > HUGE:
                 clear(words, s_row, v, lane)
-            elif not forward:
+            elif means:
                 write(words, s_row, t_row, v, mine_s, mine_t, both, lane, known, mean, grad_scale)
         cuda.syncthreads()
         g_head, g_vectors = s_head, s_vectors

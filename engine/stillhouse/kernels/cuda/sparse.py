@@ -96,12 +96,14 @@ def value_at(values, i):
     return ptx.load_f32(values + I64(i) * 4)
 
 
-def sparse_kernel(dtype: str, divergence: str, threads: int, cluster: int, staged: bool) -> Callable:
+def sparse_kernel(
+    dtype: str, divergence: str, threads: int, cluster: int, staged: bool, gradient: bool = True
+) -> Callable:
     """The kernel (undecorated) of one dtype, divergence, block and cluster size.
 
     Its arguments: addresses of student, indices (int64), log-probabilities or weights (float32), mass outside
     (float32, or 0), gradient, loss, mask (or 0), scale (or 0); V, k, the mode, chunks in a block's slice; then the
-    same factors as for dense teachers.
+    same factors as for dense teachers. Without ``gradient`` it writes losses only.
     """
     code, pair, factors, merge = (
         codec(dtype),
@@ -318,7 +320,8 @@ def sparse_kernel(dtype: str, divergence: str, threads: int, cluster: int, stage
         if not is_kept(mask, row):
             if cluster > 1:
                 ptx.cluster_wait()
-            clear_row(g_row, v, chunks)
+            if gradient:
+                clear_row(g_row, v, chunks)
             if leader:
                 ptx.store_f32(loss + I64(row) * 4, ZERO)
             return
@@ -369,6 +372,8 @@ def sparse_kernel(dtype: str, divergence: str, threads: int, cluster: int, stage
             share = ZERO
         if leader:
             ptx.store_f32(loss + I64(row) * 4, total * loss_scale)
+        if not gradient:
+            return
 
         if mode != I32(SAMPLED) and mean > HUGE:  # as for dense teachers: loss inf, and no gradient
             clear_row(g_row, v, chunks)
