@@ -65,6 +65,8 @@ class Method:
         Whether teacher and student may have different numbers of outputs.
     regression
         Whether the method has a meaning for float targets; refused before step 0 where it has none.
+    composes
+        Whether its setting ``methods`` lists further methods, which the engine then runs beside it, before it.
     conformance
         What the checks of ``stillhouse.testing`` should know.
     """
@@ -74,6 +76,7 @@ class Method:
     requires: ClassVar[frozenset[str]] = frozenset({"logits"})
     different_outputs: ClassVar[bool] = False
     regression: ClassVar[bool] = False
+    composes: ClassVar[bool] = False
     conformance: ClassVar[Conformance] = Conformance()
     config: Any
     """The settings, of type ``Config``; a subclass annotates it with its own."""

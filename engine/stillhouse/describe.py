@@ -31,6 +31,7 @@ def describe(entry: Entry) -> dict[str, Any]:
             "hooks": hooks(kind),
             "requires": sorted(kind.requires),
             "different_outputs": kind.different_outputs,
+            "composes": kind.composes,
             "regression": kind.regression,
             "expected_failures": dict(kind.conformance.expected_failures),
         }

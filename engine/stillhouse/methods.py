@@ -64,8 +64,38 @@ def settings_of(kind: type[BaseModel], given: Mapping[str, Any], path: str) -> B
         raise ConfigError(explain(error, kind, path)) from None
 
 
+def lifted(specs: Sequence[tuple[str, Named]]) -> list[tuple[str, Named]]:
+    """The methods of a config, those that stand under one that composes set beside it, before it.
+
+    ``{name: hldm, methods: [kd, fitnets]}`` and ``[kd, fitnets, hldm]`` are one run: both come to the latter.
+    """
+    flat = []
+    for path, spec in specs:
+        under = spec.settings.get("methods")
+        if not under or not loaded(catalog.find("method", spec.name)).composes:
+            flat.append((path, spec))
+            continue
+        items = [under] if isinstance(under, str | Mapping) else under
+        if not isinstance(items, list | tuple):
+            raise ConfigError(
+                f"{path}.methods: got {under!r}; expected a list of methods, as in [kd, fitnets]"
+            )
+        for number, item in enumerate(items):
+            flat += lifted([_named(f"{path}.methods.{number}", item)])
+        rest = {name: value for name, value in spec.settings.items() if name != "methods"}
+        flat.append((path, Named.model_validate({"name": spec.name, **rest})))
+    return flat
+
+
+def _named(path: str, given: Any) -> tuple[str, Named]:
+    try:
+        return path, Named.model_validate(given)
+    except ValidationError as error:
+        raise ConfigError(explain(error, Named, path)) from None
+
+
 def load_methods(specs: Sequence[tuple[str, Named]]) -> list[Plugin]:
-    """The methods of a config, in its order."""
+    """The methods of a config, in its order; what stands under a method is lifted before."""
     plugins = []
     for path, spec in specs:
         entry, method = configured("method", spec, path)
@@ -83,14 +113,12 @@ def as_plugins(method: MethodLike | Sequence[MethodLike]) -> list[Plugin]:
     plugins = []
     for number, item in enumerate(given):
         if isinstance(item, Method):
+            if item.composes and item.config.methods:
+                plugins += as_plugins(item.config.methods)
             plugins.append(Plugin(_name(item), _distribution(item), item))
             continue
         path = "method" if len(given) == 1 else f"methods.{number}"
-        try:
-            spec = Named.model_validate(item)
-        except ValidationError as error:
-            raise ConfigError(explain(error, Named, path)) from None
-        plugins += load_methods([(path, spec)])
+        plugins += load_methods(lifted([_named(path, item)]))
     return plugins
 
 

@@ -116,8 +116,7 @@ class Recorder:
     def _diverged(self, loop: Loop, metrics: Mapping[str, Tensor]) -> Diverged:
         step = loop.at.step
         bad = [name for name, value in metrics.items() if not math.isfinite(value.item()) and name != "loss"]
-        kept = None if self.folder is None else checkpoint.newest(self.folder / rundir.CHECKPOINTS)
-        last = f"; the checkpoint of update {checkpoint.step_of(kept)} is kept" if kept else ""
+        last = self._last()
         what = (
             ", ".join(f"{name} = {metrics[name].item()}" for name in bad)
             or "the sum of finite terms overflowed"
@@ -140,8 +139,23 @@ class Recorder:
         if self.folder is None:
             return
         loop.step.check_teacher()
+        self._refuse_broken(loop)
         content = {**loop.state_dict(), "seconds": self.elapsed(), "config": json.dumps(dump(self.config))}
         checkpoint.write(self.folder / rundir.CHECKPOINTS, loop.at.step, content)
+
+    def _refuse_broken(self, loop: Loop) -> None:
+        """Stop where weights are not finite: the loss that told of it comes only with the next update."""
+        for role, model in loop.step.run.models.items():
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad and not parameter.isfinite().all():
+                    raise Diverged(
+                        f"'{name}' of {role} holds NaN or infinity after update {loop.at.step}{self._last()}. Lower "
+                        "optimizer.lr, or set clip"
+                    )
+
+    def _last(self) -> str:
+        kept = None if self.folder is None else checkpoint.newest(self.folder / rundir.CHECKPOINTS)
+        return f"; the checkpoint of update {checkpoint.step_of(kept)} is kept" if kept else ""
 
     def resume(self, loop: Loop) -> int | None:
         """Take up the newest checkpoint; its update, or None where there is none."""

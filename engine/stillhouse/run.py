@@ -24,7 +24,7 @@ from stillhouse.errors import ConfigError, nearest
 from stillhouse.evaluate import Sealed, score
 from stillhouse.files import write_bytes, write_json
 from stillhouse.loop import Loop
-from stillhouse.methods import configured, load_methods
+from stillhouse.methods import configured, lifted, load_methods
 from stillhouse.models import arguments, digest, freeze
 from stillhouse.observers import RunRecord
 from stillhouse.recorder import Interrupted, Recorder
@@ -55,7 +55,8 @@ def resolve(config: RunConfig) -> Parts:
     Raises PluginError or ConfigError; nothing is trained or written before this has passed.
     """
     _, task = configured("task", config.task, "task")
-    methods = load_methods(config.named_methods)
+    named = lifted(config.named_methods)
+    methods = load_methods(named)
     observers = [
         configured("observer", spec, f"observers.{number}")[1] for number, spec in enumerate(config.observers)
     ]
@@ -79,10 +80,10 @@ def resolve(config: RunConfig) -> Parts:
             builders[role], given = _builder(given_spec, task.students, role)
             chosen[role] = _full(given_spec, given)
     specs = [
-        _full(spec, dump(plugin.method.config))
-        for (_, spec), plugin in zip(config.named_methods, methods, strict=True)
+        _full(spec, dump(plugin.method.config)) for (_, spec), plugin in zip(named, methods, strict=True)
     ]
-    chosen |= {"method": specs[0]} if config.method is not None else {"methods": specs}
+    alone = config.method is not None and len(specs) == 1
+    chosen |= {"method": specs[0]} if alone else {"method": None, "methods": specs}
     resolved = RunConfig.model_validate({**config.model_dump(exclude=set(chosen)), **chosen})
     return Parts(resolved, task, methods, observers, builders, folder=resolved.run_dir)
 

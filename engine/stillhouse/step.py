@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from stillhouse.api import Auxiliary
 from stillhouse.context import STUDENT, TARGET, TEACHER, RunContext, Stage, StepInfo
 from stillhouse.dispatch import Plugin, Plugins
-from stillhouse.errors import ConfigError, nearest
+from stillhouse.errors import ConfigError, Diverged, StillhouseError, nearest
 from stillhouse.methods import MethodLike, as_plugins
 from stillhouse.models import Captures, checksum, evaluating, forward, freeze, stochastic_module, versions
 from stillhouse.softlabels import SoftLabels
@@ -154,7 +154,11 @@ class DistillStep:
             soft = None if teacher_out is None else teacher_out.logits
             targets = self.plugins.label_transform(Targets(batch.labels, soft), batch, teacher_out, step)
         student_out = self._student_out(student, batch)
-        terms = self.plugins.loss_terms(student_out, teacher_out, targets, batch, step)
+        try:
+            terms = self.plugins.loss_terms(student_out, teacher_out, targets, batch, step)
+        except ValueError as error:
+            _diverged(error, student_out, step)
+            raise
         loss = _total(terms := self.plugins.combine_terms(terms, step))
         self._open -= 1
         metrics = {name: term.value.detach() for name, term in terms.items()}
@@ -343,6 +347,17 @@ class DistillStep:
                     known = ", ".join(self.run.models)
                     raise ConfigError(f"stage '{stage.name}' names '{name}'; known models: {known}")
         return stages
+
+
+def _diverged(error: ValueError, student_out: StudentOut | None, step: StepInfo) -> None:
+    """Raise Diverged in place of an error of a loss whose cause is that the model's outputs are not finite."""
+    if isinstance(error, StillhouseError) or student_out is None or student_out.logits.isfinite().all():
+        return
+    where = "; ".join(getattr(error, "__notes__", [])) or "in a loss term"
+    raise Diverged(
+        f"the outputs of the {step.stage.model} are not finite in update {step.index}, found {where} ({error}). The "
+        "last checkpoint is kept: lower optimizer.lr, or set clip"
+    ) from error
 
 
 def _refuse_shared(models: Mapping[str, nn.Module], teacher: nn.Module) -> None:

@@ -41,6 +41,11 @@ POINTS = 400
 class HLDMConfig(MethodConfig):
     """Settings of HLDM."""
 
+    methods: tuple[str | dict[str, Any], ...] = Field(
+        (),
+        description="Methods whose terms it weighs, each a name or {name: ..., settings}; the same as naming them "
+        "beside it in the run's own list of methods.",
+    )
     weighting: Literal["uncertainty", "gradnorm", "dwa", "fixed", "simplex"] = Field(
         "uncertainty", description="How the weights are found."
     )
@@ -101,6 +106,7 @@ class HLDM(Method):
     api_version = 1
     Config = HLDMConfig
     regression = True
+    composes = True
     config: HLDMConfig
 
     def __init__(self, config: HLDMConfig | None = None) -> None:

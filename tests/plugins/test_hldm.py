@@ -1,7 +1,10 @@
+"""HLDM in runs: what it trains, what it stands over, how it goes on, what it refuses."""
+
 from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 
 import pytest
@@ -12,7 +15,10 @@ from torch import nn
 from toys import loop, net, rows, same_bits, splits, weights
 
 from stillhouse.api import ConfigError, Diverged, LossTerm, Method, Splits, StepInfo, TensorSplit, hookimpl
+from stillhouse.checkpoint import newest, read, step_of
+from stillhouse.config import dump, validate
 from stillhouse.dispatch import PluginError
+from stillhouse.run import resolve
 from stillhouse_hldm import HLDM, HLDMConfig, method, weighting
 
 WEIGHTINGS = {
@@ -28,71 +34,7 @@ def hldm(name: str, **more):
     return {"name": "hldm", "weighting": name, **WEIGHTINGS[name], **more}
 
 
-def learned(weigh, constants, *, steps=2000, lr=0.05):
-    """Train a weighting on constant losses; its slots' weights, by term."""
-    names = [f"t{number}" for number in range(len(constants))]
-    slots, losses = weigh.slots(names), torch.tensor(constants)
-    optimizer = torch.optim.Adam(weigh.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        weigh.prepare()
-        loss, _ = weigh.objective(slots, losses, lambda: losses, 1.0)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    weigh.prepare()
-    return weigh.weights(slots)
-
-
-# Known answers.
-
-
-def test_for_constant_losses_the_optimum_is_the_logarithm():
-    weigh = weighting.Uncertainty(5.0, {})
-    learned(weigh, [0.05, 1.0, 30.0])
-    assert weigh.s[:3].tolist() == pytest.approx([math.log(0.05), 0.0, math.log(30.0)], abs=1e-3)
-
-
-def test_a_missing_regulariser_is_seen(monkeypatch):
-    sound = weighting.Uncertainty.objective
-    monkeypatch.setattr(
-        weighting.Uncertainty,
-        "objective",
-        lambda self, *given: (sound(self, *given)[0] + self.s[:3].sum(), torch.zeros(())),
-    )
-    with pytest.raises(AssertionError):
-        test_for_constant_losses_the_optimum_is_the_logarithm()
-
-
-def test_a_term_scaled_by_100_ends_with_the_same_contribution():
-    losses = torch.tensor([0.3, 0.9])
-    plain = learned(weighting.Uncertainty(6.0, {}), losses.tolist()) * losses
-    scaled = losses * torch.tensor([100.0, 1.0])
-    made = learned(weighting.Uncertainty(6.0, {}), scaled.tolist()) * scaled
-    assert made.tolist() == pytest.approx(plain.tolist(), rel=1e-2)
-
-
-def test_a_bound_that_is_too_tight_is_seen(monkeypatch):
-    monkeypatch.setattr(weighting.Uncertainty, "prepare", lambda self: self.s.data.clamp_(-1, 1))
-    with pytest.raises(AssertionError):
-        test_a_term_scaled_by_100_ends_with_the_same_contribution()
-
-
-def test_under_gradnorm_with_alpha_0_the_weighted_gradient_norms_become_equal():
-    weigh = weighting.GradNorm(0.0)
-    made = learned(weigh, [0.2, 1.0, 5.0])
-    norms = made * torch.tensor([0.2, 1.0, 5.0])
-    assert norms.tolist() == pytest.approx([float(norms.mean())] * 3, rel=0.02)
-    assert float(made.sum()) == pytest.approx(3)
-
-
-def test_a_gradnorm_that_follows_rates_is_seen():
-    weigh = weighting.GradNorm(1.0)
-    slots = weigh.slots(["t0", "t1", "t2"])
-    weigh.initial[slots] = torch.tensor([1.0, 1.0, 1.0])
-    norms = learned(weigh, [0.2, 1.0, 5.0]) * torch.tensor([0.2, 1.0, 5.0])
-    assert norms[0] < norms[1] < norms[2], "the slower a term falls, the greater its part"
+# In a run.
 
 
 def test_in_a_run_gradnorm_evens_the_gradients_out():
@@ -114,77 +56,6 @@ def test_in_a_run_gradnorm_evens_the_gradients_out():
     weigh = plugin.weighting.weights(plugin.weighting.slots([f"hldm.{name}" for name in terms]))
     norms = plugin._norms([term.value for term in terms.values()], info) * weigh
     assert float(norms[0] / norms[1]) == pytest.approx(1, abs=0.1)
-
-
-def test_equal_ratios_give_dwa_weights_of_1():
-    weigh = weighting.DWA(2, 2.0)
-    slots = weigh.slots(["a", "b"])
-    for value in (8.0, 8.0, 4.0, 4.0):
-        weigh.observe({"a": torch.tensor(value), "b": torch.tensor(10 * value)})
-    assert weigh.ratio[:2].tolist() == [0.5, 0.5]
-    assert weigh.weights(slots).tolist() == pytest.approx([1.0, 1.0])
-
-
-def test_dwa_favours_the_term_that_falls_slower_by_the_papers_softmax():
-    weigh = weighting.DWA(1, 2.0)
-    slots = weigh.slots(["a", "b"])
-    for a, b in ((1.0, 1.0), (0.5, 1.0)):
-        weigh.observe({"a": torch.tensor(a), "b": torch.tensor(b)})
-    expected = 2 * torch.softmax(torch.tensor([0.25, 0.5]), 0)
-    assert torch.allclose(weigh.weights(slots), expected)
-
-
-def test_a_dwa_of_values_in_place_of_ratios_is_seen(monkeypatch):
-    monkeypatch.setattr(
-        weighting.DWA, "weights", lambda self, slots: len(slots) * self.means[slots].softmax(0)
-    )
-    with pytest.raises(AssertionError):
-        test_equal_ratios_give_dwa_weights_of_1()
-
-
-@pytest.mark.parametrize("entropy", [0.3, 2.0])
-def test_the_optimum_on_the_simplex_with_entropy_is_a_softmax(entropy):
-    losses = torch.tensor([0.4, 0.9, 1.5])
-    made = learned(weighting.Simplex(entropy), losses.tolist())
-    assert torch.allclose(made, (-losses / entropy).softmax(0), atol=2e-3)
-
-
-def test_a_plain_simplex_collapses_and_is_refused(monkeypatch):
-    assert float(learned(weighting.Simplex(1e-6), [0.4, 0.9, 1.5]).max()) > 0.99
-    with pytest.raises(ValueError, match=r"puts all weight on the smallest loss.*expected entropy above 0"):
-        HLDMConfig(weighting="simplex")
-    with pytest.raises(ConfigError, match=r"method: .*simplex without entropy"):
-        loop({"name": "hldm", "weighting": "simplex"})
-
-
-# Traps.
-
-
-def test_t_squared_does_not_turn_the_distillation_term_down():
-    """kd is balanced un-scaled: T^2 moves its loss and not its s, so its contribution keeps the factor T^2."""
-    kd, temperature = 0.08, 4.0
-    name = "hldm.kd"
-    weigh = weighting.Uncertainty(6.0, {name: temperature**2})
-    slots = weigh.slots([name])
-    optimizer = torch.optim.Adam(weigh.parameters(), lr=0.02)
-    for _ in range(1500):
-        loss, _ = weigh.objective(slots, torch.tensor([kd * temperature**2]), lambda: None, 1.0)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert weigh.s[0].item() == pytest.approx(math.log(kd), abs=0.02)
-    made = HLDM(HLDMConfig(temperature=3.0)).weighting
-    assert made.scales == {"hldm.kd": 9.0}
-    assert HLDM(HLDMConfig(scales={"hldm.kd": 1.0})).weighting.scales == {"hldm.kd": 1.0}
-
-
-def test_a_loss_that_goes_to_0_stops_at_the_bound_and_can_come_back():
-    weigh = weighting.Uncertainty(3.0, {})
-    assert float(learned(weigh, [0.0])) == pytest.approx(math.exp(3.0))
-    assert float(learned(weigh, [2.0])) == pytest.approx(0.5, rel=1e-2)
-
-
-# In a run.
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
@@ -326,6 +197,47 @@ def test_a_methods_own_weight_counts_as_part_of_its_term():
     assert row["loss"] == pytest.approx(0.25 * row["kd.kl"] + 0.75 * row["kd.ce"])
 
 
+def seeded(method):
+    """A loop whose auxiliary modules start alike each time."""
+    torch.manual_seed(0)
+    return loop(method)
+
+
+UNDER = {"name": "hldm", "methods": ["kd", {"name": "fitnets", "weight": 2.0}]}
+BESIDE = ["kd", {"name": "fitnets", "weight": 2.0}, "hldm"]
+
+
+def test_methods_may_be_listed_under_it():
+    handed = HLDM(HLDMConfig(methods=("kd", {"name": "fitnets", "weight": 2.0})))
+    under, beside, handed = (seeded(method) for method in (UNDER, BESIDE, handed))
+    assert [plugin.name for plugin in under.step.plugins.plugins] == ["kd", "fitnets", "hldm"]
+    under.run(), beside.run(), handed.run()
+    assert same_bits(under.step.run.student, beside.step.run.student)
+    assert under.watcher.metrics == beside.watcher.metrics
+    assert same_bits(handed.step.run.student, beside.step.run.student)
+
+
+def test_in_a_config_both_ways_to_name_them_resolve_to_one():
+    under = resolve(validate({"task": "digits", "method": UNDER})).config
+    assert dump(under) == dump(resolve(validate({"task": "digits", "methods": BESIDE})).config)
+    assert dump(resolve(under).config) == dump(under), "a run directory's config is read again"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"name": "hldm", "methods": [{"name": "kd", "temprature": 2}]}, r"method.methods.0.temprature: .*did you mean"),
+        ({"name": "hldm", "methods": ["kd", "fitnet"]}, "no method.*'fitnet'.*did you mean 'fitnets'"),
+        ({"name": "hldm", "methods": [3]}, r"method.methods.0"),
+        ({"name": "hldm", "methods": 3}, r"method.methods: got 3; expected a list of methods"),
+        ({"name": "kd", "methods": ["sld"]}, r"method.methods: unknown"),
+    ],
+)  # fmt: skip
+def test_a_mistake_under_it_is_told_with_its_path(given, said):
+    with pytest.raises((ConfigError, PluginError), match=said):
+        resolve(validate({"task": "digits", "method": given}))
+
+
 # Bad input.
 
 
@@ -416,6 +328,33 @@ def test_killed_and_taken_up_the_weights_and_their_plot_are_whole(tmp_path, fork
     assert [point["step"] for point in points] == list(range(40))
     assert set(points[0]["weights"]) == {"kd.kl", "kd.ce", "fitnets.hint"}
     assert (tmp_path / "whole" / "weights.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("at", "lifted", "said", "kept"),
+    [
+        (10, 1e30, r"outputs of the student are not finite in update 11, found in hook 'loss_terms' of plugin 'kd'", 8),
+        (10, 1e9, r"hldm: got a loss term that is not finite in update 12: fitnets.hint = inf; the student is as", 12),
+        (11, 1e42, r"of student holds NaN or infinity after update 12; the checkpoint of update 8 is kept", 8),
+    ],
+    ids=["the outputs", "a term", "the weights, where a checkpoint is due"],
+)  # fmt: skip
+def test_a_run_that_diverges_names_what_did_and_keeps_its_last_good_checkpoint(
+    at, lifted, said, kept, cli, tmp_path
+):
+    """The schedule lifts the learning rate after ``at`` updates; checkpoints are made every 4."""
+    schedule = {"name": "StepLR", "step_size": at, "gamma": lifted}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**CONFIG, "scheduler": schedule, "out": "run"}))
+    first = cli("run", "run.yaml")
+    assert first.code != 0
+    assert re.search(said, first.err), first.err
+    assert re.search(r"checkpoint( of update 8)? is kept", first.err)
+    assert "Traceback" not in first.err
+    last = newest(tmp_path / "run" / "checkpoints")
+    assert step_of(last) == kept
+    assert all(tensor.isfinite().all() for tensor in read(last)["models"]["student"].values())
+    assert not (tmp_path / "run" / "student.safetensors").exists()
+    assert cli("run", "run.yaml", "--resume").err == first.err, "taken up, it ends alike"
 
 
 def test_the_plot_has_a_few_hundred_points_however_long_the_run():
