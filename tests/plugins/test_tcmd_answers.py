@@ -6,8 +6,7 @@ from torch import nn
 from toys import CLASSES, loop, net, rows
 
 from stillhouse.kernels import softmax_kl
-from stillhouse_tcmd import CombinedNetwork, Router, Specialist, losses, networks
-from stillhouse_tcmd.report import scores
+from stillhouse_tcmd import CombinedNetwork, Router, Specialist, losses, networks, report
 
 HALVES = [[0, 2], [1, 3]]
 SIDE = {"name": "tcmd", "tasks": HALVES, "network": "side_by_side"}
@@ -96,27 +95,42 @@ def test_one_task_with_a_forgotten_temperature_is_seen(monkeypatch):
 
 
 def test_a_router_cannot_leak():
-    """What is routed is made from the inputs alone; the scores with the task given stand apart."""
+    """What is routed is made from a row's inputs alone; the scores with the task given stand apart."""
     made = loop(SIDE)
     made.run()
     network = made.step.run.models["tcmd.network"]
     x, y = rows(64, 7)
     with torch.no_grad():
         logits = network(x)
-    assert torch.equal(logits.softmax(-1), network(x).softmax(-1))
-    found = scores(logits, y, HALVES, exclusive=True)
-    for entry in found:
-        assert entry["routed"] <= min(entry["given"], 1.0) + 1e-9
-        mine = torch.isin(y, torch.tensor(entry["classes"]))
-        given = logits[mine][:, entry["classes"]].argmax(-1)
-        right = torch.tensor(entry["classes"])[given] == y[mine]
-        assert entry["given"] == pytest.approx(float(right.float().mean()))
-    with torch.no_grad():
+        alone = torch.cat([network(row[None]) for row in x])
         told = network(x, task=torch.isin(y, torch.tensor(HALVES[1])).long())
-    assert (told.argmax(-1) == y).float().mean() >= (logits.argmax(-1) == y).float().mean()
+    torch.testing.assert_close(alone, logits, msg="a row's answer holds something of its neighbours'")
+    assert not torch.equal(told.argmax(-1), logits.argmax(-1)), "some rows are routed wrongly here"
+    for entry in report.scores(logits, y, HALVES, exclusive=True):
+        mine = torch.isin(y, torch.tensor(entry["classes"]))
+        assert entry["given"] == pytest.approx(float((told.argmax(-1) == y)[mine].float().mean()))
+        assert entry["routed"] == pytest.approx(float((logits.argmax(-1) == y)[mine].float().mean()))
+        assert entry["routed"] <= min(entry["given"], entry["router"])
 
 
 def test_scores_given_and_routed_are_told_apart():
     logits, y = torch.tensor([[0.0, 5.0, 1.0, 0.0]]), torch.tensor([2])
-    entry = scores(logits, y, HALVES, exclusive=True)[0]
+    entry = report.scores(logits, y, HALVES, exclusive=True)[0]
     assert (entry["given"], entry["routed"], entry["router"]) == (1.0, 0.0, 0.0)
+
+
+def test_a_router_that_leaks_is_seen(monkeypatch):
+    sound = Router.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(Router, "forward", lambda self, x: sound(self, x - x.mean(0)))
+        with pytest.raises(AssertionError, match="neighbours"):
+            test_a_router_cannot_leak()
+    scores = report.scores
+
+    def told(*given, **more):
+        return [entry | {"routed": entry.get("given"), "router": 1.0} for entry in scores(*given, **more)]
+
+    monkeypatch.setattr(report, "scores", told)
+    for answer in (test_a_router_cannot_leak, test_scores_given_and_routed_are_told_apart):
+        with pytest.raises(AssertionError):
+            answer()
