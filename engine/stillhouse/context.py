@@ -128,7 +128,7 @@ class RunContext:
     steps
         Student updates of the whole run.
     dir
-        The run directory, or None.
+        The run directory, or None. It is there from the first stage on: before, the run may still be refused.
     build
         Makes a further model from ``{"name": ..., argument: ...}``, as the config's ``student`` is made
         (a teacher assistant, a specialist); None where the surrounding trainer knows models as objects only.

@@ -20,7 +20,7 @@ from stillhouse.display import display as default_display
 from stillhouse.errors import DataError, nearest
 from stillhouse.methods import MethodLike, as_plugins
 from stillhouse.models import digest
-from stillhouse.run import Parts, Summary, pick_device, train
+from stillhouse.run import Parts, Summary, cpu_threads, pick_device, train
 from stillhouse.tasks import DatasetSplit, Split, Splits, TensorSplit, classification, regression
 
 Score = Callable[[Tensor, Tensor], dict[str, float]]
@@ -46,6 +46,7 @@ def distill(
     score: Score | None = None,
     dir: str | Path | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     display: Display | None = None,
     **training: Any,
 ) -> Distilled:
@@ -62,8 +63,9 @@ def distill(
     score
         From outputs and labels of a split to metrics by name, the first being the one shown; default
         accuracy and nll, or r2 and mse where labels are floats.
-    dir, resume
-        A run directory to keep; without it nothing is written.
+    dir, resume, overwrite
+        A run directory to keep; without it nothing is written. ``resume`` goes on with an unfinished run there,
+        ``overwrite`` starts over.
     training
         Any key of a run's ``Training`` and logging settings: ``steps=9000``, ``batch_size=128``,
         ``optimizer={"lr": 2e-3}``, ``scheduler="CosineAnnealingLR"``, ``seed=1``, ``device="cpu"`` ...
@@ -84,7 +86,7 @@ def distill(
     folder = None if dir is None else Path(dir)
     parts = Parts(config, task, plugins, [], builders, teacher, folder)
     if folder is not None:
-        finished = rundir.open_dir(config, resume=resume, overwrite=False)
+        finished = rundir.look(config, resume=resume, overwrite=overwrite)
         if finished is not None:
             from stillhouse.teachers import load
 
@@ -95,7 +97,10 @@ def distill(
     shown = display or default_display()
     outside = RandomState.capture()
     try:
-        summary = train(parts, splits, pick_device(config.device), shown, resume=resume)
+        with cpu_threads(config.threads):
+            summary = train(
+                parts, splits, pick_device(config.device), shown, resume=resume, overwrite=overwrite
+            )
     finally:
         shown.close()
         outside.restore()

@@ -29,7 +29,7 @@ from stillhouse.tasks import Split, Task
 
 
 class Interrupted(StillhouseError):
-    """Ctrl-C: the update was finished and a checkpoint written."""
+    """Ctrl-C: the update was finished, and a checkpoint written where there is a run directory."""
 
 
 class Recorder:
@@ -67,8 +67,9 @@ class Recorder:
             self._validate(loop)
         if self._stop:
             self.checkpoint(loop)
+            kept = "the checkpoint is written: go on with --resume (in Python: resume=True)"
             raise Interrupted(
-                f"interrupted after update {step}; the checkpoint is written: go on with --resume"
+                f"interrupted after update {step}; {kept if self.folder else 'nothing is kept without dir=DIR'}"
             )
         if step % config.checkpoint_every == 0:
             self.checkpoint(loop)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,14 @@ from stillhouse.display import Display
 from stillhouse.errors import ConfigError, nearest
 from stillhouse.evaluate import Sealed, score
 from stillhouse.files import write_bytes, write_json
+from stillhouse.fit import OFFERED, check_fit
 from stillhouse.loop import Loop
 from stillhouse.methods import configured, lifted, load_methods
 from stillhouse.models import arguments, digest, freeze
 from stillhouse.observers import RunRecord
 from stillhouse.recorder import Interrupted, Recorder
-from stillhouse.step import OFFERED, DistillStep
+from stillhouse.step import DistillStep
+from stillhouse.targets import Batch
 from stillhouse.tasks import Builder, Splits
 
 Summary = dict[str, Any]
@@ -130,6 +133,18 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """``count`` CPU threads (None: torch's); the caller's number is put back."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def run(
     config: RunConfig,
     *,
@@ -146,11 +161,9 @@ def run(
     parts = resolve(config)
     display = display or Display()
     device = pick_device(config.device)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     data = splits(parts.task)
     data.validate()
-    finished = rundir.open_dir(parts.config, resume=resume, overwrite=overwrite)
+    finished = rundir.look(parts.config, resume=resume, overwrite=overwrite)
     if finished is not None:
         display.say(
             f"{config.run_dir} holds this run, finished; its figures are shown (--overwrite makes it again)"
@@ -158,7 +171,8 @@ def run(
         return finished
     outside = RandomState.capture()
     try:
-        return train(parts, data, device, display, resume=resume)
+        with cpu_threads(config.threads):
+            return train(parts, data, device, display, resume=resume, overwrite=overwrite)
     except KeyboardInterrupt:  # between updates: a teacher is trained, labels are taken, or it came twice
         raise Interrupted("interrupted; what was written before is whole: go on with --resume") from None
     finally:
@@ -166,7 +180,15 @@ def run(
         outside.restore()
 
 
-def train(parts: Parts, data: Splits, device: torch.device, display: Display, *, resume: bool) -> Summary:
+def train(
+    parts: Parts,
+    data: Splits,
+    device: torch.device,
+    display: Display,
+    *,
+    resume: bool,
+    overwrite: bool = False,
+) -> Summary:
     """Teacher, models, stages, final scores: everything after the config and the data are known."""
     config, folder = parts.config, parts.folder
     sealed, data = Sealed(data.test), replace(data, test=None)
@@ -179,51 +201,52 @@ def train(parts: Parts, data: Splits, device: torch.device, display: Display, *,
         student=models[STUDENT],
         target=models.get(TARGET),
         teacher=teacher,
-        probe=data.train.batch(torch.arange(min(4, len(data.train)))).to(device),
+        probe=_probe(data, device),
         splits=data,
         steps=config.steps,
         batch_size=config.batch_size,
         seed=config.seed,
         dir=folder,
-        offers=OFFERED if data.train.labelled else OFFERED - {"labels"},
+        offers=_offers(data),
         say=display.say,
         build=lambda spec: _builder(Named.model_validate(dict(spec)), parts.task.students, "network")[0]().to(
             device
         ),
     )
-    for name, auxiliary in step.auxiliary.items():
-        auxiliary.module.to(device)
-        display.say(f"auxiliary module {name}: {_size(auxiliary.module):,} parameters")
-    recorder = Recorder(config, parts.task, data.validation, device, display, folder, parts.observers)
-    loop = Loop(step, data, config, device, recorder)
-    manifest = rundir.manifest(
-        config,
-        step.plugins,
-        device,
-        task=dump(config.task),
-        data=data.fingerprint(),
-        teacher=teacher_facts,
-        stages=_stages(loop),
-        parameters={name: _size(model) for name, model in step.run.models.items()},
-        chosen=step.run.chosen,
-    )
-    if folder is not None:
+    with closing(step):  # after an error too: nothing stays frozen, no hook stays on the caller's models
+        for name, auxiliary in step.auxiliary.items():
+            auxiliary.module.to(device)
+            display.say(f"auxiliary module {name}: {_size(auxiliary.module):,} parameters")
+        recorder = Recorder(config, parts.task, data.validation, device, display, folder, parts.observers)
+        loop = Loop(step, data, config, device, recorder)
+        manifest = rundir.manifest(
+            config,
+            step.plugins,
+            device,
+            task=dump(config.task),
+            data=data.fingerprint(),
+            teacher=teacher_facts,
+            stages=_stages(loop),
+            parameters={name: _size(model) for name, model in step.run.models.items()},
+            chosen=step.run.chosen,
+        )
+        if folder is not None:
+            rundir.claim(config, overwrite=overwrite)
+            if resume:
+                rundir.same_origin(folder, manifest["data"], teacher_facts.get("digest"))
+            write_json(folder / rundir.MANIFEST, manifest)
+            for observer in parts.observers:
+                observer.on_run_start(RunRecord(config.name, folder, dump(config), manifest))
         if resume:
-            rundir.same_origin(folder, manifest["data"], teacher_facts.get("digest"))
-        write_json(folder / rundir.MANIFEST, manifest)
+            at = recorder.resume(loop)
+            display.say("no checkpoint yet: from the start" if at is None else f"resumed after update {at}")
+        with recorder.interruptible():
+            loop.run()
+        step.plugins.notify("on_run_end", run=step.run)
+        summary = _finish(parts, loop, recorder, sealed, manifest)
         for observer in parts.observers:
-            observer.on_run_start(RunRecord(config.name, folder, dump(config), manifest))
-    if resume:
-        at = recorder.resume(loop)
-        display.say("no checkpoint yet: from the start" if at is None else f"resumed after update {at}")
-    with recorder.interruptible():
-        loop.run()
-    step.plugins.notify("on_run_end", run=step.run)
-    summary = _finish(parts, loop, recorder, teacher, sealed, manifest)
-    step.close()
-    for observer in parts.observers:
-        observer.on_run_end(summary)
-    return summary
+            observer.on_run_end(summary)
+        return summary
 
 
 def _teacher(
@@ -244,11 +267,37 @@ def _teacher(
             update={"device": parts.config.device}
         )
         named = {"name": spec.name, **spec.settings}
-        model, made = teachers.trained(parts.builders["teacher"], named, data, settings, device, say)
+        model, made = teachers.trained(
+            parts.builders["teacher"],
+            named,
+            data,
+            settings,
+            device,
+            say,
+            before=lambda untrained: _check_models(parts, data, device, untrained),
+        )
         facts = dict(made)
     if data.validation is not None and data.validation.labelled:
         facts["validation"] = score(parts.task, model, data.validation, device, teacher=True)
     return freeze(model), facts
+
+
+def _check_models(parts: Parts, data: Splits, device: torch.device, teacher: nn.Module) -> None:
+    """Refuse what doesn't fit before a teacher is trained for it."""
+    with torch.random.fork_rng():
+        models = {
+            role: parts.builders[role]().to(device) for role in (STUDENT, TARGET) if role in parts.builders
+        }
+    plugins = Plugins(parts.methods)
+    check_fit(plugins, models, teacher, _probe(data, device), splits=data, offers=_offers(data))
+
+
+def _probe(data: Splits, device: torch.device) -> Batch:
+    return data.train.batch(torch.arange(min(4, len(data.train)))).to(device)
+
+
+def _offers(data: Splits) -> frozenset[str]:
+    return OFFERED if data.train.labelled else OFFERED - {"labels"}
 
 
 def _stages(loop: Loop) -> list[dict[str, Any]]:
@@ -273,7 +322,6 @@ def _finish(
     parts: Parts,
     loop: Loop,
     recorder: Recorder,
-    teacher: nn.Module | None,
     sealed: Sealed,
     manifest: dict[str, Any],
 ) -> Summary:

@@ -24,42 +24,58 @@ from stillhouse.kernels import explain
 CONFIG, MANIFEST, METRICS, SUMMARY = "config.yaml", "manifest.json", "metrics.jsonl", "summary.json"
 STUDENT, CURVE, REPORT = "student.safetensors", "curve.png", "README.md"
 CHECKPOINTS, SOFT_LABELS = "checkpoints", "soft-labels"
+IN_PYTHON = " (in Python: resume=True, overwrite=True, dir=DIR)"
 FREE = ("out", "name", "observers", "threads", "log_every", "checkpoint_every", "device")
 """Config keys that a resumed run may change: they don't enter the weights."""
 
 
-def open_dir(config: RunConfig, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
-    """Make the directory ready; the summary of a run that has already finished, else None.
+def look(config: RunConfig, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+    """The summary of a run that has already finished, else None. Nothing is written.
 
-    Raises CheckpointError where it holds another config, or an unfinished run and ``resume`` is False.
+    Raises CheckpointError where the directory can't be this run's: it holds another config, or an unfinished
+    run and ``resume`` is False, or no file can be written there.
     """
+    folder = config.run_dir
+    if (folder / CONFIG).is_file():
+        if not overwrite:
+            _same_config(config, folder)
+            if (folder / SUMMARY).is_file():
+                finished: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
+                return finished
+            if not resume:
+                raise CheckpointError(
+                    f"{folder} holds an unfinished run of this config; --resume goes on with it, --overwrite starts "
+                    f"over, out=DIR puts this one elsewhere{IN_PYTHON}"
+                )
+    # A name with a dot: a file that a kill cut short, or the file manager's.
+    elif folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir()):
+        raise CheckpointError(f"{folder} is not empty and holds no run; choose another with out=DIR")
+    _writable(folder)
+    return None
+
+
+def claim(config: RunConfig, *, overwrite: bool) -> None:
+    """Make the directory this run's, once nothing can be refused any more: what was there stays until then."""
     folder = config.run_dir
     if overwrite and (folder / CONFIG).is_file():
         shutil.rmtree(folder)
     if not (folder / CONFIG).is_file():
-        # A name with a dot: a file that a kill cut short, or the file manager's.
-        if folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir()):
-            raise CheckpointError(f"{folder} is not empty and holds no run; choose another with out=DIR")
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / CONFIG, to_yaml(dump(config)))
-        return None
-    _same_config(config, folder)
-    if (folder / SUMMARY).is_file():
-        finished: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
-        return finished
-    if not resume:
-        raise CheckpointError(
-            f"{folder} holds an unfinished run of this config; --resume goes on with it, --overwrite starts "
-            "over, out=DIR puts this one elsewhere"
-        )
-    return None
+
+
+def _writable(folder: Path) -> None:
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        problem = "is no folder" if not there.is_dir() else "is not writable"
+        raise CheckpointError(f"{folder} can't be made, {there} {problem}; choose another with out=DIR")
 
 
 def _same_config(config: RunConfig, folder: Path) -> None:
     if found := differing(yaml.safe_load((folder / CONFIG).read_text()) or {}, config):
         raise CheckpointError(
             f"{folder} holds a run of another config ({found}); "
-            "out=DIR puts this one elsewhere, --overwrite replaces it"
+            f"out=DIR puts this one elsewhere, --overwrite replaces it{IN_PYTHON}"
         )
 
 
@@ -87,7 +103,7 @@ def same_origin(folder: Path, data: Mapping[str, str], teacher: str | None) -> N
             what = name if name == "teacher" else f"{name} split"
             raise CheckpointError(
                 f"{folder} holds a run with another {what} (digest {before.get(name)} there, {new} here); "
-                "out=DIR puts this one elsewhere, --overwrite replaces it"
+                f"out=DIR puts this one elsewhere, --overwrite replaces it{IN_PYTHON}"
             )
 
 

@@ -22,14 +22,13 @@ from stillhouse.api import Auxiliary
 from stillhouse.context import STUDENT, TARGET, TEACHER, RunContext, Stage, StepInfo
 from stillhouse.dispatch import Plugin, Plugins
 from stillhouse.errors import ConfigError, Diverged, StillhouseError, nearest
+from stillhouse.fit import OFFERED, check_fit, outputs
 from stillhouse.methods import MethodLike, as_plugins
-from stillhouse.models import Captures, checksum, evaluating, forward, freeze, stochastic_module, versions
+from stillhouse.models import Captures, checksum, forward, freeze, versions
 from stillhouse.softlabels import SoftLabels
 from stillhouse.targets import Batch, LossTerm, StudentOut, Targets, TeacherOut
 from stillhouse.tasks import Splits
 from stillhouse.watch import UPDATES, check_kept, watched
-
-OFFERED = frozenset({"logits", "deterministic_teacher", "hidden_states", "labels", "student_update"})
 
 
 class DistillStep:
@@ -109,7 +108,7 @@ class DistillStep:
             raise
 
     def _set_up(self, probe: Batch, models: dict[str, nn.Module], offers: frozenset[str]) -> None:
-        self._probe(probe, offers)
+        check_fit(self.plugins, models, self.teacher, probe, splits=self.run.splits, offers=offers)
         self.plugins.notify("on_run_start", run=self.run)
         self.auxiliary = self.plugins.auxiliary_modules(self.run)
         for name, auxiliary in self.auxiliary.items():
@@ -218,7 +217,7 @@ class DistillStep:
         model = self.teacher if role == TEACHER else self.run.models.get(role)
         if model is None:
             raise ConfigError(f"outputs of '{role}': no such model{nearest(role, self.run.models)}")
-        logits = _outputs(model, batch.for_teacher if role == TEACHER else batch.inputs)
+        logits = outputs(model, batch.for_teacher if role == TEACHER else batch.inputs)
         return StudentOut(logits, self.captures.take(role))
 
     # Stages.
@@ -288,58 +287,6 @@ class DistillStep:
     def _called(self, module: nn.Module, given: Any) -> None:
         self.teacher_calls += 1
 
-    # Checks before the first step.
-
-    def _probe(self, probe: Batch, offers: frozenset[str]) -> None:
-        needs = self.plugins.requires
-        if (needs & {"logits", "hidden_states"}) and self.teacher is None:
-            self._refuse("logits", "needs a teacher, and there is none; name one")
-        if "labels" in needs and not probe.labelled and probe.labels is None:
-            self._refuse("labels", "needs labels, and the training split has none")
-        if "unlabelled" in needs and (self.run.splits is None or self.run.splits.unlabelled is None):
-            self._refuse("unlabelled", "needs an unlabelled split, and the task has none")
-        for name in sorted(needs - offers - {"unlabelled"}):
-            self._refuse(name, f"requires '{name}', which this trainer does not offer")
-        if probe.labels is not None and probe.labels.is_floating_point():
-            self._refuse_regression()
-        if self.teacher is None or not needs & {"logits", "hidden_states"}:
-            return
-        if "deterministic_teacher" in needs:
-            stochastic = stochastic_module(self.teacher, probe.for_teacher)
-            if stochastic is not None:
-                self._refuse(
-                    "deterministic_teacher",
-                    f"is for deterministic teachers, and this one gave two answers to one batch: {stochastic} "
-                    "is stochastic; put it in eval mode, or use the method 'kd', which asks it anew each step",
-                )
-        self._compare_outputs(probe)
-
-    def _compare_outputs(self, probe: Batch) -> None:
-        assert self.teacher is not None
-        teacher = _outputs(self.teacher, probe.for_teacher)
-        for name, model in self.run.models.items():
-            student = _outputs(model, probe.inputs)
-            if teacher.shape == student.shape:
-                continue
-            for plugin in self.plugins.plugins:
-                if not plugin.method.different_outputs:
-                    raise ConfigError(
-                        f"{plugin}: the teacher gives outputs of shape {tuple(teacher.shape)}, the {name} "
-                        f"{tuple(student.shape)}; expected the same: give the {name} as many outputs"
-                    )
-
-    def _refuse_regression(self) -> None:
-        for plugin in self.plugins.plugins:
-            if not plugin.method.regression:
-                raise ConfigError(
-                    f"{plugin} compares class probabilities, and this task's labels are floats (regression); "
-                    "expected class labels: choose a method that says regression, such as hard_labels or ibmd"
-                )
-
-    def _refuse(self, capability: str, why: str) -> None:
-        who = [plugin for plugin in self.plugins.plugins if capability in plugin.method.requires]
-        raise ConfigError(f"{who[0] if who else self.plugins.plugins[0]} {why}")
-
     def _checked(self, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
         for stage in stages:
             for name in (*(stage.train or ()), stage.model, stage.teacher):
@@ -383,11 +330,6 @@ def _total(terms: Mapping[str, LossTerm]) -> Tensor:
         total = value if total is None else total + value
     assert total is not None
     return total
-
-
-def _outputs(model: nn.Module, inputs: Any) -> Tensor:
-    with torch.random.fork_rng(), evaluating(model):
-        return forward(model, inputs)
 
 
 def as_batch(given: Any) -> Batch:

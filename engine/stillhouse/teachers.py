@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from stillhouse.api import Task
 from stillhouse.config import Training, explain
-from stillhouse.errors import CheckpointError, ConfigError
+from stillhouse.errors import CheckpointError, ConfigError, Diverged
 from stillhouse.files import write_bytes
 from stillhouse.loop import Loop
 from stillhouse.softlabels import SoftLabels
@@ -58,6 +58,13 @@ def load(model: nn.Module, path: Path) -> None:
                 "give the builder the arguments that these weights were made with"
             )
     model.load_state_dict(weights)
+    _finite(model, f"weights {path}:", "expected finite ones")
+
+
+def _finite(model: nn.Module, what: str, fix: str) -> None:
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise Diverged(f"{what} '{name}' holds NaN or infinity; {fix}")
 
 
 def fingerprint(
@@ -82,8 +89,12 @@ def trained(
     settings: Training,
     device: torch.device,
     say: Callable[[str], None],
+    before: Callable[[nn.Module], None] = lambda model: None,
 ) -> tuple[nn.Module, dict[str, str]]:
     """The teacher from the cache, else trained on the labelled split and kept there.
+
+    before
+        Called with the untrained teacher where it has to be trained; may refuse it.
 
     Returns the model and its fingerprint with the key ``found`` (``kept`` or ``trained``).
     """
@@ -97,6 +108,7 @@ def trained(
         load(model, path)
         say(f"teacher {named['name']}: kept from an earlier run ({digest})")
         return model, {**made_from, "digest": digest, "found": "kept"}
+    before(model)
     say(f"teacher {named['name']}: training it once, {settings.steps} updates ({digest})")
     step = DistillStep(
         "hard_labels", student=model, probe=data.batch(torch.arange(min(2, len(data)))).to(device)
@@ -104,6 +116,9 @@ def trained(
     loop = Loop(step, Splits(data), settings, device, _Silent())
     loop.run()
     step.close()
+    _finite(
+        model, f"teacher {named['name']}: after {settings.steps} updates", "lower teacher.train.optimizer.lr"
+    )
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_bytes(path, save(weights, {"fingerprint": json.dumps(made_from, sort_keys=True)}))
     return model, {**made_from, "digest": digest, "found": "trained"}

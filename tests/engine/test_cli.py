@@ -213,7 +213,8 @@ class TestMistakes:
         )
 
     @pytest.mark.parametrize("case", CASES)
-    def test_is_told_and_nothing_is_lost(self, case, cli, config):
+    def test_is_told_and_nothing_is_lost(self, case, cli, config, monkeypatch):
+        monkeypatch.setenv("STILLHOUSE_CACHE", "cache")
         words, *expected = self.CASES[case]
         settings = SMALL if case == "a hook that fails" else ["steps=6"]
         if any(word.startswith("steps=") for word in words):
@@ -222,6 +223,20 @@ class TestMistakes:
         refused(said, *expected)
         trained = list(Path("run").rglob("step-*")) + list(Path("run").rglob("*.safetensors"))
         assert not trained, "before any training"
+        if case != "a hook that fails":
+            assert not list(Path("cache").rglob("*.safetensors")), "before a teacher is trained, too"
+            assert not Path("run").exists(), "the config, mended, can be run there"
+
+    @pytest.mark.parametrize("words", [["task=noisy"], ["task=narrow", "teacher=net", "student=small"]])
+    def test_leaves_the_run_that_it_was_to_overwrite(self, words, cli, config):
+        assert cli("run", config, *SMALL, "out=run").code == 0
+        before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+        assert cli("run", config, *words, "out=run", "--overwrite").code == 2
+        assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
+
+    def test_in_where_the_run_is_kept_is_told_before_training(self, cli, config):
+        Path("file").touch()
+        refused(cli("run", config, *SMALL, "out=file/run"), "is no folder; choose another with out=DIR")
 
     def test_is_shown_in_full_with_debug_before_or_after_the_command(self, cli, config):
         for words in (["--debug", "run", config, "stpes=3"], ["run", config, "stpes=3", "--debug"]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -219,6 +220,43 @@ def test_float_labels_are_a_regression():
     assert made.scores["test"]["r2"] > 0.9
 
 
+class Stops(toys.Squares):
+    """Does something to the run in the update after the fourth."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.act = act
+
+    @stillhouse.api.hookimpl
+    def on_step_end(self, step):
+        if step.index == 4:
+            self.act()
+
+
+def test_threads_are_those_asked_for_and_the_callers_come_back():
+    seen = []
+    before = torch.get_num_threads()
+    distilled(X, method=["sld", Stops(lambda: seen.append(torch.get_num_threads()))], threads=before + 1)
+    assert seen == [before + 1]
+    assert torch.get_num_threads() == before
+
+
+def test_after_an_error_everything_can_be_trained_again():
+    student, target = toys.net(seed=1), toys.net(12, seed=5)
+    with pytest.raises(ZeroDivisionError):
+        distilled(everything(), student, target=target, method=["sld", Stops(lambda: 1 / 0)])
+    assert all(parameter.requires_grad for parameter in (*student.parameters(), *target.parameters()))
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_ctrl_c_says_what_is_kept(tmp_path, kept):
+    stops = Stops(lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(StillhouseError, match=r"interrupted after update 5; ") as caught:
+        distilled(X, method=["sld", stops], dir=tmp_path / "run" if kept else None)
+    assert ("resume=True" in str(caught.value)) == kept
+    assert ("nothing is kept" in str(caught.value)) != kept
+
+
 class TestDirectory:
     def run(self, folder, student=None, **given):
         student = student if student is not None else toys.net(seed=1)
@@ -230,6 +268,18 @@ class TestDirectory:
         second = self.run(tmp_path / "run", again)
         assert toys.same_bits(first.student, again)
         assert second.scores == first.scores
+
+    def test_is_not_made_for_what_is_refused(self, tmp_path):
+        with pytest.raises(ConfigError, match="outputs of shape"):
+            self.run(tmp_path / "run", toys.net(outputs=3))
+        assert not (tmp_path / "run").exists()
+        self.run(tmp_path / "run")
+
+    def test_overwrite_starts_over(self, tmp_path):
+        self.run(tmp_path / "run", steps=6)
+        with pytest.raises(CheckpointError, match="overwrite=True"):
+            self.run(tmp_path / "run")
+        assert self.run(tmp_path / "run", overwrite=True).summary["steps"] == 9
 
     @pytest.mark.parametrize("method", ["sld", {"name": "kd", "alpha": 0.5}])
     def test_goes_on_after_an_error_bit_for_bit(self, tmp_path, method):

@@ -12,8 +12,9 @@ from torch import nn
 
 from stillhouse.api import IGNORE, Batch, LossTerm, Method, Stage, StepInfo, TeacherOut, hookimpl
 from stillhouse.errors import ConfigError, PluginError
+from stillhouse.fit import OFFERED
 from stillhouse.loop import micro_batches
-from stillhouse.step import OFFERED, DistillStep, as_batch
+from stillhouse.step import DistillStep, as_batch
 
 METHODS = [
     "hard_labels",

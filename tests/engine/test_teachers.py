@@ -10,7 +10,7 @@ from torch import nn
 
 from stillhouse import teachers
 from stillhouse.config import Training
-from stillhouse.errors import CheckpointError, ConfigError
+from stillhouse.errors import CheckpointError, ConfigError, Diverged
 from stillhouse.tasks import Splits, Task, TensorSplit
 
 SETTINGS = {"steps": 5, "batch_size": 8}
@@ -91,6 +91,14 @@ def test_a_damaged_file_is_trained_anew(tmp_path, damage):
     assert toys.same_bits(first, again)
 
 
+def test_one_whose_training_diverged_is_not_kept(tmp_path):
+    with pytest.raises(
+        Diverged, match=r"after 5 updates '0\.weight' holds NaN or infinity; lower teacher\.train"
+    ):
+        trained(optimizer={"name": "SGD", "lr": 1e30})
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
 def test_learns_from_its_own_view():
     x, y = toys.rows(30)
     other = toys.rows(30, 9)[0]
@@ -105,6 +113,14 @@ class TestCheckpoints:
         model = toys.net(seed=4)
         teachers.load(model, tmp_path / "t.safetensors")
         assert toys.same_bits(model, toys.net(seed=3))
+
+    def test_that_hold_nan_are_refused(self, tmp_path):
+        net = toys.net()
+        with torch.no_grad():
+            net[0].weight[0, 0] = torch.nan
+        save_file(net.state_dict(), tmp_path / "nan.safetensors")
+        with pytest.raises(Diverged, match=r"'0\.weight' holds NaN"):
+            teachers.load(toys.net(), tmp_path / "nan.safetensors")
 
     @pytest.mark.parametrize(
         ("state", "said"),

@@ -16,11 +16,12 @@ from stillhouse.api import Batch, Conformance, Method, Stage
 from stillhouse.catalog import Entry
 from stillhouse.config import Training
 from stillhouse.dispatch import Plugin
+from stillhouse.fit import OFFERED
 from stillhouse.keeping import keep
 from stillhouse.loop import Loop, micro_batches
 from stillhouse.methods import settings_of
 from stillhouse.softlabels import SoftLabels
-from stillhouse.step import OFFERED, DistillStep
+from stillhouse.step import DistillStep
 from stillhouse.tasks import Split, Splits
 from stillhouse.testing.toys import Plain, ToyStudent, ToyTeacher, toy_splits
 
