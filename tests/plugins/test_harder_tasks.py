@@ -57,7 +57,7 @@ def test_only_training_labels_are_noisy():
     assert torch.equal(clean.test.labels, noisy.test.labels)
 
 
-@pytest.mark.parametrize("method", ["hard_labels", "ibmd", "pddm"])
+@pytest.mark.parametrize("method", ["hard_labels", "ibmd", "hldm", "pddm"])
 def test_methods_with_a_meaning_for_regression_run_on_it(method, cli, tmp_path):
     config = {
         "task": "diabetes",
@@ -73,11 +73,13 @@ def test_methods_with_a_meaning_for_regression_run_on_it(method, cli, tmp_path):
     assert set(json.loads((tmp_path / "run" / "summary.json").read_text())["scores"]["test"]) == {"r2", "mse"}
 
 
-@pytest.mark.parametrize("method", ["kd", "sld"])
+@pytest.mark.parametrize("method", ["kd", "sld", "tcmd"])
 def test_methods_without_one_are_refused_before_anything_is_trained(method, cli, tmp_path):
     config = {"task": "diabetes", "teacher": {"name": "mlp", "train": {"steps": 1}}, "method": method}
     (tmp_path / "run.yaml").write_text(json.dumps(config))
     said = cli("run", "run.yaml", "steps=2")
     assert said.code != 0
     assert "this task's labels are floats (regression)" in said.err
+    assert "update" not in said.out, "neither the teacher nor the student was trained"
+    assert not list(tmp_path.glob("runs/*/checkpoints/*"))
     assert "Traceback" not in said.err

@@ -252,6 +252,29 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(update, finished, tmp_pat
     assert (run.out / "pddm/path.json").read_text() == (finished.out / "pddm/path.json").read_text()
 
 
+SIZED = {
+    **CONFIG,
+    "method": {
+        "name": "pddm",
+        "networks": [{"name": "mlp", "hidden": 12}, {"name": "mlp", "hidden": 10}],
+        "taught_by": "previous",
+        "pdnet_steps": 10,
+    },
+    "steps": 30,
+}
+
+
+def test_along_size_too_killed_in_every_stage_it_ends_with_the_same_bits(tmp_path, forks):
+    whole = resuming.Run(tmp_path / "whole", forks, SIZED)
+    assert whole.go() == 0, whole.said()
+    for update in (5, 15, 25, 35):  # path.1, path.2, pdnet, target
+        run = resuming.Run(tmp_path / f"at{update}", forks, SIZED)
+        run.killed_after(update)
+        assert run.go("--resume") == 0, run.said()
+        assert run.weights == whole.weights, update
+        assert (run.out / "pddm/path.json").read_text() == (whole.out / "pddm/path.json").read_text()
+
+
 def test_a_run_directory_shows_the_error_at_every_path_point(finished):
     folder = finished.out / "pddm"
     shown = json.loads((folder / "path.json").read_text())
