@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from stillhouse.api import Method, Task
+from stillhouse.api import Method, Observer, Task
 from stillhouse.catalog import Entry, load
 from stillhouse.dispatch import hook_arguments
 from stillhouse.hooks import FIRST_RESULT, LifeHooks, StepHooks
@@ -36,7 +36,14 @@ def describe(entry: Entry) -> dict[str, Any]:
             "expected_failures": dict(kind.conformance.expected_failures),
         }
     elif issubclass(kind, Task):
-        facts |= {"metric": kind.metric, "teachers": list(kind.teachers), "students": list(kind.students)}
+        facts |= {
+            "hooks": _overridden(kind, Task, "one task of a run"),
+            "metric": kind.metric,
+            "teachers": list(kind.teachers),
+            "students": list(kind.students),
+        }
+    elif issubclass(kind, Observer):
+        facts["hooks"] = _overridden(kind, Observer, ORDER[False])
     return {**facts, **_settings(kind.Config)}
 
 
@@ -58,6 +65,19 @@ def hooks(kind: type[Method]) -> list[dict[str, Any]]:
             ]
             found.append({"name": name, "arguments": taken, "order": ORDER[name in FIRST_RESULT]})
     return found
+
+
+def _overridden(kind: type, base: type, order: str) -> list[dict[str, Any]]:
+    """The methods of the base that a task or an observer has made its own, in the base's order."""
+    return [
+        {
+            "name": name,
+            "arguments": list(inspect.signature(getattr(kind, name)).parameters)[1:],
+            "order": order,
+        }
+        for name, function in vars(base).items()
+        if inspect.isfunction(function) and not name.startswith("_") and getattr(kind, name) is not function
+    ]
 
 
 def _settings(config: type[BaseModel]) -> dict[str, Any]:

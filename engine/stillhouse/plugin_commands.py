@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -43,6 +44,11 @@ def new(options: argparse.Namespace) -> int:
     for entry in catalog.entries(options.kind):
         if entry.name == names.name:
             raise PluginError(f"there is a {entry} already; choose another name, for a name may stand once")
+    if importlib.util.find_spec(names.module) is not None:
+        raise PluginError(
+            f"the module {names.module} of plugin '{names.name}' is installed already, and its files would stand in "
+            f"one another's place; choose another name, as in 'my-{names.name}'"
+        )
     folder = Path(options.dir or names.distribution)
     files = write(names, folder)
     if options.json:
@@ -103,7 +109,9 @@ def _named(options: argparse.Namespace) -> catalog.Entry:
     found = [entry for entry in catalog.entries() if entry.name == options.name]
     kinds = sorted({entry.kind for entry in found})
     if len(kinds) > 1:
-        raise PluginError(f"'{options.name}' is a {' and a '.join(kinds)}; say which with --kind")
+        raise PluginError(
+            f"several plugins are called '{options.name}': {' and '.join(kinds)}; say which with --kind"
+        )
     if not kinds:
         raise catalog.unknown("plugin", options.name, catalog.entries())
     return catalog.find(kinds[0], options.name)

@@ -38,7 +38,7 @@ def test_every_plugin_of_ours_is_described_in_full(entry):
     assert set(facts["schema"]["properties"] if facts["config"] else {}) == {
         f["name"] for f in facts["config"]
     }
-    if entry.kind == "method":
+    if entry.kind != "model":
         assert facts["hooks"]
 
 
@@ -61,6 +61,20 @@ def test_show_gives_hooks_order_settings_and_origin(cli):
         assert part in text
 
 
+@pytest.mark.parametrize(
+    ("name", "calls"),
+    [
+        ("tensorboard", ["on_run_start(record)", "on_metrics(row)", "on_run_end(summary)"]),
+        ("digits", ["splits()"]),
+    ],
+)
+def test_show_gives_what_an_observer_or_a_task_implements(cli, name, calls):
+    facts = json.loads(cli("plugins", "show", name, "--json").out)
+    assert [f"{hook['name']}({', '.join(hook['arguments'])})" for hook in facts["hooks"]] == calls
+    text = cli("plugins", "show", name).out
+    assert all(f"{call}: {facts['hooks'][0]['order']}" in text for call in calls)
+
+
 def test_a_name_of_nobody_is_refused_with_the_nearest(cli):
     said = cli("plugins", "show", "slt")
     assert said.code == 2
@@ -75,7 +89,10 @@ def test_a_name_of_two_kinds_asks_which(cli, install):
             api_version = 1
         """
     install("acme", "[stillhouse.observers]\nkd = kinds_mine:Mine\n", kinds_mine=source)
-    assert "'kd' is a method and a observer; say which with --kind" in cli("plugins", "show", "kd").err
+    assert (
+        "several plugins are called 'kd': method and observer; say which with --kind"
+        in cli("plugins", "show", "kd").err
+    )
     assert (
         json.loads(cli("plugins", "show", "kd", "--kind", "observer", "--json").out)["distribution"] == "acme"
     )

@@ -28,6 +28,8 @@ SHORT = ["steps=20", "validate_every=10", "log_every=10", "name=first"]
         ("tsallis", "stillhouse-tsallis", "stillhouse_tsallis", "Tsallis"),
         ("two_words", "stillhouse-two-words", "stillhouse_two_words", "TwoWords"),
         ("stillhouse-my-kd", "stillhouse-my-kd", "stillhouse_my_kd", "MyKd"),
+        ("stillhouse_my_kd", "stillhouse-my-kd", "stillhouse_my_kd", "MyKd"),
+        ("weight", "stillhouse-weight", "stillhouse_weight", "Weight"),
     ],
 )
 def test_distribution_module_and_class_follow_from_the_name(name, distribution, module, title):
@@ -39,6 +41,29 @@ def test_distribution_module_and_class_follow_from_the_name(name, distribution, 
 def test_a_name_that_no_package_can_have_is_refused(name):
     with pytest.raises(ConfigError, match="lower-case"):
         Names.of(name, "method")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("none", "method", "its class would be called None, which is taken .* as in 'my-none'"),
+        ("loss-term", "method", "its class would be called LossTerm"),
+        ("splits", "task", "its class would be called Splits"),
+        ("mapping", "observer", "its class would be called Mapping"),
+        ("on", "method", "a config would read it as True"),
+        ("null", "observer", "a config would read it as None; .* as in 'my-null'"),
+    ],
+)
+def test_a_name_that_would_not_work_is_refused(name, kind, message):
+    with pytest.raises(ConfigError, match=message):
+        Names.of(name, kind)
+
+
+def test_a_name_whose_module_is_another_packages_is_refused(cli, tmp_path):
+    said = cli("plugins", "new", "tasks")  # would be stillhouse_tasks, which Stillhouse brings
+    assert said.code == 2
+    assert said.err.startswith("error: the module stillhouse_tasks of plugin 'tasks' is installed already")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
