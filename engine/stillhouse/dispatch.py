@@ -59,7 +59,8 @@ class Implementation:
         try:
             return self.function(*[values[place] for place in self.places])
         except Exception as error:
-            blame(error, f"in hook '{self.hook}' of {self.plugin}")
+            if str(self.plugin) not in str(error):
+                blame(error, f"in hook '{self.hook}' of {self.plugin}")
             raise
 
     def wrong(self, got: Any, expected: str) -> PluginError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from stillhouse.api import Observer, RunRecord
 from stillhouse.config import validate
@@ -33,7 +34,8 @@ def training_is_unchanged(subject: Subject, folder: Path) -> None:
         expect(
             torch.equal(tensor, watched[name]),
             subject,
-            f"a run with it ends with other weights in {name}; expected an observer to read and change nothing",
+            f"a run with it ends with other weights in {name}; expected an observer to read and change nothing: what is "
+            "random comes from a generator of its own",
         )
 
 
@@ -58,14 +60,17 @@ def _run(folder: Path, observers: list[Observer]) -> dict[str, torch.Tensor]:
         }
     )
     data = toy_splits()
-    student = toy_student()
+    # Dropout: an observer that draws from the training's random numbers shows in the weights.
+    student = nn.Sequential(nn.Dropout(0.2), toy_student())
     step = DistillStep(Plain(), student=student, probe=data.train.batch(torch.arange(4)))
     recorder = Recorder(config, _Toys(), data.validation, CPU, Display(), folder, observers)
     loop = Loop(step, data, config, CPU, recorder)
     record = RunRecord("check", folder, config.model_dump(mode="json"), {"seed": 0})
-    for observer in observers:
-        observer.on_run_start(record)
-    loop.run()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for observer in observers:
+            observer.on_run_start(record)
+        loop.run()
     for observer in observers:
         observer.on_run_end({"scores": {"validation": {"accuracy": 0.5}}, "steps": 6})
     return student.state_dict()

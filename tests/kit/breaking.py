@@ -1,0 +1,311 @@
+"""Methods that each break what one conformance check asks for, one that breaks nothing, and a way to try them."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+import torch.nn.functional as F
+from pydantic import ConfigDict, Field
+from torch import nn
+
+from stillhouse import catalog
+from stillhouse.api import Auxiliary, Conformance, LossTerm, Method, MethodConfig, hookimpl
+from stillhouse.kernels import softmax_kl
+from stillhouse.testing import Outcome, Subject, checks_for, outcomes, subject_of
+
+
+class Good(Method):
+    """Knowledge distillation, with a trained weight on the term."""
+
+    api_version = 1
+    conformance = Conformance(minimum={"kl": 0.0})
+
+    @hookimpl
+    def auxiliary_modules(self):
+        self.gain = nn.Linear(1, 1)
+        return {"gain": self.gain}
+
+    @hookimpl
+    def loss_terms(self, student_out, targets, batch, step):
+        logits = student_out.logits
+        kl = softmax_kl(logits, targets.soft, mask=batch.mask, count=step.rows)
+        pull = (self.gain(torch.ones(1, 1)) - 1).square().mean() * step.share
+        return {"kl": LossTerm(kl), "pull": LossTerm(pull)}
+
+
+class Broken(Method):
+    api_version = 1
+
+    def term(self, student_out, targets, batch, step):
+        return softmax_kl(student_out.logits, targets.soft, mask=batch.mask, count=step.rows)
+
+    @hookimpl
+    def loss_terms(self, student_out, targets, batch, step):
+        return {"kl": LossTerm(self.term(student_out, targets, batch, step))}
+
+
+class NoGradient(Broken):
+    def term(self, student_out, targets, batch, step):
+        return student_out.logits.new_zeros((), requires_grad=True) * 1
+
+
+class TrainsTheTeacher(Broken):
+    @hookimpl
+    def on_run_start(self, run):
+        run.teacher.requires_grad_(True)
+
+
+class TeacherInTrainMode(Broken):
+    @hookimpl
+    def on_run_start(self, run):
+        run.teacher.train()
+
+
+class WritesToTheTeacher(Broken):
+    @hookimpl
+    def on_run_end(self, run):
+        pass
+
+    @hookimpl
+    def on_stage_end(self, run):
+        next(run.teacher.parameters()).data.add_(1)
+
+
+class Overflows(Broken):
+    def term(self, student_out, targets, batch, step):
+        return step.mean(student_out.logits.exp().pow(4).sum(-1), batch.mask)
+
+
+class OverflowsInBf16(Broken):
+    def term(self, student_out, targets, batch, step):
+        right = student_out.logits.dtype == torch.float32
+        return super().term(student_out, targets, batch, step) * (1.0 if right else float("nan"))
+
+
+class NeedsTwoRows(Broken):
+    def term(self, student_out, targets, batch, step):
+        return super().term(student_out, targets, batch, step) / student_out.logits[:, 0].std().clamp(max=1.0)
+
+
+class ForgetsTheMask(Broken):
+    def term(self, student_out, targets, batch, step):
+        finite = student_out.logits.nan_to_num(posinf=50.0)
+        return softmax_kl(finite, targets.soft.nan_to_num(posinf=50.0), count=step.rows)
+
+
+class MeansOverAllRows(Broken):
+    def term(self, student_out, targets, batch, step):
+        return softmax_kl(student_out.logits, targets.soft, mask=batch.mask, count=len(batch)) / step.micros
+
+
+class MeansOverTheMicroBatch(Broken):
+    def term(self, student_out, targets, batch, step):
+        return softmax_kl(student_out.logits, targets.soft, mask=batch.mask)
+
+
+class OwnRandomNumbers(Broken):
+    def term(self, student_out, targets, batch, step):
+        generator = torch.Generator()
+        generator.seed()
+        return super().term(student_out, targets, batch, step) * (1 + torch.rand((), generator=generator))
+
+
+class WrongMinimum(Broken):
+    conformance = Conformance(minimum={"kl": 0.5})
+
+
+class NotAMinimum(Broken):
+    conformance = Conformance(minimum={"kl": 0.0})
+
+    def term(self, student_out, targets, batch, step):
+        return -super().term(student_out, targets, batch, step)
+
+
+class DeclaresAnotherTerm(Broken):
+    conformance = Conformance(minimum={"k1": 0.0})
+
+
+class WritesToTheBatch(Broken):
+    def term(self, student_out, targets, batch, step):
+        batch.inputs.data.mul_(1.5)  # past the version counter
+        return super().term(student_out, targets, batch, step)
+
+
+class AddsToTheBatch(Broken):
+    def term(self, student_out, targets, batch, step):
+        batch.extra["mine"] = torch.zeros(1)
+        return super().term(student_out, targets, batch, step)
+
+
+KEPT: list = []
+
+
+class KeepsTheGraphElsewhere(Broken):
+    def term(self, student_out, targets, batch, step):
+        KEPT.append(student_out.logits)
+        return super().term(student_out, targets, batch, step)
+
+
+class NeedsLabelsInSecret(Broken):
+    def term(self, student_out, targets, batch, step):
+        return F.cross_entropy(student_out.logits, targets.labels.clamp(min=0)) * step.share
+
+
+class ReadsIgnoredLabels(Broken):
+    def term(self, student_out, targets, batch, step):
+        if targets.labels is None:
+            return super().term(student_out, targets, batch, step)
+        return student_out.logits.gather(1, targets.labels[:, None]).mean() * step.share
+
+
+class NeedsFeaturesInSecret(Broken):
+    @hookimpl
+    def on_run_start(self, run):
+        run.capture("student", "body")
+
+
+class UpdatesInSecret(Broken):
+    @hookimpl
+    def student_update(self, student, optimizer, loss, step):
+        return False
+
+
+class NeedsNoLabels(Broken):
+    requires = frozenset({"logits", "labels"})
+
+
+class NeedsNoFeatures(Broken):
+    requires = frozenset({"logits", "hidden_states"})
+
+
+class NeedsNoLogits(Broken):
+    def term(self, student_out, targets, batch, step):
+        return step.mean(student_out.logits.square().mean(-1), batch.mask)
+
+
+class NeedsNoLogitsBesideFeatures(NeedsNoLogits):
+    requires = frozenset({"logits", "hidden_states"})
+
+    @hookimpl
+    def on_run_start(self, run):
+        run.capture("teacher", "body")
+
+
+class OpenConfig(MethodConfig):
+    model_config = ConfigDict(extra="ignore")
+
+
+class TakesUnknownSettings(Broken):
+    Config = OpenConfig
+
+
+class NoDefault(MethodConfig):
+    weight: float
+
+
+class HasNoDefault(Broken):
+    Config = NoDefault
+
+
+class Lossy(MethodConfig):
+    rate: float = Field(0.1, exclude=True)
+
+
+class ForgetsASetting(Broken):
+    Config = Lossy
+    conformance = Conformance(settings={"rate": 0.7})
+
+
+class Forgets(Broken):
+    """Its loss depends on how many steps it has seen, and it saves nothing."""
+
+    seen = 0
+
+    def term(self, student_out, targets, batch, step):
+        self.seen += 1
+        return super().term(student_out, targets, batch, step) * self.seen
+
+
+class SavesAnObject(Broken):
+    @hookimpl
+    def state_dict(self):
+        return {"lock": random.Random(1)}
+
+
+class HidesAModule(Broken):
+    @hookimpl
+    def on_run_start(self, run):
+        self.heads = {"mine": nn.Linear(2, 2)}
+
+
+class ModuleThatIsNotTrained(Broken):
+    @hookimpl
+    def auxiliary_modules(self, run):
+        return {"idle": Auxiliary(nn.Linear(2, 2))}
+
+
+class ForgetsItsModule(Good):
+    """Starts its trained module anew on a resume."""
+
+    @hookimpl
+    def state_dict(self):
+        return {"seen": 1}
+
+    @hookimpl
+    def load_state_dict(self, state):
+        self.gain.reset_parameters()
+
+
+BREAKS = [
+    (NoGradient, "gradient_reaches_the_student", "no weight of the student changed"),
+    (TrainsTheTeacher, "teacher_is_untouched", "unfroze the teacher's 'body.weight'"),
+    (TeacherInTrainMode, "teacher_is_untouched", "train mode"),
+    (WritesToTheTeacher, "teacher_is_untouched", "teacher's weights or buffers were written to"),
+    (Overflows, "finite_in_float32", "in fp32 with logits around 60: "),
+    (OverflowsInBf16, "finite_in_bf16", "in bf16 with logits around 60: "),
+    (NeedsTwoRows, "takes_a_batch_of_one", "with one sample in a batch: .* = nan"),
+    (ForgetsTheMask, "masked_rows_are_ignored", "use batch.mask"),
+    (MeansOverAllRows, "masked_rows_are_ignored", "divide by step.rows"),
+    (MeansOverTheMicroBatch, "micro_batches_do_not_matter", "multiply by step.share"),
+    (OwnRandomNumbers, "same_seed_same_bits", "expected the same bits"),
+    (WrongMinimum, "student_equal_to_teacher_gives_the_minimum", "it declares 0.5"),
+    (NotAMinimum, "student_equal_to_teacher_gives_the_minimum", "for another student; it declares 0 as"),
+    (DeclaresAnotherTerm, "student_equal_to_teacher_gives_the_minimum", "its terms are .*kl"),
+    (WritesToTheBatch, "batch_is_untouched", "changed batch.inputs in place"),
+    (AddsToTheBatch, "batch_is_untouched", "keys of batch.extra"),
+    (KeepsTheGraphElsewhere, "no_graph_is_kept", "are alive after the run"),
+    (NeedsLabelsInSecret, "declared_capabilities_suffice", "without .*labels.* it fails with AttributeError"),
+    (NeedsFeaturesInSecret, "declared_capabilities_suffice", "does not require 'hidden_states'"),
+    (UpdatesInSecret, "declared_capabilities_suffice", "does not require 'student_update'"),
+    (NeedsNoLabels, "declared_capabilities_are_needed", "requires 'labels' and runs the same without"),
+    (NeedsNoFeatures, "declared_capabilities_are_needed", "requires 'hidden_states' and runs the same"),
+    (NeedsNoLogits, "declared_capabilities_are_needed", "requires 'logits' and runs the same"),
+    (NeedsNoLogitsBesideFeatures, "declared_capabilities_are_needed", "requires 'logits' and runs the same"),
+    (NeedsLabelsInSecret, "works_without_labels", "where no row has one it fails"),
+    (ReadsIgnoredLabels, "works_without_labels", "where half of the rows"),
+    (TakesUnknownSettings, "config_round_trips", "expected extra='forbid'"),
+    (HasNoDefault, "config_round_trips", "expected a default for every field"),
+    (ForgetsASetting, "config_round_trips", "came back as"),
+    (Forgets, "resumes_bit_exact", "give what lasts .* in state_dict"),
+    (SavesAnObject, "resumes_bit_exact", "can't be read from a checkpoint"),
+    (HidesAModule, "auxiliary_modules_are_found_trained_and_saved", r"self\.heads\.mine is a Linear"),
+    (
+        ForgetsItsModule,
+        "auxiliary_modules_are_found_trained_and_saved",
+        "did not come back from a checkpoint",
+    ),
+    (ModuleThatIsNotTrained, "auxiliary_modules_are_found_trained_and_saved", "'broken.idle' did not change"),
+]
+
+
+def in_process(kind: type) -> list:
+    """Every check but the one that needs a process of its own."""
+    return [check for check in checks_for(subject_of(kind)) if check.name != "import_does_no_work"]
+
+
+def outcome(kind: type, check: str, entry: catalog.Entry | None = None) -> Outcome:
+    subject = Subject(kind, "broken", "acme 1.2", getattr(kind, "conformance", Conformance()), entry)
+    (only,) = [one for one in checks_for(subject) if one.name == check]
+    (found,) = outcomes([only])
+    return found
