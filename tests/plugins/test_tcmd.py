@@ -185,22 +185,40 @@ CONFIG = {
 }  # fmt: skip
 
 
-def test_killed_in_every_stage_and_taken_up(tmp_path, forks):
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(CONFIG))
+ROUTED = {
+    "task": {"name": "digits", "labelled": 100, "unlabelled": 150, "validation": 60},
+    "teacher": {"name": "mlp", "hidden": 24, "train": {"steps": 30}},
+    "student": {"name": "mlp", "hidden": 8},
+    "method": {"name": "tcmd", "tasks": 2, "network": "side_by_side"},
+    "steps": 48, "batch_size": 16, "scheduler": "CosineAnnealingLR", "log_every": 2, "validate_every": 8, "checkpoint_every": 3, "threads": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "kills"),
+    # specialise 0, 1, 2, combine, refine; then specialise 0, 1, the router, refine
+    [(CONFIG, (2, 6, 11, 20, 40)), (ROUTED, (4, 10, 20, 40))],
+    ids=["several tasks", "routed"],
+)
+def test_killed_in_every_stage_and_taken_up(config, kills, tmp_path, forks):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     log = tmp_path / "log"
     run = lambda out, *more, **faults: forks.run(
         ["run", "run.yaml", f"out={out}", *more], tmp_path, log, **faults
     )
     assert run("whole") == 0, log.read_text()
-    for update in (2, 6, 11, 20, 40):  # specialise 0, 1, 2, combine, refine
+    for update in kills:
         die = {"function": "stillhouse.loop:Loop._update", "call": update, "when": "after"}
         assert run(f"at{update}", die=die) == -signal.SIGKILL, log.read_text()
         assert run(f"at{update}", "--resume") == 0, log.read_text()
         for name in ("student.safetensors", "tasks.json"):
             assert (tmp_path / f"at{update}" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     entries = json.loads((tmp_path / "whole" / "tasks.json").read_text())["validation"]
-    assert [entry["rows"] for entry in entries] == [10, 10, 10]
-    assert all("router" not in entry for entry in entries), "with task ids nothing is routed"
+    if config is CONFIG:
+        assert [entry["rows"] for entry in entries] == [10, 10, 10]
+    assert all(("router" in entry) is (config is ROUTED) for entry in entries), (
+        "with task ids nothing is routed"
+    )
 
 
 def test_settings_are_explained_and_bounded():
