@@ -21,7 +21,7 @@ $(READY): pyproject.toml constraints.txt
 
 # The CUDA compiler's wheels are here because the kernels' machine code is tested without a GPU.
 $(DEV): $(READY)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[tasks,study,tensorboard,cuda]' --group dev
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[tasks,study,tensorboard,torchdistill,cuda]' --group dev
 	touch $@
 
 run: $(READY)  ## the main job: hard labels, KD and SLD on MNIST-1D, 3 seeds, one table

@@ -52,6 +52,12 @@ class TorchdistillConfig(MethodConfig):
     heads: dict[str, HeadConfig] = Field(
         default_factory=dict, description="Trained modules by the path under which the loss looks them up."
     )
+    labels_every: int = Field(
+        1,
+        gt=0,
+        description="Of the labels, one in so many is handed on: 4 for SSKDLoss, whose rows are an image and three "
+        "changes of it, with one label.",
+    )
     weight: float = Field(1.0, gt=0, description="Weight of the loss.")
     ce_weight: float = Field(0.0, ge=0, description="Weight of cross-entropy with the labels beside it.")
 
@@ -128,6 +134,8 @@ class Torchdistill(Method):
         labels = None if targets.labels is None else targets.labels[rows]
         if labels is not None and len(labels) == 0:
             return student.logits[rows].sum()  # no valid row: zero, with a graph
+        if labels is not None:
+            labels = labels[:: self.config.labels_every]
         views = View("student", look), View("teacher", look)
         if hasattr(loss, "term_dict"):
             return loss({"student": views[0], "teacher": views[1]}, {}, labels)  # type: ignore[no-any-return]
