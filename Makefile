@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 DEV := $(VENV)/.ready-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow lint format examples bench build clean
+.PHONY: help setup run test test-kit test-slow lint format examples bench build clean
 
 help:  ## what can be done here
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
@@ -29,6 +29,9 @@ run: $(READY)  ## the main job: hard labels, KD and SLD on MNIST-1D, 3 seeds, on
 
 test: $(DEV)  ## the test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-kit: $(DEV)  ## what a plugin's author does, beside the wheel in clean environments; every plugin's checks
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'slow and not gpu' tests/kit tests/packaging
 
 test-slow: $(DEV)  ## the long tests: wheel in a clean environment, full sweeps
 	$(BIN)/python -m pytest -m 'slow and not gpu'
