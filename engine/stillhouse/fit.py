@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.dispatch import Plugins
-from stillhouse.errors import ConfigError
+from stillhouse.errors import ConfigError, DataError
 from stillhouse.models import evaluating, forward, stochastic_module
-from stillhouse.targets import Batch
+from stillhouse.targets import IGNORE, Batch
 from stillhouse.tasks import Splits
 
 OFFERED = frozenset({"logits", "deterministic_teacher", "hidden_states", "labels", "student_update"})
@@ -27,7 +27,7 @@ def check_fit(
     splits: Splits | None = None,
     offers: frozenset[str] = OFFERED,
 ) -> None:
-    """Raise ConfigError where a method needs what is not offered, or models and data don't fit it.
+    """Raise ConfigError where a method needs what is not offered, or models don't fit it; DataError for the labels.
 
     Depends on what the models are, not on their weights: a teacher need not be trained yet.
     """
@@ -42,6 +42,8 @@ def check_fit(
         _refuse(plugins, name, f"requires '{name}', which this trainer does not offer")
     if probe.labels is not None and probe.labels.is_floating_point():
         _refuse_regression(plugins)
+    if splits is not None:
+        _check_labels(models, teacher, probe, splits)
     if teacher is None or not needs & {"logits", "hidden_states"}:
         return
     if "deterministic_teacher" in needs:
@@ -54,6 +56,27 @@ def check_fit(
                 "is stochastic; put it in eval mode, or use the method 'kd', which asks it anew each step",
             )
     _compare_outputs(plugins, models, teacher, probe)
+
+
+def _check_labels(
+    models: Mapping[str, nn.Module], teacher: nn.Module | None, probe: Batch, splits: Splits
+) -> None:
+    """Refuse class numbers that no model has an output for; torch would tell of them in the middle of training."""
+    given = [outputs(model, probe.inputs) for model in models.values()]
+    if teacher is not None:
+        given.append(outputs(teacher, probe.for_teacher))
+    classes = max(logits.shape[-1] for logits in given)
+    for name, split in splits.items():
+        labels = getattr(split, "labels", None)
+        if labels is None or labels.is_floating_point() or labels.dim() != given[0].dim() - 1:
+            continue
+        wrong = (labels != IGNORE) & ((labels < 0) | (labels >= classes))
+        if wrong.any():
+            row = int(wrong.reshape(len(labels), -1).any(-1).nonzero()[0])
+            raise DataError(
+                f"{name}.labels holds {int(labels[wrong][0])}, first in row {row}; expected 0 to {classes - 1}, as the "
+                f"models have {classes} outputs, or {IGNORE} for no label: give the models more outputs, or mend the labels"
+            )
 
 
 def _compare_outputs(

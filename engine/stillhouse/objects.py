@@ -162,7 +162,10 @@ def as_split(data: Any, name: str) -> Split:
         return DatasetSplit(data.dataset, labelled, collate=data.collate_fn)
     if isinstance(data, Dataset) and hasattr(data, "__len__") and not isinstance(data, IterableDataset):
         return DatasetSplit(data, labelled)
+    what = type(data).__name__
+    if isinstance(data, tuple | list) and data:
+        what += f" of {', '.join(type(item).__name__ for item in data[:3])}"
     raise DataError(
-        f"the {name} split is {type(data).__name__}; expected tensors, a map-style Dataset or a DataLoader of one "
-        "(an iterable has no sample ids, and can't be resumed)"
+        f"the {name} split is {what}; expected tensors (torch.as_tensor makes one of an array), (inputs, labels), "
+        "a map-style Dataset or a DataLoader of one (an iterable has no sample ids, and can't be resumed)"
     )

@@ -96,6 +96,14 @@ class TensorSplit:
                     f"{name}.{field_name} holds NaN or infinity, first in row {row}; "
                     "expected finite numbers: drop or mend those rows"
                 )
+        if (
+            self.labels is not None
+            and self.labels.dtype != torch.long
+            and not self.labels.is_floating_point()
+        ):
+            raise DataError(
+                f"{name}.labels are {self.labels.dtype}; expected torch.int64 (class numbers) or floats: labels.long()"
+            )
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
@@ -330,6 +338,12 @@ def classification(outputs: Tensor, labels: Tensor) -> dict[str, float]:
     """``accuracy`` (part right) and ``nll`` (nats a row) over the rows that have a label."""
     known = labels != IGNORE
     outputs, labels = outputs[known].float(), labels[known]
+    classes = outputs.shape[-1]
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise DataError(
+            f"labels to be scored go from {int(labels.min())} to {int(labels.max())}; expected 0 to {classes - 1}, as the "
+            f"model has {classes} outputs, or {IGNORE} for no label"
+        )
     return {
         "accuracy": float((outputs.argmax(-1) == labels).float().mean()),
         "nll": float(F.cross_entropy(outputs, labels)),

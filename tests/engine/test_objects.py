@@ -160,6 +160,10 @@ def test_the_models_are_left_as_they_were_when_it_is_refused(fails):
         (Stream(), "an iterable has no sample ids"),
         (DataLoader(Stream()), "an iterable has no sample ids"),
         ("mnist", "the train split is str; expected tensors"),
+        ((X.numpy(), Y.numpy()), "the train split is tuple of ndarray, ndarray; expected tensors (torch.as_tensor"),
+        ((X, Y.int()), "train.labels are torch.int32; expected torch.int64 (class numbers) or floats: labels.long()"),
+        ((X, torch.where(torch.arange(48) == 7, 4, Y)), "train.labels holds 4, first in row 7; expected 0 to 3"),
+        ({"train": X, "validation": (X, Y - 1)}, "labels to be scored go from -1 to 2; expected 0 to 3"),
         ({"train": (X, Y), "validation": X}, "validation split has no labels"),
         ({"train": (X, Y), "test": X}, "test split has no labels"),
         ({"train": (X, Y), "validation": Items(X)}, "validation split has no labels"),
@@ -195,6 +199,12 @@ def test_settings_that_can_not_be_used_are_refused_before_training(given, said):
     with pytest.raises(StillhouseError) as caught:
         distilled((X, Y), **given)
     assert said in str(caught.value)
+
+
+def test_labels_without_an_output_are_found_without_a_teacher_too():
+    data = {"train": (X, Y), "validation": (X, Y - 1)}
+    with pytest.raises(DataError, match=r"validation\.labels holds -1, first in row"):
+        stillhouse.distill(toys.net(), None, data, method="hard_labels", **FAST)
 
 
 def test_a_method_object_of_ones_own():
