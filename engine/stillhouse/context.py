@@ -134,6 +134,8 @@ class RunContext:
         (a teacher assistant, a specialist); None where the surrounding trainer knows models as objects only.
     method_names
         Names of the run's methods, in order: the prefixes of their loss terms.
+    with_losses
+        Those of them that give loss terms; the others change batches or targets.
     """
 
     models: dict[str, nn.Module]
@@ -150,6 +152,7 @@ class RunContext:
     build: Callable[[Mapping[str, Any]], nn.Module] | None = None
     look: Callable[[str, Batch], StudentOut] | None = None
     method_names: tuple[str, ...] = ()
+    with_losses: tuple[str, ...] = ()
 
     @property
     def student(self) -> nn.Module:

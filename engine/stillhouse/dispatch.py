@@ -133,6 +133,10 @@ class Plugins:
         """Whether any plugin implements ``hook``."""
         return bool(self._calls[hook])
 
+    def implementing(self, hook: str) -> tuple[str, ...]:
+        """The names of the plugins that implement ``hook``, in order."""
+        return tuple(call.plugin.name for call in self._all[hook])
+
     @property
     def requires(self) -> frozenset[str]:
         """The capabilities that the plugins need together."""

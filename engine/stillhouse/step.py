@@ -96,6 +96,7 @@ class DistillStep:
             build=build,
             look=self._look,
             method_names=tuple(plugin.name for plugin in self.plugins.plugins),
+            with_losses=self.plugins.implementing("loss_terms"),
         )
         self._count = None if teacher is None else teacher.register_forward_pre_hook(self._called)
         self._teacher_version = 0 if teacher is None else versions(teacher)

@@ -130,7 +130,7 @@ class HLDM(Method):
     @hookimpl
     def on_run_start(self, run: RunContext) -> None:
         self._run, self._checked = run, False
-        self._alone = len(run.method_names) < 2
+        self._alone = len(run.with_losses) < 2  # transforms beside it bring no terms
         own: tuple[Literal["ce", "kd"], ...] = ("ce", "kd") if self._alone else ()
         self._terms = own if self.config.terms is None else self.config.terms
         if self.config.terms is None:

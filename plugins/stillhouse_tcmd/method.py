@@ -224,7 +224,9 @@ class TCMD(Method):
         if self._exclusive:
             rows = rows * losses.task_weights(targets.dense, self.tasks, temperature)[..., number]
         labels = targets.labels
-        if labels is not None:
+        if labels is not None and labels.is_floating_point():
+            labels = labels * self._members[number]
+        elif labels is not None:
             labels = labels.where(self._members[number][labels.clamp(min=0)] & (labels != IGNORE), IGNORE)
         return self._blend(rows, logits, labels, batch, step, self.config.alpha)
 
@@ -266,13 +268,24 @@ class TCMD(Method):
         """``alpha`` of the soft labels and ``1 - alpha`` of the label; rows without one have all of the former."""
         if labels is None or alpha == 1:
             return {"kd": LossTerm(step.mean(rows, batch.mask))}
-        weight = torch.where(labels == IGNORE, 1.0, alpha)
+        if (
+            labels.is_floating_point()
+        ):  # class probabilities that an earlier plugin made, for the labelled rows' mean
+            labels = labels * (step.labelled / step.rows)
+            weight = 1 - (1 - alpha) * labels.sum(-1)
+        else:
+            weight = torch.where(labels == IGNORE, 1.0, alpha)
         # Divided by all rows, as the soft part is: a row's two weights then sum to 1.
-        ce = cross_entropy(logits, labels, StepInfo(labelled=step.rows), batch.mask)
+        ce = cross_entropy(logits, labels, StepInfo(rows=step.rows, labelled=step.rows), batch.mask)
         return {"kd": LossTerm(step.mean(rows * weight, batch.mask)), "ce": LossTerm(ce, 1 - alpha)}
 
     def _asked(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The logits with the classes of other tasks than the label's absent."""
+        if labels.is_floating_point():
+            raise ConfigError(
+                "tcmd: got class probabilities from an earlier plugin, and tasks with heads of their own; expected "
+                "class labels there: leave out mixup and label_smoothing"
+            )
         owner = self._members[:-1].int().argmax(0)[labels.clamp(min=0)]
         owner = owner.where(labels != IGNORE, -1)
         return logits.where(self._members[owner], logits.new_full((), ABSENT))

@@ -9,9 +9,13 @@ import torch
 import torch.nn.functional as F
 import toys
 
+from stillhouse import catalog
 from stillhouse.api import Batch, LossTerm, Method, StepInfo, Targets, hookimpl
 from stillhouse.errors import ConfigError
+from stillhouse.loop import Loop
+from stillhouse.methods import loaded
 from stillhouse.step import DistillStep
+from stillhouse_tcmd import TCMD
 from stillhouse_transforms import LabelSmoothing
 
 
@@ -175,13 +179,48 @@ def test_token_ids_are_refused_with_the_reason(name):
         seen(name, batch=tokens)
 
 
-@pytest.mark.parametrize("method", ["kd", "hard_labels", "sld", "ibmd"])
-def test_the_whole_chain_stands_before_any_method(method):
-    made = toys.loop(["augment", "mixup", "label_correction", "label_smoothing", method])
+METHODS = [
+    entry
+    for entry in catalog.entries("method")
+    if entry.distribution == catalog.OWN and not entry.value.startswith("stillhouse_transforms")
+]
+CHAIN = ["augment", "mixup", "label_correction", "label_smoothing"]
+
+
+def behind(entry: catalog.Entry, *transforms: object) -> Loop:
+    """A method behind transforms, with the settings of its conformance checks."""
+    settings = dict(loaded(entry).conformance.settings)
+    if entry.name == "tcmd":
+        settings |= {"tasks": [[0, 1], [2, 3]], "alpha": 0.5}
+    torch.manual_seed(0)  # of what the method makes beside the student
+    return toys.loop([*transforms, {"name": entry.name, **settings}])
+
+
+@pytest.mark.parametrize("entry", METHODS, ids=lambda entry: entry.name)
+def test_the_whole_chain_stands_before_any_method(entry):
+    made = behind(entry, *CHAIN)
+    before = toys.weights(made.step.run.target)
     made.run()
     rows = made.watcher.metrics
-    assert len(rows) == 12
+    assert len(rows) >= 12
     assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert not toys.same_bits(before, made.step.run.target)
+
+
+@pytest.mark.parametrize("entry", METHODS, ids=lambda entry: entry.name)
+def test_a_transform_of_nothing_leaves_any_method_as_it_is(entry):
+    alone, other = behind(entry), behind(entry, {"name": "label_smoothing", "amount": 0.0})
+    for made in (alone, other):
+        made.run()
+    assert len(alone.watcher.metrics) == len(other.watcher.metrics)
+    for mine, its in zip(alone.watcher.metrics, other.watcher.metrics, strict=True):
+        assert its == pytest.approx(mine, rel=1e-4, abs=1e-6)
+
+
+def test_class_probabilities_are_refused_by_tasks_with_heads_of_their_own():
+    method = TCMD()
+    with pytest.raises(ConfigError, match="leave out mixup and label_smoothing"):
+        method._asked(torch.zeros(2, 4), torch.full((2, 4), 0.25))
 
 
 def test_order_is_the_configs():
