@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
 import pytest
 
 from stillhouse.config import (
@@ -17,6 +20,7 @@ from stillhouse.config import (
     validate,
 )
 from stillhouse.errors import ConfigError
+from stillhouse.run import resolve
 
 PLAIN = {"task": "digits", "method": "kd"}
 
@@ -193,3 +197,18 @@ def test_sld_runs_without_a_setting():
 def test_adamw_is_the_default_with_decoupled_weight_decay():
     assert Training().optimizer.name == "AdamW"
     assert RunConfig.model_fields.keys() > Training.model_fields.keys()
+
+
+def test_the_commands_that_the_docs_show_resolve():
+    root = Path(__file__).parents[2]
+    lines = [
+        line
+        for name in ("README.md", "docs/configuration.md")
+        for line in (root / name).read_text().splitlines()
+    ]
+    shown = [
+        shlex.split(line, comments=True)[2:] for line in lines if line.startswith("stillhouse run mnist1d")
+    ]
+    assert len(shown) >= 3
+    for name, *overrides in shown:
+        resolve(read(name, [word for word in overrides if not word.startswith("--")]))
