@@ -99,7 +99,7 @@ class Plugins:
         self._manager.add_hookspecs(StepHooks)
         self._manager.add_hookspecs(LifeHooks)
         for plugin in self.plugins:
-            check(plugin)
+            check(plugin, type(plugin.method))
         # pluggy calls the last registered first; registered backwards, it keeps the config's order.
         for plugin in reversed(self.plugins):
             if self._manager.has_plugin(plugin.name):
@@ -296,15 +296,18 @@ def hook_arguments() -> dict[str, tuple[str, ...]]:
     return found
 
 
-def check(plugin: Plugin) -> None:
-    """Raise PluginError for whatever would make the plugin's hooks misbehave or be ignored."""
-    kind = type(plugin.method)
-    check_version(plugin, kind)
-    check_config(plugin, kind.Config, MethodConfig)
+def check(who: object, kind: type[Method]) -> None:
+    """Raise PluginError for whatever would make the hooks of a method's class misbehave or be ignored."""
+    check_version(who, kind)
+    check_config(who, kind.Config, MethodConfig)
+    if not isinstance(kind.requires, frozenset | set):
+        raise PluginError(
+            f"{who}: requires is {kind.requires!r}; expected a set, as in frozenset({{'logits'}})"
+        )
     for name in sorted(kind.requires - CAPABILITIES):
-        raise PluginError(f"{plugin}: requires '{name}': no such capability{nearest(name, CAPABILITIES)}")
+        raise PluginError(f"{who}: requires '{name}': no such capability{nearest(name, CAPABILITIES)}")
     for name, value in _attributes(kind):
-        _check_attribute(plugin, name, value)
+        _check_attribute(who, kind, name, value)
 
 
 def check_version(who: object, kind: type) -> None:
@@ -343,44 +346,44 @@ def _attributes(kind: type) -> Iterator[tuple[str, Any]]:
             yield name, inspect.getattr_static(kind, name)
 
 
-def _check_attribute(plugin: Plugin, name: str, value: Any) -> None:
+def _check_attribute(who: object, kind: type[Method], name: str, value: Any) -> None:
     hooks = hook_arguments()
     options = _marked(value)
     if options is None:
-        young = SINCE.get(name, 1) > type(plugin.method).api_version
+        young = SINCE.get(name, 1) > kind.api_version
         if name in hooks and value is not None and not young:
-            raise PluginError(f"{plugin}: '{name}' is a hook's name without its mark; put @hookimpl on it")
+            raise PluginError(f"{who}: '{name}' is a hook's name without its mark; put @hookimpl on it")
         return
     if not inspect.isfunction(value):
         raise PluginError(
-            f"{plugin}: hook '{name}' is a {type(value).__name__}, which would be ignored; "
+            f"{who}: hook '{name}' is a {type(value).__name__}, which would be ignored; "
             "expected a plain method with @hookimpl as its outermost decorator"
         )
     if name not in hooks:
-        raise PluginError(f"{plugin}: '{name}' is no hook{nearest(name, hooks)}")
+        raise PluginError(f"{who}: '{name}' is no hook{nearest(name, hooks)}")
     for option in ("wrapper", "hookwrapper", "tryfirst", "trylast"):
         if options.get(option):
-            raise PluginError(f"{plugin}: hook '{name}': {option} is not used; order is the config's order")
-    _check_arguments(plugin, name, value, hooks[name])
+            raise PluginError(f"{who}: hook '{name}': {option} is not used; order is the config's order")
+    _check_arguments(who, name, value, hooks[name])
 
 
-def _check_arguments(plugin: Plugin, name: str, function: Any, expected: tuple[str, ...]) -> None:
+def _check_arguments(who: object, name: str, function: Any, expected: tuple[str, ...]) -> None:
     takes = ", ".join(expected) or "nothing"
     for parameter in list(inspect.signature(function).parameters.values())[1:]:
         if parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
             kind = parameter.kind.description
             raise PluginError(
-                f"{plugin}: hook '{name}': argument '{parameter.name}' is {kind}, which would never be "
+                f"{who}: hook '{name}': argument '{parameter.name}' is {kind}, which would never be "
                 f"filled; name a subset of: {takes}"
             )
         if parameter.default is not parameter.empty:
             raise PluginError(
-                f"{plugin}: hook '{name}': argument '{parameter.name}' has a default, which would stand "
+                f"{who}: hook '{name}': argument '{parameter.name}' has a default, which would stand "
                 f"in for what the engine hands over; name a subset of: {takes}"
             )
         if parameter.name not in expected:
             raise PluginError(
-                f"{plugin}: hook '{name}' has no argument '{parameter.name}'"
+                f"{who}: hook '{name}' has no argument '{parameter.name}'"
                 f"{nearest(parameter.name, expected)}; it takes a subset of: {takes}"
             )
 

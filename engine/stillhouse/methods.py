@@ -9,34 +9,33 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from stillhouse import catalog
-from stillhouse.api import Method, MethodConfig, Observer, Task, TaskConfig
+from stillhouse.api import Method, Observer, Task, TaskConfig
 from stillhouse.config import Named, explain
-from stillhouse.dispatch import Plugin, blame, check_config, check_version
+from stillhouse.dispatch import Plugin, blame, check, check_config, check_version
 from stillhouse.errors import ConfigError, PluginError
 from stillhouse.observers import ObserverConfig
 
 MethodLike = str | Method | Mapping[str, Any] | Named
 _BASES: dict[str, type] = {"method": Method, "task": Task, "observer": Observer}
-_CONFIGS: dict[str, type[BaseModel]] = {
-    "method": MethodConfig,
-    "task": TaskConfig,
-    "observer": ObserverConfig,
-}
+_CONFIGS: dict[str, type[BaseModel]] = {"task": TaskConfig, "observer": ObserverConfig}
 
 
 def loaded(entry: catalog.Entry) -> Any:
     """The class that the entry names.
 
-    Raises PluginError where it can't be loaded, is not of the kind, speaks another version of the contract, or
-    has a Config that can't be trusted.
+    Raises PluginError where it can't be loaded, is not of the kind, speaks another version of the contract, has a
+    Config that can't be trusted, or hooks that would misbehave.
     """
     made = catalog.load(entry)
     base = _BASES[entry.kind]
     if not (isinstance(made, type) and issubclass(made, base)):
         raise PluginError(f"{entry}: {entry.value} is {made!r}; expected a subclass of {base.__name__}")
     kind: Any = made
-    check_version(entry, kind)
-    check_config(entry, kind.Config, _CONFIGS[entry.kind])
+    if entry.kind == "method":
+        check(entry, kind)
+    else:
+        check_version(entry, kind)
+        check_config(entry, kind.Config, _CONFIGS[entry.kind])
     return kind
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from breaking import Broken, MeansOverTheMicroBatch, outcome
 
-from stillhouse.api import Conformance
+from stillhouse.api import Conformance, hookimpl
 from stillhouse.errors import ConfigError, PluginError
 from stillhouse.testing import checks_for, subject_of
 
@@ -36,6 +36,11 @@ def test_an_expected_failure_of_no_check_is_refused_with_the_nearest():
 def test_what_is_no_plugin_is_refused():
     with pytest.raises(PluginError, match="expected a subclass of Method, Task or Observer"):
         checks_for(subject_of(dict))
+
+
+def test_a_method_that_the_engine_would_refuse_is_refused_at_once():
+    with pytest.raises(PluginError, match="'loss_term' is no hook; did you mean 'loss_terms'"):
+        checks_for(subject_of(type("Mine", (Broken,), {"loss_term": hookimpl(lambda self: None)})))
 
 
 TESTS = """

@@ -37,6 +37,7 @@ ON_RESOLVING = {
     "misspelt_hook": r"'loss_term' is no hook; did you mean 'loss_terms'",
     "from_the_future": r"api_version is 99, expected 1; upgrade stillhouse",
     "from_the_past": r"api_version is 0, expected 1; upgrade it",
+    "requires_a_word": r"requires is 'logits'; expected a set, as in frozenset\(\{'logits'\}\)",
     "mutable_default": r"'weights' has the mutable default.*Field\(default_factory=list\)",
 }
 ON_RUNNING = {
@@ -100,6 +101,15 @@ def test_it_is_refused_before_any_data_is_made(acme, cli, name, bystander):
     assert "Traceback" not in said.err
     assert said.out == ""
     assert re.search(rf"{WHO}.*{ON_RESOLVING[name]}", said.err)
+
+
+@pytest.mark.parametrize("verb", ["show", "check"])
+@pytest.mark.parametrize("name", ON_RESOLVING)
+def test_show_and_check_say_the_same_and_nothing_else(acme, cli, name, verb):
+    acme(name)
+    said = cli("plugins", verb, "mine")
+    assert (said.code, said.out, said.err.count("\n")) == (2, "", 1)
+    assert re.search(rf"^error: .*{WHO}.*{ON_RESOLVING[name]}", said.err)
 
 
 @pytest.mark.parametrize("name", ON_RUNNING)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from stillhouse.api import ConfigError, Method, Observer, PluginError, Task
+from stillhouse.dispatch import check as check_hooks
 from stillhouse.errors import nearest
 from stillhouse.testing.rig import Subject
 
@@ -69,7 +70,8 @@ class Outcome:
 def checks_for(subject: Subject) -> list[Check]:
     """Every check for the subject's kind.
 
-    Raises PluginError where it is no plugin, ConfigError where it expects a check to fail that does not exist.
+    Raises PluginError where it is no plugin or one that the engine refuses to load, ConfigError where it expects a
+    check to fail that does not exist.
     """
     found = [Check(function.__name__, subject, function) for function in _functions(subject)]
     names = [check.name for check in found]
@@ -91,6 +93,7 @@ def _functions(subject: Subject) -> Sequence[CheckFunction]:
 
     kind = subject.kind
     if isinstance(kind, type) and issubclass(kind, Method):
+        check_hooks(subject, kind)
         own: Sequence[CheckFunction] = (
             *number_checks.CHECKS,
             *capability_checks.CHECKS,
