@@ -6,6 +6,7 @@ from pydantic import Field
 
 from stillhouse.api import (
     Batch,
+    Conformance,
     LossTerm,
     Method,
     MethodConfig,
@@ -34,6 +35,7 @@ class KD(Method):
     api_version = 1
     Config = KDConfig
     config: KDConfig
+    conformance = Conformance(minimum={"kl": 0.0})
 
     @hookimpl
     def loss_terms(

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator
 from stillhouse.api import (
     IGNORE,
     Batch,
+    Conformance,
     LossTerm,
     Method,
     MethodConfig,
@@ -67,6 +68,7 @@ class SLD(Method):
     Config = SLDConfig
     requires = frozenset({"logits", "deterministic_teacher"})
     config: SLDConfig
+    conformance = Conformance(minimum={"kl": 0.0})
 
     def __init__(self, config: SLDConfig | None = None) -> None:
         super().__init__(config)
