@@ -61,9 +61,16 @@ class Training(BaseModel):
     )
 
 
+class StudentConfig(Named):
+    """A model: a builder's name with its arguments."""
+
+    name: str = Field("", description="The builder; default: the task's first.")
+
+
 class TeacherConfig(Named):
     """A teacher: a builder's name with its arguments, a checkpoint, or how to train it."""
 
+    name: str = Field("", description="The builder; default: the task's first.")
     checkpoint: Path | None = Field(None, description="safetensors file of its weights.")
     train: dict[str, Any] = Field(
         default_factory=dict, description="Training settings where there is no checkpoint."
@@ -76,8 +83,8 @@ class RunConfig(Training):
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Names the run directory.")
     task: Named
     teacher: TeacherConfig | None = Field(None, description="Default: the task's first teacher.")
-    student: Named | None = Field(None, description="Default: the task's first student.")
-    target: Named | None = Field(None, description="Another model to end with; default: the student.")
+    student: StudentConfig | None = Field(None, description="Default: the task's first student.")
+    target: StudentConfig | None = Field(None, description="Another model to end with; default: the student.")
     method: Named | None = Field(None, description="The method and its settings.")
     methods: list[Named] = Field(default_factory=list, description="Several methods, in order.")
     observers: list[Named] = Field(default_factory=list)

@@ -162,6 +162,11 @@ class Loop:
             return
         groups = parameter_groups(self.step, trained)
         self._parameters = [parameter for group in groups for parameter in group["params"]]
+        if not self._parameters:
+            raise ConfigError(
+                f"stage '{stage.name}' trains {', '.join(trained) or 'nothing'}, and no parameter there can be "
+                "trained; expected one at least with requires_grad=True: unfreeze some"
+            )
         self.optimizer = optim.make_optimizer(groups, self.settings.optimizer)
         self.scheduler = optim.make_scheduler(self.optimizer, self.settings.scheduler, self._span(trained))
         self._trained = trained

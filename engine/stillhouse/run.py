@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save
@@ -17,7 +17,7 @@ from stillhouse.api import Observer, Task
 from stillhouse.catalog import entries, find
 from stillhouse.catalog import load as load_plugin
 from stillhouse.checkpoint import RandomState
-from stillhouse.config import Named, RunConfig, TeacherConfig, dump
+from stillhouse.config import Named, RunConfig, StudentConfig, TeacherConfig, dump
 from stillhouse.context import STUDENT, TARGET
 from stillhouse.dispatch import Plugin, Plugins
 from stillhouse.display import Display
@@ -35,6 +35,9 @@ from stillhouse.targets import Batch
 from stillhouse.tasks import Builder, Splits
 
 Summary = dict[str, Any]
+
+
+NamedT = TypeVar("NamedT", bound=Named)
 
 
 @dataclass
@@ -68,7 +71,7 @@ def resolve(config: RunConfig) -> Parts:
     chosen: dict[str, Any] = {"task": _full(config.task, dump(task.config))}
     builders = {}
     if needs & {"logits", "hidden_states"}:
-        spec = config.teacher or TeacherConfig(name=_first(task.teachers, task, "teachers"))
+        spec = _named(config.teacher or TeacherConfig(), task.teachers, task, "teachers")  # type: ignore[call-arg]
         builders["teacher"], given = _builder(spec, task.teachers, "teacher")
         settings = teachers.training(spec.train, task)
         optim.check(settings.optimizer, settings.scheduler)
@@ -77,11 +80,12 @@ def resolve(config: RunConfig) -> Parts:
             chosen["teacher"].pop("train")
     else:
         chosen["teacher"] = None
-    student = config.student or Named(name=_first(task.students, task, "students"))
+    student = config.student or StudentConfig()  # type: ignore[call-arg]
     for role, given_spec in ((STUDENT, student), (TARGET, config.target)):
         if given_spec is not None:
-            builders[role], given = _builder(given_spec, task.students, role)
-            chosen[role] = _full(given_spec, given)
+            named_spec = _named(given_spec, task.students, task, "students")
+            builders[role], given = _builder(named_spec, task.students, role)
+            chosen[role] = _full(named_spec, given)
     specs = [
         _full(spec, dump(plugin.method.config)) for (_, spec), plugin in zip(named, methods, strict=True)
     ]
@@ -95,10 +99,13 @@ def _full(spec: Named, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": spec.name, **settings}
 
 
-def _first(builders: Mapping[str, Builder], task: Task, what: str) -> str:
+def _named(spec: NamedT, builders: Mapping[str, Builder], task: Task, what: str) -> NamedT:
+    """The spec, by the name of the task's first builder where it gives none."""
+    if spec.name:
+        return spec
     if not builders:
         raise ConfigError(f"task {type(task).__name__} has no {what} of its own; name one")
-    return next(iter(builders))
+    return spec.model_copy(update={"name": next(iter(builders))})
 
 
 def _builder(

@@ -50,7 +50,8 @@ def schema() -> dict[str, Any]:
         ("Student", students, {}),
         ("Teacher", teachers, extra),
     ):
-        defs[name] = _choice(known, more, defs)
+        # the task's first builder stands where a model is not named
+        defs[name] = _choice(known, more, defs, required=() if name in ("Student", "Teacher") else ("name",))
     properties = made["properties"]
     for key, name in (("task", "Task"), ("method", "Method"), ("student", "Student"), ("target", "Student")):
         properties[key] = _refer(properties[key], name)
@@ -77,7 +78,10 @@ def _builder(found: Builder | None) -> type[BaseModel] | None:
 
 
 def _choice(
-    known: Sequence[tuple[str, type[BaseModel] | None]], more: Mapping[str, Any], defs: dict[str, Any]
+    known: Sequence[tuple[str, type[BaseModel] | None]],
+    more: Mapping[str, Any],
+    defs: dict[str, Any],
+    required: Sequence[str],
 ) -> dict[str, Any]:
     """Either a bare name, or a mapping whose other keys depend on its name."""
     options: list[dict[str, Any]] = [{"type": "string", "enum": sorted({name for name, _ in known})}]
@@ -90,7 +94,7 @@ def _choice(
                 "title": name,
                 "description": described.get("description", ""),
                 "properties": {"name": {"const": name}, **described.get("properties", {}), **more},
-                "required": ["name", *described.get("required", [])],
+                "required": [*required, *described.get("required", [])],
                 "additionalProperties": kind is None,
             }
         )

@@ -342,3 +342,9 @@ def test_models_with_shared_weights_are_refused():
     with pytest.raises(ConfigError, match=r"copy\.deepcopy"):
         distilled((X, Y), net, net)
     distilled((X, Y), toys.net(), copy.deepcopy(toys.net()))
+
+
+def test_a_student_with_nothing_to_train_is_refused():
+    frozen = toys.net(seed=1).requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"trains student, and no parameter there can be trained; expected"):
+        distilled(toys.rows(16), student=frozen)

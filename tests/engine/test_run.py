@@ -198,6 +198,15 @@ def test_every_training_setting_runs_together(tmp_path):
     assert summary["methods"] == ["kd"]
 
 
+def test_arguments_without_a_builder_are_the_first_builders():
+    given = {**CONFIG, "student": {"hidden": 7}, "teacher": {"train": {"steps": 3}}, "target": {"hidden": 9}}
+    made = runs.resolve(validate(given)).config
+    assert (made.student.name, made.student.settings["hidden"]) == ("mlp", 7)
+    assert (made.target.name, made.target.settings["hidden"]) == ("mlp", 9)
+    assert made.teacher.name == "mlp"
+    assert made.teacher.train["steps"] == 3
+
+
 def test_seeds_differ(finished, tmp_path):
     summary, _ = made(tmp_path / "run", seed=1)
     assert summary["scores"]["test"]["nll"] != finished[1]["scores"]["test"]["nll"]
