@@ -53,14 +53,28 @@ class Entry:
 
 
 def entries(kind: Kind | None = None) -> list[Entry]:
-    """Every allowed entry, sorted by kind and name; the same name may stand twice."""
+    """Every allowed entry, sorted by kind and name; the same name may stand twice.
+
+    A distribution whose metadata can't be read is left out, with a PluginWarning: it is in nobody else's way.
+    """
     wanted = {group: name for name, group in GROUPS.items() if kind in (None, name)}
     found = set()
     for installed in distributions():
-        points = [point for point in installed.entry_points if point.group in wanted]
-        if not points:
+        try:
+            points = [point for point in installed.entry_points if point.group in wanted]
+        except Exception as error:  # noqa: BLE001 - importlib.metadata has none of its own for a file it can't parse
+            who = f"{installed.metadata['Name']} {installed.version}"
+            warnings.warn(
+                f"distribution {who}: its entry points can't be read ({type(error).__name__}: {error}); they are left "
+                "out: install it again, or uninstall it",
+                PluginWarning,
+                stacklevel=1,  # one place, so that it is told once
+            )
             continue
-        name = str(installed.metadata["Name"])
+        # Without a name it is what an interrupted uninstall left behind.
+        if not points or "Name" not in installed.metadata:
+            continue
+        name = installed.metadata["Name"]
         for point in points:
             entry = Entry(wanted[point.group], point.name, name, installed.version, point.value)
             if _allowed(entry):
@@ -119,6 +133,11 @@ def load(entry: Entry) -> Any:
     Raises PluginError, naming the plugin, its distribution and the line that failed. What the plugin prints
     meanwhile never reaches standard output: it is told in a PluginWarning, as is a slow import.
     """
+    if EntryPoint.pattern.match(entry.value) is None:
+        raise PluginError(
+            f"{entry}: its entry point is '{entry.value}'; expected 'module:Class': mend or uninstall "
+            f"{entry.distribution}"
+        )
     import stillhouse.api  # noqa: F401 - its time, torch's above all, is none of the plugin's
 
     printed, started = io.StringIO(), time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
@@ -61,6 +62,31 @@ def test_a_plugin_that_raises_on_import_is_blamed_with_its_distribution_and_line
 def test_a_broken_plugin_that_nobody_names_is_in_nobodys_way(install):
     install("acme", point("mine", "acme_mine:Mine"), acme_mine="raise RuntimeError")
     assert [plugin.name for plugin in as_plugins("kd")] == ["kd"]
+
+
+@pytest.mark.parametrize("broken", ["[stillhouse.methods]\nmine\n", "[other]\nnothing\n"])
+def test_a_distribution_with_broken_metadata_is_told_and_in_nobodys_way(install, cli, broken):
+    install("acme", broken)
+    said = cli("plugins", "--json")
+    assert said.code == 0
+    assert {"kd", "sld"} <= {entry["name"] for entry in json.loads(said.out)}
+    assert said.err.startswith("note: distribution acme 1.2: its entry points can't be read (")
+    assert said.err.endswith("install it again, or uninstall it\n")
+    assert said.err.count("\n") == 1
+
+
+def test_what_an_interrupted_uninstall_left_is_not_listed(install):
+    site = install("acme", point("mine", "acme_mine:Mine"), acme_mine=GOOD)
+    (site / "acme-1.2.dist-info" / "METADATA").unlink()
+    with pytest.raises(PluginError, match="no method is called 'mine'"):
+        catalog.find("method", "mine")
+
+
+@pytest.mark.parametrize("value", ["", "a b c"])
+def test_an_entry_point_that_names_no_module_is_refused(install, value):
+    install("acme", point("mine", value))
+    with pytest.raises(PluginError, match=rf"'mine' \(acme 1\.2\): .* '{value}'; expected 'module:Class'"):
+        catalog.load(catalog.find("method", "mine"))
 
 
 def test_an_entry_point_to_nothing_is_refused(install):
