@@ -1,5 +1,6 @@
 """Refusals say got, expected and fix, and are the same on every backend."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,6 +32,19 @@ CASES = {
     "an unknown reduction": (lambda b: softmax_kl(S, T, reduction="batchmean", backend=b), "reduction"),
     "a count without a mean": (lambda b: softmax_kl(S, T, reduction="sum", count=3, backend=b), "count"),
     "a count below 0": (lambda b: softmax_kl(S, T, count=-1, backend=b), "count"),
+    "a count tensor below 0": (lambda b: softmax_kl(S, T, count=torch.tensor(-1), backend=b), "count"),
+    "a count tensor of NaN": (lambda b: softmax_kl(S, T, count=torch.tensor(torch.nan), backend=b), "count"),
+    "a count in words": (lambda b: softmax_kl(S, T, count="4", backend=b), "count"),
+    "a temperature in words": (lambda b: softmax_kl(S, T, temperature="2", backend=b), "temperature"),
+    "no temperature": (lambda b: softmax_kl(S, T, temperature=None, backend=b), "temperature"),
+    "no beta": (lambda b: softmax_kl(S, T, divergence="jsd", beta=None, backend=b), "beta"),
+    "a top-k without a temperature": (
+        lambda b: softmax_kl(S, TopK(INDEX, LOG, temperature=None), backend=b), "TopK.temperature"),
+    "sparse logits": (lambda b: softmax_kl(S.to_sparse(), T, backend=b), "student_logits layout"),
+    "a sparse teacher": (lambda b: softmax_kl(S, T.to_sparse(), backend=b), "target layout"),
+    "a leaf in place": (lambda b: softmax_kl(S.clone().requires_grad_(), T, inplace=True, backend=b), "inplace"),
+    "a view of a leaf in place": (
+        lambda b: softmax_kl(S.clone().requires_grad_().view(4, 5), T, inplace=True, backend=b), "inplace.*view"),
     "a count with a shape": (lambda b: softmax_kl(S, T, count=torch.ones(2), backend=b), "count"),
     "a mask of another shape": (lambda b: softmax_kl(S, T, mask=torch.ones(4, 5).bool(), backend=b), "mask shape"),
     "a mask of integers": (lambda b: softmax_kl(S, T, mask=torch.ones(4), backend=b), "mask dtype"),
@@ -62,6 +76,17 @@ CASES = {
         lambda b: linear_softmax_kl(torch.zeros(4, 3), torch.zeros(5, 3), T, bias=torch.zeros(4), backend=b), "bias shape"),
     "a layer of another type": (
         lambda b: linear_softmax_kl(torch.zeros(4, 3), torch.zeros(5, 3).double(), T, backend=b), "weight dtype"),
+    "a layer without outputs": (
+        lambda b: linear_softmax_kl(torch.zeros(4, 3), torch.zeros(0, 3), TeacherHead(S, T), backend=b), "weight shape"),
+    "a teacher without outputs": (
+        lambda b: linear_softmax_kl(torch.zeros(4, 3), torch.zeros(5, 3), TeacherHead(S, T[:0]), backend=b),
+        "teacher weight shape"),
+    "a teacher on another device": (
+        lambda b: linear_softmax_kl(
+            torch.zeros(4, 3), torch.zeros(5, 3), TeacherHead(S.to("meta"), T.to("meta")), backend=b),
+        "teacher hidden device"),
+    "a mask that is a list": (
+        lambda b: linear_softmax_kl(torch.zeros(4, 3), torch.zeros(5, 3), T, mask=[True] * 4, backend=b), "mask dtype"),
     "a teacher of other rows": (
         lambda b: linear_softmax_kl(
             torch.zeros(4, 3), torch.zeros(5, 3), TeacherHead(torch.zeros(2, 3), torch.zeros(5, 3)), backend=b),
@@ -94,3 +119,22 @@ def test_a_backend_that_cannot_run_is_refused(backend, why):
         softmax_kl(S, T, backend=backend)
     with pytest.raises(ValueError, match="float64"):
         softmax_kl(S.double(), T, backend="numba")
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_counts_may_be_numpys(backend):
+    student, teacher = torch.eye(4, 5), torch.zeros(4, 5)
+    wanted = softmax_kl(student, teacher, count=7, backend=backend)
+    assert torch.equal(softmax_kl(student, teacher, count=np.int64(7), backend=backend), wanted)
+    assert torch.equal(softmax_kl(student, teacher, count=np.float32(7), backend=backend), wanted)
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_a_sample_of_weight_0_may_stand_on_an_impossible_entry(backend):
+    """0 times log 0 counts as 0, so it is no NaN on one path and a number on the other."""
+    student = torch.tensor([[1.0, -torch.inf, 0.5]]).requires_grad_()
+    target = Sampled(torch.tensor([[0, 1]]), torch.tensor([[1.0, 0.0]]))
+    loss = softmax_kl(student, target, backend=backend)
+    loss.backward()
+    assert torch.allclose(loss, -student.log_softmax(-1)[0, 0])
+    assert torch.allclose(student.grad, student.softmax(-1) - torch.tensor([[1.0, 0.0, 0.0]]))

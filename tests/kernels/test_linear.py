@@ -116,3 +116,22 @@ def test_memory_stays_below_a_tenth_of_the_unfused_path(monkeypatch):
     unfused = allocated(step(lambda: softmax_kl(hidden @ weight.t(), teacher)))
     fused = allocated(step(lambda: linear_softmax_kl(hidden, weight, teacher)))
     assert fused - own <= 0.1 * (unfused - own)
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_float16_is_divided_by_the_count_after_the_scaler_has_lifted_it(backend):
+    """1/count times a small gradient is nothing in float16, and a sum over many rows can be more than it holds."""
+    inputs, teacher = layer(torch.float16), logits(40, 50, 4)
+    wide = [x.detach().float().requires_grad_() for x in inputs]
+    scale, count = 2.0**15, 2.0**18
+    scaled = linear_softmax_kl(*inputs[:2], teacher, bias=inputs[2], count=count, backend=backend) * scale
+    exact = linear_softmax_kl(*wide[:2], teacher, bias=wide[2], count=count)
+    for got, expected in zip(
+        torch.autograd.grad(scaled, inputs), torch.autograd.grad(exact, wide), strict=True
+    ):
+        assert relative(got.double() / scale, expected) <= 2e-3
+    hidden = torch.full((4096, 1), 30.0, dtype=torch.float16)
+    weight = torch.zeros(2, 1, dtype=torch.float16, requires_grad=True)
+    against = torch.tensor([[9.0, -9.0]]).expand(4096, 2)
+    (one_sided,) = torch.autograd.grad(linear_softmax_kl(hidden, weight, against, backend=backend), weight)
+    assert torch.allclose(one_sided.float(), torch.tensor([[-15.0], [15.0]]), rtol=1e-3)

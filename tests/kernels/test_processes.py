@@ -234,8 +234,8 @@ def test_nothing_of_the_logits_size_is_allocated_but_the_gradient(divergence):
         softmax_kl(student.detach().requires_grad_(), teacher, divergence=divergence).backward()
 
     def in_place():
-        leaf = student.clone().requires_grad_()
-        softmax_kl(leaf.view_as(leaf), teacher, divergence=divergence, inplace=True).backward()
+        leaf = student.detach().requires_grad_()
+        softmax_kl(leaf.clone(), teacher, divergence=divergence, inplace=True).backward()
 
     def copying():
         student.clone()

@@ -93,7 +93,24 @@ def test_second_derivatives_raise(call):
     )
     (first,) = torch.autograd.grad(loss, student, create_graph=True)
     with pytest.raises(RuntimeError, match=r"second derivative.*backend='torch'"):
-        first.sum().backward()
+        first.sum().backward(retain_graph=True)
+    # asked for one input, a graph that ends before it counts as "unused": zero, in a Hessian
+    with pytest.raises(RuntimeError, match=r"second derivative.*backend='torch'"):
+        torch.autograd.grad(first.sum(), student, allow_unused=True)
+
+
+@pytest.mark.parametrize("call", ["softmax_kl", "linear_softmax_kl"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_raises_instead_of_giving_zero(call, grad):
+    student, teacher, weight = logits(4, 9, 1).requires_grad_(grad), logits(4, 5, 2), logits(5, 9, 3)
+
+    def loss(x):
+        if call == "softmax_kl":
+            return softmax_kl(x @ weight.t(), teacher)
+        return linear_softmax_kl(x, weight, teacher)
+
+    with pytest.raises(RuntimeError, match=r"forward-mode derivative.*backend='torch'"):
+        torch.func.jvp(loss, (student,), (torch.ones(4, 9),))
 
 
 def test_the_torch_backend_has_second_derivatives():
@@ -153,10 +170,30 @@ def test_in_place_is_the_same_for_every_target(kind, dtype, divergence):
     target = made[kind]()
     fresh, over = student.clone().requires_grad_(), student.clone().requires_grad_()
     expected = softmax_kl(fresh, target, divergence=divergence)
-    got = softmax_kl(over.view_as(over), target, divergence=divergence, inplace=True)
+    made = over.clone()
+    got = softmax_kl(made, target, divergence=divergence, inplace=True)
     assert torch.equal(got, expected)
     assert torch.equal(*gradient(got, over), *gradient(expected, fresh))
-    assert not torch.equal(over, student)
+    assert not torch.equal(made, student)
+
+
+@pytest.mark.parametrize("first", ["student", "teacher"])
+def test_in_place_spares_rows_that_are_also_the_target(first):
+    """Each position against the next one, in one tensor: a gradient must not be read as a teacher's logits."""
+    weight, hidden = logits(16, 30, 3).requires_grad_(), logits(9, 16, 1)
+    for backend in ("numba", "torch"):
+        both = hidden @ weight
+        student, teacher = (both[:-1], both[1:]) if first == "student" else (both[1:], both[:-1])
+        expected = softmax_kl(student, teacher.detach().clone(), backend=backend)
+        assert torch.equal(softmax_kl(student, teacher, inplace=True, backend=backend), expected)
+
+
+def test_in_place_takes_logits_with_a_negative_bit():
+    weight, hidden, teacher = logits(16, 30, 3).requires_grad_(), logits(8, 16, 1), logits(8, 30, 2)
+    got = softmax_kl(torch._neg_view(hidden @ weight), teacher, inplace=True)
+    expected = softmax_kl(-(hidden @ weight), teacher)
+    assert torch.equal(got, expected)
+    assert torch.equal(*gradient(got, weight), *gradient(expected, weight))
 
 
 def test_no_gradient_is_computed_where_none_is_wanted():

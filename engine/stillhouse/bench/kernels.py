@@ -95,12 +95,25 @@ def _step(loss: Callable[[Tensor], Tensor], logits: Tensor) -> Step:
     return step
 
 
+class _Layer(torch.autograd.Function):
+    """Logits as a layer gives them, in memory that is kept, so that making them costs nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, logits: Tensor) -> Tensor:  # noqa: ARG004
+        return logits.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # noqa: ARG004
+        return gradient[0, 0], None
+
+
 def _in_place(logits: Tensor, target: Any) -> Step:
     """The kernel overwrites the logits; they hold a gradient afterwards, which costs the next round the same."""
+    weight = torch.zeros((), dtype=logits.dtype, device=logits.device, requires_grad=True)
 
     def step() -> None:
-        leaf = logits.detach().requires_grad_()
-        softmax_kl(leaf.view_as(leaf), target, temperature=TEMPERATURE, inplace=True).backward()  # type: ignore[no-untyped-call]
+        out = _Layer.apply(weight, logits)  # type: ignore[no-untyped-call]
+        softmax_kl(out, target, temperature=TEMPERATURE, inplace=True).backward()  # type: ignore[no-untyped-call]
 
     return step
 

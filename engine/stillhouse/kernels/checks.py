@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -22,16 +23,15 @@ def fail(what: str, got: object, expected: str, fix: str) -> ValueError:
 
 def check_settings(temperature: float, divergence: str, beta: float, reduction: str, count: object) -> None:
     """Refuse settings that have no meaning, before any tensor is looked at."""
-    if isinstance(temperature, Tensor) or not 0 < temperature < math.inf:
-        raise fail("temperature", temperature, "a finite number above 0", "pass a float such as 1.0")
+    _check_positive("temperature", temperature, "pass a float such as 1.0")
     if divergence not in DIVERGENCES:
         raise fail(
             "divergence", repr(divergence), f"one of {', '.join(DIVERGENCES)}", "pick one of these names"
         )
-    if divergence == "jsd" and not 0 < beta < 1:
+    if divergence == "jsd" and not (isinstance(beta, Real) and 0 < beta < 1):
         raise fail(
             "beta",
-            beta,
+            repr(beta),
             "a number strictly between 0 and 1",
             "the ends are divergence='forward' or 'reverse'",
         )
@@ -39,6 +39,11 @@ def check_settings(temperature: float, divergence: str, beta: float, reduction: 
         raise fail("reduction", repr(reduction), f"one of {', '.join(REDUCTIONS)}", "pick one of these names")
     if count is not None:
         _check_count(count, reduction)
+
+
+def _check_positive(name: str, value: object, fix: str) -> None:
+    if not isinstance(value, Real) or not 0 < float(value) < math.inf:
+        raise fail(name, repr(value), "a finite number above 0", fix)
 
 
 def _check_count(count: object, reduction: str) -> None:
@@ -51,9 +56,15 @@ def _check_count(count: object, reduction: str) -> None:
             raise fail(
                 "count", f"shape {tuple(count.shape)}", "a number or a 0-d tensor", "sum it over the step"
             )
-    elif not isinstance(count, (int, float)) or not 0 <= count < math.inf:
+        if count.device.type != "cpu" or torch.compiler.is_compiling():
+            return  # looking would stall the stream, or break the graph
+        count = count.item()
+    if not isinstance(count, Real) or not 0 <= float(count) < math.inf:
         raise fail(
-            "count", count, "a finite number of valid rows, 0 or more", "count the rows of the whole step"
+            "count",
+            repr(count),
+            "a finite number of valid rows, 0 or more",
+            "count the rows of the whole step",
         )
 
 
@@ -65,6 +76,9 @@ def check_floating(name: str, tensor: Tensor) -> None:
         raise fail(
             f"{name} dtype", tensor.dtype, "float32, bfloat16, float16 or float64", "call .float() on it"
         )
+    if tensor.layout != torch.strided or tensor.is_nested:
+        layout = "a nested tensor" if tensor.is_nested else tensor.layout
+        raise fail(f"{name} layout", layout, "a dense tensor", "call .to_dense() on it, or pad it and mask")
 
 
 def check_target(
@@ -100,11 +114,12 @@ def check_mask(student: Tensor, mask: Tensor) -> None:
 
 
 def check_inplace(student: Tensor) -> None:
-    """Refuse to overwrite a parameter or an input that autograd hands back to the caller."""
-    if student.requires_grad and student.is_leaf:
+    """Refuse to overwrite a parameter or an input that autograd hands back to the caller, or a view of one."""
+    base = student if student._base is None else student._base
+    if student.requires_grad and (student.is_leaf or (base.is_leaf and base.requires_grad)):
         raise fail(
             "inplace=True",
-            "a leaf tensor that requires grad",
+            "a leaf tensor that requires grad" if student.is_leaf else "a view of a leaf that requires grad",
             "logits computed by a layer, whose values nothing needs later",
             "drop inplace, or pass the layer's output",
         )
@@ -113,13 +128,7 @@ def check_inplace(student: Tensor) -> None:
 def _check_top_k(student: Tensor, target: TopK, temperature: float) -> None:
     if target.rest not in ("ghost", "renormalise"):
         raise fail("TopK.rest", repr(target.rest), "'ghost' or 'renormalise'", "pick one of these names")
-    if not 0 < target.temperature < math.inf:
-        raise fail(
-            "TopK.temperature",
-            target.temperature,
-            "a finite number above 0",
-            "1.0 for plain log-probabilities",
-        )
+    _check_positive("TopK.temperature", target.temperature, "1.0 for plain log-probabilities")
     if target.rest == "ghost" and target.temperature != temperature:
         raise fail(
             "TopK.temperature",

@@ -93,7 +93,6 @@ def linear_softmax_kl(
     hidden, weight, bias = _cast(hidden, weight, bias)
     _check_layer("", hidden, weight, bias)
     logits = hidden.new_empty(1).expand(*hidden.shape[:-1], weight.shape[0])  # a shape, no memory
-    flat_mask = None if mask is None else mask.reshape(-1)
     rows = hidden.shape[:-1]
     if isinstance(target, TeacherHead):
         _check_layer("teacher ", target.hidden, target.weight, target.bias)
@@ -101,8 +100,16 @@ def linear_softmax_kl(
             raise fail(
                 "teacher hidden shape", tuple(target.hidden.shape), f"{tuple(rows)} + (H',)", "align the rows"
             )
+        if target.hidden.device != hidden.device:
+            raise fail(
+                "teacher hidden device",
+                target.hidden.device,
+                f"{hidden.device}, the student's",
+                "move it there",
+            )
         if mask is not None:
             check_mask(logits, mask)
+        flat_mask = None if mask is None else mask.reshape(-1)
         flat: Target | TeacherHead = TeacherHead(
             target.hidden.detach().reshape(-1, target.hidden.shape[-1]), target.weight.detach(),
             None if target.bias is None else target.bias.detach(),
@@ -119,8 +126,9 @@ def linear_softmax_kl(
     settings = _Settings(
         temperature, divergence, beta, count, reduction == "none", backends.choose(hidden, backend)
     )
+    ops.refuse_forward_mode(hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):
-        loss: Tensor = _LinearSoftmaxKL.apply(flat_hidden, weight, bias, flat, flat_mask, settings)  # type: ignore[no-untyped-call]
+        loss: Tensor = _LinearSoftmaxKL.apply(flat_hidden, weight, bias, flat, flat_mask, settings)[0]  # type: ignore[no-untyped-call]
     return loss.reshape(rows) if settings.per_row else loss
 
 
@@ -143,6 +151,10 @@ def _check_layer(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None)
         raise fail(
             f"{side}layer shapes", got, "(..., H) and (V, H)", "pass weight as torch.nn.Linear holds it"
         )
+    if weight.shape[0] < 1:
+        raise fail(
+            f"{side}weight shape", tuple(weight.shape), "(V, H) with V >= 1", "pass the output layer's weight"
+        )
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.device != hidden.device:
             raise fail(
@@ -163,31 +175,37 @@ class _LinearSoftmaxKL(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Target | TeacherHead,
         mask: Tensor | None, settings: _Settings,
-    ) -> Tensor:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         wanted = ctx.needs_input_grad[:3]
         ctx.wanted, ctx.target, ctx.mask, ctx.settings = wanted, target, mask, settings
+        ctx.dtype = hidden.dtype
+        ctx.set_materialize_grads(False)
         if settings.per_row:
-            ctx.save_for_backward(hidden, weight, bias)
-            return _run(hidden, weight, bias, target, mask, settings, (False, False, False), None)[0]
-        loss, gradients = _run(hidden, weight, bias, target, mask, settings, wanted, None)
-        ctx.save_for_backward(*gradients)
-        return loss
+            loss = _run(hidden, weight, bias, target, mask, settings, (False, False, False), None)[0]
+            kept: tuple[Tensor | None, ...] = (hidden, weight, bias)
+        else:
+            loss, kept = _run(hidden, weight, bias, target, mask, settings, wanted, None)
+        anchor = loss.new_empty(0)
+        ctx.save_for_backward(*kept, anchor)
+        return loss, anchor
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Any, ...]:  # type: ignore[override]
+        *kept, anchor = ctx.saved_tensors
         with torch.no_grad():
             if ctx.settings.per_row:
-                hidden, weight, bias = ctx.saved_tensors
+                hidden, weight, bias = kept
                 gradients: tuple[Tensor | None, ...] = _run(
                     hidden, weight, bias, ctx.target, ctx.mask, ctx.settings, ctx.wanted, upstream
                 )[1]
+            elif _late(ctx.settings, ctx.dtype):
+                factor = upstream * _inverse(ctx.settings.rows)
+                gradients = tuple(None if g is None else (g.float() * factor).to(ctx.dtype) for g in kept)
             else:
-                gradients = tuple(
-                    None if g is None else ops.scaled_in_place(g, upstream) for g in ctx.saved_tensors
-                )
+                gradients = tuple(None if g is None else ops.scaled_in_place(g, upstream) for g in kept)
         if torch.is_grad_enabled():
             return (
-                *(None if g is None else ops.no_second_derivative(g) for g in gradients),
+                *(None if g is None else ops.no_second_derivative(g, anchor) for g in gradients),
                 None,
                 None,
                 None,
@@ -220,14 +238,17 @@ def _run(
         if d_bias is not None and gradient is not None:
             d_bias += gradient.sum(0, dtype=wide)
     loss = torch.cat(losses) if settings.per_row else torch.stack(losses).sum()
-    cast = tuple(None if g is None else g.to(hidden.dtype) for g in (d_hidden, d_weight, d_bias))
+    dtype = None if _late(settings, hidden.dtype) else hidden.dtype
+    cast = tuple(g if g is None or dtype is None else g.to(dtype) for g in (d_hidden, d_weight, d_bias))
     return loss, cast  # type: ignore[return-value]
 
 
 def _accumulate(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
     if total.dtype == gradient.dtype:
         total.addmm_(gradient.t(), hidden)
-    else:  # 16-bit products, summed over chunks in float32
+    elif gradient.dtype == torch.float16:  # whose largest number a sum over many rows may exceed
+        total.addmm_(gradient.t().float(), hidden.float())
+    else:  # bfloat16 products, summed over chunks in float32
         total += gradient.t() @ hidden
 
 
@@ -261,10 +282,7 @@ def _chunk_loss(
     if not gradient:
         loss: Tensor = torch.ops.stillhouse.softmax_kl.default(logits, *fixed, False)[0]
         return loss, None
-    loss = torch.ops.stillhouse.softmax_kl_.default(logits, *fixed)
-    if logits.dtype == torch.float16 and not s.per_row:
-        logits.mul_(_inverse(s.rows))
-    return loss, logits
+    return torch.ops.stillhouse.softmax_kl_.default(logits, *fixed), logits
 
 
 def _torch_chunk(
@@ -277,8 +295,14 @@ def _torch_chunk(
         if logits.device.type == "cpu":
             checked(total.item(), rows)
         factor = 1.0 if s.per_row else _inverse(s.rows)
-        d_logits = torch.autograd.grad(total * factor, leaf)[0] if gradient else None
+        scaled = total if _late(s, logits.dtype) else total * factor
+        d_logits = torch.autograd.grad(scaled, leaf)[0] if gradient else None
     return (rows if s.per_row else (total * factor).to(rows.dtype)).detach(), d_logits
+
+
+def _late(s: _Settings, dtype: torch.dtype) -> bool:
+    """Is the count divided by in backward? float16 would lose 1/count times a small gradient before a scaler lifts it."""
+    return dtype == torch.float16 and not s.per_row
 
 
 def _inverse(count: float | Tensor) -> Any:

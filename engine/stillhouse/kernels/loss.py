@@ -147,8 +147,8 @@ def checked(total: float, rows: Tensor) -> None:
     if total == -math.inf:
         row = int((rows == -math.inf).nonzero()[0, 0])
         raise ValueError(
-            f"target indices: got one outside the student's entries in row {row} of a target marked trusted; expected"
-            " 0 to V - 1. Fix: drop trusted=True to see which, and remap foreign entries."
+            f"target indices: got one outside the student's entries in row {row} of a target that is trusted or"
+            " compiled; expected 0 to V - 1. Fix: drop trusted=True and torch.compile to see which, and remap it."
         )
 
 

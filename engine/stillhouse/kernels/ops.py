@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
 from stillhouse.kernels.reference import top_k_at
@@ -138,16 +139,39 @@ torch.library.register_fake(
 
 def softmax_kl(student: Tensor, arguments: Arguments, inplace: bool) -> Tensor:
     """The operator with its gradient; student (N, V)."""
+    refuse_forward_mode(student)
     if not (torch.is_grad_enabled() and student.requires_grad):
         loss: Tensor = torch.ops.stillhouse.softmax_kl.default(student, *arguments, False)[0]
         return loss
-    inplace = inplace and student.is_contiguous() and not torch.compiler.is_compiling()
-    return _SoftmaxKL.apply(student, arguments, inplace)  # type: ignore[no-any-return, no-untyped-call]
+    inplace = inplace and not torch.compiler.is_compiling() and _overwritable(student, arguments)
+    return _SoftmaxKL.apply(student, arguments, inplace)[0]  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _overwritable(student: Tensor, arguments: Arguments) -> bool:
+    """Is a row of the student its own memory, which no other row, target or mask is read from?"""
+    mine = student.untyped_storage().data_ptr()
+    others = (x for x in arguments if isinstance(x, Tensor))
+    return (
+        student.is_contiguous()
+        and not student.is_neg()
+        and all(x.untyped_storage().data_ptr() != mine for x in others)
+    )
+
+
+def refuse_forward_mode(*inputs: Tensor | None) -> None:
+    """Raise where a tangent would be dropped without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise RuntimeError(
+            "softmax_kl: got a forward-mode derivative (jvp, a dual tensor); expected backward, since the fused kernel "
+            "has no other. Fix: pass softmax_kl backend='torch', or take the derivative by backward."
+        )
 
 
 class _SoftmaxKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student: Tensor, arguments: Arguments, inplace: bool) -> Tensor:
+    def forward(ctx: Any, student: Tensor, arguments: Arguments, inplace: bool) -> tuple[Tensor, Tensor]:
         if inplace:
             gradient = student.detach()
             loss: Tensor = torch.ops.stillhouse.softmax_kl_.default(gradient, *arguments)
@@ -159,12 +183,14 @@ class _SoftmaxKL(torch.autograd.Function):
         # float16 would lose 1/count times a small gradient before the loss scaler can lift it: divided in backward
         late = student.dtype == torch.float16 and not per_row
         ctx.divisor = (count if count is not None else divisor) if late else None
-        ctx.save_for_backward(gradient)
-        return loss
+        anchor = loss.new_empty(0)
+        ctx.save_for_backward(gradient, anchor)
+        ctx.set_materialize_grads(False)
+        return loss, anchor
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (gradient,) = ctx.saved_tensors
+    def backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        gradient, anchor = ctx.saved_tensors
         if ctx.divisor is not None:
             upstream = (
                 upstream / ctx.divisor if isinstance(ctx.divisor, Tensor) or ctx.divisor else upstream * 0
@@ -173,7 +199,7 @@ class _SoftmaxKL(torch.autograd.Function):
             return _scaled(gradient, upstream), None, None
         gradient = scaled_in_place(gradient, upstream)
         if torch.is_grad_enabled():  # create_graph=True
-            gradient = no_second_derivative(gradient)
+            gradient = no_second_derivative(gradient, anchor)
         return gradient, None, None
 
 
@@ -191,14 +217,18 @@ def scaled_in_place(gradient: Tensor, upstream: Tensor) -> Tensor:
         return gradient.mul_(upstream[:, None] if upstream.dim() else upstream)
 
 
-def no_second_derivative(gradient: Tensor) -> Tensor:
-    """The gradient, such that differentiating it raises."""
-    return _NoSecondDerivative.apply(gradient.detach().requires_grad_())  # type: ignore[no-any-return, no-untyped-call]
+def no_second_derivative(gradient: Tensor, anchor: Tensor) -> Tensor:
+    """The gradient, such that differentiating it raises.
+
+    ``anchor`` is an empty output of the function whose gradient it is: by it the graph goes on to that function's
+    inputs. Without, a derivative in one of them would be "unused", which some callers take for zero.
+    """
+    return _NoSecondDerivative.apply(gradient.detach().requires_grad_(), anchor)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:  # noqa: ARG004
+    def forward(ctx: FunctionCtx, gradient: Tensor, anchor: Tensor) -> Tensor:  # noqa: ARG004
         return gradient.view_as(gradient)
 
     @staticmethod

@@ -35,7 +35,8 @@ def softmax_kl_rows(
         student = torch.where(mask[:, None], student, 0)
         target = _mask_target(target, mask)
     if isinstance(target, Sampled):
-        rows = -(target.weights * _log_softmax(student, temperature).gather(-1, target.indices)).sum(-1)
+        log_s = _log_softmax(student, temperature).gather(-1, target.indices)
+        rows = -torch.where(target.weights > 0, target.weights * log_s, 0).sum(-1)  # 0 times -inf is NaN
     elif isinstance(target, TopK):
         rows = _divergence(*_top_k_outcomes(student, target, temperature, divergence), divergence, beta)
     else:
