@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
 
 from stillhouse.api import ConfigError
+from stillhouse.kernels import softmax_kl
 
 Parameters = dict[str, Tensor]
 
@@ -119,8 +120,7 @@ def output_error(made: Tensor, real: Tensor, *, regression: bool) -> Tensor:
     """KL(real || made) of the softmaxes in nats, or the squared error for regression: ``(...)``, a value a row."""
     if regression:
         return (made - real).square().mean(-1)
-    log_p, log_q = F.log_softmax(real.float(), -1), F.log_softmax(made.float(), -1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    return softmax_kl(made, real, reduction="none")
 
 
 class PathOutputs(nn.Module):

@@ -306,3 +306,14 @@ def test_several_anchors_teach_by_their_mean_probability():
     assert torch.equal(PathOutputs(networks[:1], regression=False)(inputs), networks[0](inputs))
     both = PathOutputs(networks, regression=True)(inputs)
     torch.testing.assert_close(both, (networks[0](inputs) + networks[1](inputs)) / 2)
+
+
+def test_the_output_error_of_nearly_equal_outputs_is_not_lost_in_rounding():
+    """The engine's loss, and no second copy of its formula, which cancels here (and is negative in some rows)."""
+    real = 3 * torch.randn(16, 1000, generator=torch.Generator().manual_seed(0))
+    made = real + 1e-4 * torch.randn(16, 1000, generator=torch.Generator().manual_seed(1))
+    log_p, log_q = (x.double().log_softmax(-1) for x in (real, made))
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1)
+    got = output_error(made, real, regression=False).double()
+    assert (got >= 0).all()
+    assert torch.allclose(got, expected, rtol=1e-4, atol=0)
