@@ -209,7 +209,8 @@ class Plugins:
         answers = [(call, given) for call in self._calls["stages"] if (given := call(run)) is not None]
         _one_claim("stages", [call for call, _ in answers])
         for call, given in answers:
-            if not given or not all(isinstance(stage, Stage) for stage in given):
+            whole = isinstance(given, Sequence) and all(isinstance(stage, Stage) for stage in given)
+            if not given or not whole:
                 raise call.wrong(given, "a list of Stage")
             return tuple(given)
         return (Stage("train", teacher="teacher" if run.teacher is not None else None),)

@@ -110,6 +110,8 @@ class Loop:
         assert self.optimizer is not None
         if self.step.plugins.student_update(self.model, self.optimizer, loss, self.step.info):
             return
+        if not loss.requires_grad:
+            raise self.step.idle()
         loss.backward()  # type: ignore[no-untyped-call]
         if self.step.info.last:
             if self.settings.clip is not None:

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from stillhouse.api import Auxiliary
 from stillhouse.context import STUDENT, TARGET, TEACHER, RunContext, Stage, StepInfo
 from stillhouse.dispatch import Plugin, Plugins
-from stillhouse.errors import ConfigError, Diverged, StillhouseError, nearest
+from stillhouse.errors import ConfigError, Diverged, PluginError, StillhouseError, nearest
 from stillhouse.fit import OFFERED, check_fit, outputs
 from stillhouse.methods import MethodLike, as_plugins
 from stillhouse.models import Captures, checksum, forward, freeze, versions
 from stillhouse.softlabels import SoftLabels
 from stillhouse.targets import Batch, LossTerm, StudentOut, Targets, TeacherOut
 from stillhouse.tasks import Splits
-from stillhouse.watch import UPDATES, check_kept, watched
+from stillhouse.watch import UPDATES, check_kept, guarded, watched
 
 
 class DistillStep:
@@ -110,6 +110,7 @@ class DistillStep:
 
     def _set_up(self, probe: Batch, models: dict[str, nn.Module], offers: frozenset[str]) -> None:
         check_fit(self.plugins, models, self.teacher, probe, splits=self.run.splits, offers=offers)
+        self.plugins.wrap(lambda call: guarded(call, self.run))
         self.plugins.notify("on_run_start", run=self.run)
         self.auxiliary = self.plugins.auxiliary_modules(self.run)
         for name, auxiliary in self.auxiliary.items():
@@ -120,6 +121,7 @@ class DistillStep:
             for name, model in models.items()
         }
         self.stages = self._checked(self.plugins.stages(self.run))
+        self.plugins.wrap(None)
         self.check_teacher()
         self.teacher_calls = 0
         self.info = StepInfo()
@@ -212,6 +214,15 @@ class DistillStep:
         if first or done:
             self.plugins.wrap(None if done else lambda call: watched(call, self.teacher))
         self._watched += 1
+
+    def idle(self) -> PluginError:
+        """The refusal of a loss that no weight of the stage has a part in, naming who gave its terms."""
+        giving = self.plugins.implementing("loss_terms")
+        who = ", ".join(str(plugin) for plugin in self.plugins.plugins if plugin.name in giving)
+        return PluginError(
+            f"the loss of stage '{self.info.stage.name}' has no gradient, with terms of {who}; expected one that "
+            "depends on what the stage trains: compute it from student_out, with no detach() or item()"
+        )
 
     def _look(self, role: str, batch: Batch) -> StudentOut:
         """A model's outputs and features, in eval mode and without a graph."""

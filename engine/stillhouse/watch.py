@@ -13,10 +13,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from stillhouse.context import RunContext
 from stillhouse.dispatch import Implementation, Plugin
 from stillhouse.errors import PluginError
 from stillhouse.models import versions
 from stillhouse.targets import Batch, StudentOut, Targets, TeacherOut
+from stillhouse.tasks import TensorSplit
 
 UPDATES = 2
 """How many updates of a stage are watched."""
@@ -46,9 +48,53 @@ def watched(call: Implementation, teacher: nn.Module | None) -> Implementation:
                 f"{call.plugin}: hook '{call.hook}' wrote to the teacher's weights or buffers; a teacher stays as "
                 "it is, bit for bit: copy it to train it"
             )
+        devices = {tensor.device for _, tensor in given}
+        for where, tensor in tensors(answer) if isinstance(answer, Batch | TeacherOut | Targets) else ():
+            if devices and tensor.device not in devices:
+                raise call.wrong(tensor, f"{where[1:]} on the batch's device, {given[0][1].device}")
         return answer
 
     return replace(call, function=function)
+
+
+def guarded(call: Implementation, run: RunContext) -> Implementation:
+    """The same implementation; PluginError after a call that moved a model or wrote to the data of the run."""
+
+    def function(*values: Any) -> Any:
+        before, data = _devices(run), _data(run)
+        answer = call.function(*values)
+        for name, device in _devices(run).items():
+            if device != before.get(name, device):
+                raise PluginError(
+                    f"{call.plugin}: hook '{call.hook}' moved the {name} from {before[name]} to {device}; expected "
+                    "models left where they are: move what is the plugin's own"
+                )
+        for name, version in _data(run).items():
+            if version != data[name]:
+                raise PluginError(
+                    f"{call.plugin}: hook '{call.hook}' wrote to the {name} in place, which other runs may read too; "
+                    "expected them untouched: give a new Batch from batch_transform"
+                )
+        return answer
+
+    return replace(call, function=function)
+
+
+def _devices(run: RunContext) -> dict[str, str]:
+    models = run.models if run.teacher is None else {**run.models, "teacher": run.teacher}
+    found = {name: sorted({str(p.device) for p in model.parameters()}) for name, model in models.items()}
+    return {name: ", ".join(devices) for name, devices in found.items()}
+
+
+def _data(run: RunContext) -> dict[str, int]:
+    """How often the tensors of the run's data were written to."""
+    splits = () if run.splits is None else run.splits.items()
+    return {
+        f"{what} of the {name} split": tensor._version  # noqa: SLF001
+        for name, split in splits
+        if isinstance(split, TensorSplit)
+        for what, tensor in split.named()
+    }
 
 
 def check_kept(plugin: Plugin) -> None:

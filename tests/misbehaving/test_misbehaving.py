@@ -48,6 +48,17 @@ ON_RUNNING = {
         r"the teacher's weights or buffers were written to, by one of:.*copy it to train it",
     ),
     "moves_tensors_to_another_device": (0, r"on meta; expected 'mine' on the student's device, cpu"),
+    "moves_the_student": (0, r"hook 'on_run_start' moved the student from cpu to meta; expected models left"),
+    "moves_the_batch": (
+        0,
+        r"'batch_transform' gave a tensor .* on meta; expected inputs on the batch's device, cpu",
+    ),
+    "changes_the_data": (0, r"hook 'on_run_start' wrote to the inputs of the train split in place"),
+    "loss_without_a_gradient": (
+        0,
+        r"the loss of stage 'train' has no gradient, .*compute it from student_out",
+    ),
+    "stages_that_are_none": (0, r"hook 'stages' gave int 3; expected a list of Stage"),
     "keeps_the_graph": (1, r"keeps a tensor with its graph.*self\.history\[0\].*keep tensor\.detach\(\)"),
     "mutates_the_batch": (0, r"wrote to batch\.inputs in place.*batch\.inputs\.clone\(\)"),
 }
