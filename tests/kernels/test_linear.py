@@ -112,10 +112,10 @@ def test_memory_stays_below_a_tenth_of_the_unfused_path(monkeypatch):
 
         return run
 
-    own = allocated(step(lambda: (hidden.sum() + weight.sum()) * 1.0))
+    # beyond the gradients: those of the step before are given back first, which is as much as they take
     unfused = allocated(step(lambda: softmax_kl(hidden @ weight.t(), teacher)))
     fused = allocated(step(lambda: linear_softmax_kl(hidden, weight, teacher)))
-    assert fused - own <= 0.1 * (unfused - own)
+    assert fused <= 0.1 * unfused
 
 
 @pytest.mark.parametrize("backend", ["numba", "torch"])

@@ -237,6 +237,7 @@ def _run(
             _accumulate(d_weight, gradient, part)
         if d_bias is not None and gradient is not None:
             d_bias += gradient.sum(0, dtype=wide)
+        del logits, gradient  # before the next chunk is multiplied out, or two of them exist
     loss = torch.cat(losses) if settings.per_row else torch.stack(losses).sum()
     dtype = None if _late(settings, hidden.dtype) else hidden.dtype
     cast = tuple(g if g is None or dtype is None else g.to(dtype) for g in (d_hidden, d_weight, d_bias))
