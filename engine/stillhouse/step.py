@@ -277,9 +277,16 @@ class DistillStep:
         return self.run.models[(stage or self.info.stage).model or STUDENT]
 
     def check_teacher(self) -> None:
-        """Raise if anything wrote to the frozen teacher. One pass over its weights."""
+        """Raise if anything wrote to the frozen teacher, or made it another than frozen. One pass over its weights."""
         if self.teacher is None:
             return
+        loose = [f"'{name}'" for name, weight in self.teacher.named_parameters() if weight.requires_grad]
+        if loose or any(module.training for module in self.teacher.modules()):
+            what = f"unfroze the teacher's {loose[0]}" if loose else "put the teacher into train mode"
+            who = ", ".join(str(plugin) for plugin in self.plugins.plugins)
+            raise ConfigError(
+                f"one of {who} {what}; a teacher stays frozen and in eval mode: copy it to train it"
+            )
         if versions(self.teacher) != self._teacher_version or checksum(self.teacher) != self._teacher_bits:
             who = ", ".join(str(plugin) for plugin in self.plugins.plugins)
             raise ConfigError(

@@ -48,6 +48,8 @@ ON_RUNNING = {
         r"the teacher's weights or buffers were written to, by one of:.*copy it to train it",
     ),
     "moves_tensors_to_another_device": (0, r"on meta; expected 'mine' on the student's device, cpu"),
+    "unfreezes_the_teacher": (0, r"unfroze the teacher's '0\.weight'; a teacher stays frozen"),
+    "teacher_in_train_mode": (1, r"put the teacher into train mode; a teacher stays frozen and in eval mode"),
     "moves_the_student": (0, r"hook 'on_run_start' moved the student from cpu to meta; expected models left"),
     "moves_the_batch": (
         0,
