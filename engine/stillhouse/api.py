@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+from stillhouse.cache import made_once
 from stillhouse.conformance import Conformance
 from stillhouse.context import Auxiliary, RunContext, Stage, StepInfo
 from stillhouse.errors import ConfigError, DataError, Diverged, MissingExtra, PluginError
@@ -119,6 +120,7 @@ __all__ = [
     "cross_entropy",
     "hookimpl",
     "label_loss",
+    "made_once",
     "regression",
     "regression_loss",
 ]

@@ -99,9 +99,9 @@ def doctor(options: argparse.Namespace) -> int:
     """Say what is there, what is in use, and what is missing."""
     import torch
 
+    from stillhouse.cache import cache_dir
     from stillhouse.kernels import check, explain
     from stillhouse.rundir import machine
-    from stillhouse.teachers import cache_dir
 
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", number) for number in range(torch.cuda.device_count())]

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from platformdirs import user_cache_dir
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from stillhouse.api import Task
+from stillhouse.cache import cache_dir
 from stillhouse.config import Training, explain
 from stillhouse.errors import CheckpointError, ConfigError, Diverged
 from stillhouse.files import write_bytes
@@ -24,13 +23,6 @@ from stillhouse.loop import Loop
 from stillhouse.softlabels import SoftLabels
 from stillhouse.step import DistillStep
 from stillhouse.tasks import Split, Splits, TensorSplit
-
-CACHE = "STILLHOUSE_CACHE"
-
-
-def cache_dir() -> Path:
-    """Where trained teachers are kept: ``$STILLHOUSE_CACHE``, else the user's cache folder."""
-    return Path(os.environ.get(CACHE) or user_cache_dir("stillhouse"))
 
 
 def training(given: Mapping[str, Any], task: Task) -> Training:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import random
 from typing import ClassVar
 
@@ -10,10 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from stillhouse.api import MissingExtra, Splits, Task, TaskConfig, TensorSplit
+from stillhouse.api import MissingExtra, Splits, Task, TaskConfig, TensorSplit, made_once
 from stillhouse_tasks.nets import ConvNet, mlp
 
 LENGTH, CLASSES = 40, 10
+PARTS = ("inputs", "labels", "test_inputs", "test_labels")
 OFFSETS = {"validation": 1, "unlabelled": 2}
 """Added to the seed, so that further samples come from seeds of their own."""
 
@@ -111,10 +113,29 @@ def with_noise(labels: Tensor, part: float, seed: int) -> Tensor:
 
 
 def make(samples: int, seed: int, test: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Generate samples: training inputs ``(n, 40)`` and labels ``(n,)``, then those of the test part.
+    """Samples: training inputs ``(n, 40)`` and labels ``(n,)``, then those of the test part.
 
-    The generator seeds python's and numpy's global state; both are put back.
+    Generating them takes seconds, a sample at a time in Python: it is done once, and they are kept.
     """
+    made = made_once(
+        "data",
+        {"task": "mnist1d", "samples": samples, "seed": seed, "test": test, **generators("mnist1d")},
+        lambda: dict(zip(PARTS, _generate(samples, seed, test), strict=True)),
+    )
+    x, y, x_test, y_test = (made[name] for name in PARTS)
+    return x, y, x_test, y_test
+
+
+def generators(task: str) -> dict[str, str]:
+    """Versions of the libraries that the samples of ``task`` come from."""
+    try:
+        return {name: importlib.metadata.version(name) for name in ("mnist1d", "numpy", "scipy")}
+    except importlib.metadata.PackageNotFoundError as error:
+        raise MissingExtra(f"task '{task}'", str(error.name), "tasks") from None
+
+
+def _generate(samples: int, seed: int, test: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The generator seeds python's and numpy's global state; both are put back."""
     try:
         from mnist1d.data import get_dataset_args, make_dataset
     except ImportError:

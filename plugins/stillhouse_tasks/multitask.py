@@ -14,14 +14,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from stillhouse.api import MissingExtra, Splits, Task, TaskConfig, TensorSplit
-from stillhouse_tasks.mnist1d import LENGTH
+from stillhouse.api import MissingExtra, Splits, Task, TaskConfig, TensorSplit, made_once
+from stillhouse_tasks.mnist1d import LENGTH, generators
 from stillhouse_tasks.multihead import MultiHead, columns
 from stillhouse_tasks.nets import ConvNet, mlp
 
 TASKS = {"digit": 10, "parity": 2, "position": 4}
 """Classes of each task; a label is a column of the heads side by side."""
 
+PARTS = ("signals", "digits", "positions")
 Made = tuple[Tensor, Tensor, Tensor]
 """Signals ``(n, 40)``, digits ``(n,)`` and positions ``(n,)``."""
 
@@ -121,10 +122,18 @@ def _labelled(parts: list[Made]) -> TensorSplit:
 
 
 def make(samples: int, seed: int) -> Made:
-    """Signals, their digits, and the quarter (0 to 3) of the places that the digit was moved to.
+    """Signals, their digits, and the quarter (0 to 3) of the places that the digit was moved to; generated once."""
+    made = made_once(
+        "data",
+        {"task": "mnist1d-multitask", "samples": samples, "seed": seed, **generators("mnist1d-multitask")},
+        lambda: dict(zip(PARTS, _generate(samples, seed), strict=True)),
+    )
+    signals, digits, quarters = (made[name] for name in PARTS)
+    return signals, digits, quarters
 
-    The generator reads numpy's and python's global state; both are put back.
-    """
+
+def _generate(samples: int, seed: int) -> Made:
+    """The generator reads numpy's and python's global state; both are put back."""
     try:
         from mnist1d.data import get_dataset_args, get_templates
     except ImportError:

@@ -119,3 +119,20 @@ def test_views_of_one_sample_differ_and_belong_together(made):
         )
     still = Mnist1dViews(ViewsConfig(**SMALL, noise=0.0, shift=0)).splits().train
     assert torch.equal(still.inputs, plain.train.inputs)
+
+
+@pytest.mark.parametrize("module", ["mnist1d", "multitask"])
+def test_samples_are_generated_once(module, tmp_path, monkeypatch):
+    import importlib
+
+    task = importlib.import_module(f"stillhouse_tasks.{module}")
+    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path))
+    first = task.make(30, 3)
+    monkeypatch.setattr(task, "_generate", None)
+    again = task.make(30, 3)
+    assert len(first) == len(again)
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one, other)
+        assert one.dtype == other.dtype
+    with pytest.raises(TypeError):  # other samples are not taken for these
+        task.make(30, 4)
