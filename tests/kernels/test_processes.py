@@ -242,11 +242,3 @@ def test_nothing_of_the_logits_size_is_allocated_but_the_gradient(divergence):
 
     assert size <= allocated(fresh) <= 1.02 * size
     assert allocated(in_place) - allocated(copying) <= 0.02 * size
-
-
-def test_huge_pages_are_only_advice(monkeypatch):
-    from stillhouse.kernels import cpu
-
-    expected = cpu.fresh_like(torch.zeros(1024, 2048))
-    monkeypatch.setattr(cpu, "_madvise", lambda: None)
-    assert cpu.fresh_like(torch.zeros(1024, 2048)).shape == expected.shape

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -20,7 +18,6 @@ from stillhouse.kernels.workers import GUARD, Workers
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DIVERGENCES = {"forward": 0, "reverse": 1, "jsd": 2}
-HUGE = 4 << 20  # bytes from which a fresh gradient is worth asking for huge pages
 LINE = 16  # float32 in a cache line
 
 _workers = Workers()
@@ -127,23 +124,3 @@ def _sparse(
 @lru_cache(maxsize=64)
 def _series(beta: float) -> NDArray[np.float32]:
     return np.array(jsd_series(beta), dtype=np.float32)
-
-
-def fresh_like(student: Tensor) -> Tensor:
-    """Memory for a gradient. Half the time of a large fresh one is page faults: ask Linux for fewer, larger pages."""
-    out = torch.empty(student.shape, dtype=student.dtype)
-    size = out.numel() * out.element_size()
-    advise = _madvise()
-    if size >= HUGE and advise is not None:
-        first = -(-out.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        advise(first, (out.data_ptr() + size - first) // mmap.PAGESIZE * mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
-    return out
-
-
-@lru_cache(maxsize=1)
-def _madvise() -> Callable[[int, int, int], int] | None:
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return None
-    advise = ctypes.CDLL(None).madvise
-    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return advise

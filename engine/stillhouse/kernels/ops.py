@@ -106,12 +106,7 @@ def _forward(student: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     if not gradient:
         out = student.new_empty(0)
         return _compute(student, tuple(arguments), None), out
-    if student.device.type == "cpu":
-        from stillhouse.kernels import cpu
-
-        out = cpu.fresh_like(student)
-    else:
-        out = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    out = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     return _compute(student, tuple(arguments), out), out
 
 
