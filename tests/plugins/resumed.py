@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 
-import torch
+from resuming import taken_up
 from toys import same_bits
 
 from stillhouse.loop import Loop
@@ -18,19 +17,6 @@ def models(loop: Loop) -> dict:
         for name, model in loop.step.run.models.items()
         for key, tensor in model.state_dict().items()
     }
-
-
-def taken_up(make: Callable[[], Loop], after: int) -> Loop:
-    """A loop stopped ``after`` so many updates, its state written and read, and a new loop that ended the run."""
-    first = make()
-    first.run(after)
-    buffer = io.BytesIO()
-    torch.save(first.state_dict(), buffer)
-    buffer.seek(0)
-    second = make()
-    second.load_state_dict(torch.load(buffer, weights_only=True))
-    assert second.run()
-    return second
 
 
 def assert_resumes(make: Callable[[], Loop], stops: range) -> None:
