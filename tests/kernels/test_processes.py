@@ -1,5 +1,6 @@
 """Threads, forks, processes and memory."""
 
+import ctypes
 import multiprocessing
 import os
 import subprocess
@@ -13,7 +14,7 @@ from cases import DIVERGENCES, logits
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
 
-from stillhouse.kernels import TopK, softmax_kl
+from stillhouse.kernels import TopK, softmax_kl, workers
 
 ROWS, WIDTH = 64, 3000  # enough for several threads
 
@@ -42,39 +43,73 @@ def test_runs_are_equal_bit_for_bit_with_any_number_of_threads(divergence, targe
         assert torch.equal(gradient, results[0][1])
 
 
-def test_the_number_of_threads_is_torchs():
-    from stillhouse.kernels.workers import Workers
-
-    workers, seen = Workers(), set()
+@pytest.fixture
+def many_threads():
     before = torch.get_num_threads()
-    barrier = threading.Barrier(3, timeout=20)
-
-    def kernel(first, last):
-        seen.add(threading.get_ident())
-        if barrier.n_waiting < 3 and first < 3:
-            barrier.wait()  # only three threads at once get past
-
-    try:
-        torch.set_num_threads(3)
-        workers.run(3, 1_000_000, kernel)
-        assert len(seen) == 3
-        torch.set_num_threads(1)
-        seen.clear()
-        workers.run(5, 1_000_000, lambda first, last: seen.add(threading.get_ident()))
-        assert seen == {threading.get_ident()}
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(3)
+    yield 3
+    torch.set_num_threads(before)
 
 
-def test_an_error_in_a_worker_reaches_the_caller():
-    from stillhouse.kernels.workers import Workers
+def compiled(body):
+    """What stands for compiled rows: ``body`` is called with a call's address, by each thread that takes part."""
+    native = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(body)
+    address = ctypes.cast(native, ctypes.c_void_p).value
 
-    def kernel(first, last):
-        if last == 4:
-            raise KeyError(last)
+    class Rows:
+        def __init__(self):
+            self.address = address
 
-    with pytest.raises(KeyError):
-        Workers().run(4, 1_000_000, kernel)
+        def __call__(self, call):
+            native(call)
+
+    return Rows()
+
+
+@pytest.mark.parametrize("where", ["torch's", "a pool of our own"])
+def test_the_number_of_threads_is_torchs(where, many_threads, monkeypatch):
+    if where == "torch's" and workers.openmp() is None:
+        pytest.skip("this torch has no OpenMP with GNU's entry point")
+    if where != "torch's":
+        monkeypatch.setattr(workers, "openmp", lambda: None)
+    seen, barrier = set(), threading.Barrier(many_threads, timeout=20)
+
+    def body(_call):
+        barrier.wait()  # only three threads at once get past
+        seen.add(threading.get_native_id())
+
+    workers.Workers().run(compiled(body), 100, 1_000_000, 10)
+    assert len(seen) == many_threads
+    seen.clear()
+    torch.set_num_threads(1)
+    workers.Workers().run(compiled(lambda _call: seen.add(threading.get_native_id())), 100, 1_000_000, 10)
+    assert seen == {threading.get_native_id()}
+
+
+def test_the_threads_are_those_that_torch_is_linked_to():
+    """A second OpenMP runtime would have threads of its own, which fight torch's for the cores."""
+    if sys.platform != "linux":
+        pytest.skip("looks into /proc")
+    program = """
+import os, torch
+from stillhouse.kernels import softmax_kl, workers
+torch.set_num_threads(3)
+torch.randn(2000, 2000).log_softmax(-1)
+before = len(os.listdir("/proc/self/task"))
+softmax_kl(torch.randn(64, 3000), torch.randn(64, 3000))
+print(workers.openmp() is None or len(os.listdir("/proc/self/task")) == before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "True", done.stderr
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_pool_gives_the_bits_that_openmp_gives(divergence, many_threads, monkeypatch):
+    loss, gradient = loss_and_gradient(divergence=divergence)
+    monkeypatch.setattr(workers, "openmp", lambda: None)
+    loss_pool, gradient_pool = loss_and_gradient(divergence=divergence)
+    assert torch.equal(loss, loss_pool)
+    assert torch.equal(gradient, gradient_pool)
 
 
 def test_several_python_threads_at_once():
@@ -100,7 +135,9 @@ STUDENT, TEACHER = logits(ROWS, WIDTH, 5), logits(ROWS, WIDTH, 6)
 
 
 def in_child(queue):
-    torch.set_num_threads(2)  # our two threads; torch's own OpenMP pool must not be entered after a fork
+    torch.set_num_threads(
+        2
+    )  # of a pool: torch's own threads did not come along, and waiting for them never ends
     queue.put(softmax_kl(STUDENT.detach().requires_grad_(), TEACHER).item())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -10,15 +9,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stillhouse.kernels.cpu_jit import BLOCK, entry
+from stillhouse.kernels.cpu_jit import entry
 from stillhouse.kernels.reference import top_k_at
 from stillhouse.kernels.series import jsd_series
 from stillhouse.kernels.targets import Sampled, Target, TopK
-from stillhouse.kernels.workers import GUARD, Workers
+from stillhouse.kernels.workers import Workers
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DIVERGENCES = {"forward": 0, "reverse": 1, "jsd": 2}
-LINE = 16  # float32 in a cache line
+LINE = 16  # float32 in a cache line, and what the kernels work on at a time
 
 _workers = Workers()
 
@@ -52,23 +51,23 @@ def softmax_kl_fwd_bwd(
         IndexError: an index of a trusted TopK or Sampled lies outside the row.
     """
     losses = torch.empty(student.shape[0], dtype=torch.float32)
-    square = temperature * temperature
+    square = float(temperature) ** 2
     scales = (scale * square, loss_scale * square)
     if student.numel() == 0:
         return losses.zero_()
     mask = None if mask is None else mask.contiguous()
+    settings = (temperature, divergence, beta, mask, scales, out_grad, losses)
     if isinstance(target, Tensor):
-        kernel = _dense(student, target, temperature, divergence, beta, mask, scales, out_grad, losses)
+        _dense(student, target, *settings)
     else:
-        kernel = _sparse(student, target, temperature, divergence, beta, mask, scales, out_grad, losses)
-    _workers.run(student.shape[0], student.shape[1], kernel)
+        _sparse(student, target, *settings)
     return losses
 
 
 def _dense(
     student: Tensor, teacher: Tensor, temperature: float, divergence: str, beta: float, mask: Tensor | None,
     scales: tuple[float, float], out_grad: Tensor | None, losses: Tensor,
-) -> Callable[[int, int], None]:  # fmt: skip
+) -> None:  # fmt: skip
     if teacher.stride(1) != 1:
         teacher = teacher.contiguous()
     if teacher.dtype not in DTYPES:
@@ -79,46 +78,37 @@ def _dense(
     elif divergence == "reverse":
         vs = min(vs, vt)
     v = max(vs, vt)
-    stride = max(v + LINE, GUARD)  # rows of scratch are no nearer to each other than to other memory
-    fixed = (
-        DIVERGENCES[divergence], student.data_ptr(), teacher.data_ptr(),
-        0 if out_grad is None else out_grad.data_ptr(), losses.data_ptr(), 0 if mask is None else mask.data_ptr(),
-        student.stride(0) * student.element_size(), teacher.stride(0) * teacher.element_size(),
-        DTYPES[student.dtype], DTYPES[teacher.dtype], vs, vt, v, wide,
+    stride = -(-v // LINE) * LINE + LINE
+    _workers.run(
+        entry("dense_rows"), student.shape[0], wide, 3 * stride,
+        DIVERGENCES[divergence], student.data_ptr(), teacher.data_ptr(), _address(out_grad), losses.data_ptr(),
+        _address(mask), student.stride(0) * student.element_size(), teacher.stride(0) * teacher.element_size(),
+        DTYPES[student.dtype], DTYPES[teacher.dtype], vs, vt, v, wide, stride * 4, _series(beta).ctypes.data,
+        1.0 / temperature, scales[0], float(beta), scales[1],
     )  # fmt: skip
-    rows, series = entry("dense_rows"), _series(beta)
-    numbers = (1.0 / temperature, scales[0], beta, scales[1])
-
-    def kernel(first: int, last: int, keep: tuple[Tensor, ...] = (teacher,)) -> None:
-        scratch = _workers.scratch(2 * BLOCK + 3 * stride)
-        rows(first, last, *fixed, scratch, stride * 4, series.ctypes.data, *numbers)
-
-    return kernel
 
 
 def _sparse(
     student: Tensor, target: TopK | Sampled, temperature: float, divergence: str, beta: float, mask: Tensor | None,
     scales: tuple[float, float], out_grad: Tensor | None, losses: Tensor,
-) -> Callable[[int, int], None]:  # fmt: skip
+) -> None:  # fmt: skip
     sampled = isinstance(target, Sampled)
     values = target.weights if isinstance(target, Sampled) else top_k_at(target, temperature)
     values = values.to(torch.float32).contiguous()
     indices = target.indices.contiguous()
     ghost = isinstance(target, TopK) and target.rest == "ghost"
     v, k = student.shape[1], indices.shape[1]
-    fixed = (
-        DIVERGENCES[divergence], student.data_ptr(), 0 if out_grad is None else out_grad.data_ptr(),
-        losses.data_ptr(), 0 if mask is None else mask.data_ptr(), student.stride(0) * student.element_size(),
-        DTYPES[student.dtype], v, indices.data_ptr(), values.data_ptr(), k, int(sampled), int(ghost),
+    _workers.run(
+        entry("sparse_rows"), student.shape[0], v, v + 4 * k + 6 * LINE,
+        DIVERGENCES[divergence], student.data_ptr(), _address(out_grad), losses.data_ptr(), _address(mask),
+        student.stride(0) * student.element_size(), DTYPES[student.dtype], v, indices.data_ptr(),
+        values.data_ptr(), k, int(sampled), int(ghost), _series(beta).ctypes.data,
+        1.0 / temperature, scales[0], float(beta), scales[1],
     )  # fmt: skip
-    rows, series = entry("sparse_rows"), _series(beta)
-    numbers = (1.0 / temperature, scales[0], beta, scales[1])
 
-    def kernel(first: int, last: int, keep: tuple[Tensor, ...] = (values, indices)) -> None:
-        scratch = _workers.scratch(2 * BLOCK + v + 4 * k + LINE)
-        rows(first, last, *fixed, scratch, series.ctypes.data, *numbers)
 
-    return kernel
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 @lru_cache(maxsize=64)

@@ -11,8 +11,9 @@ import hashlib
 import importlib
 import importlib.metadata
 import os
+import struct
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,28 +21,48 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 
-BLOCK = 2048  # columns at a time: buffers of 8 KB stay in the first-level cache
-SOURCES = ("cpu_jit.py", "cpu_math.py", "cpu_read.py", "cpu_rows.py", "cpu_dense.py", "cpu_sparse.py")
-ENTRIES = {  # module, and arguments: q an int64, which may be an address, d a float64
-    "dense_rows": ("cpu_dense", "q" * 19 + "d" * 4),
-    "sparse_rows": ("cpu_sparse", "q" * 17 + "d" * 4),
-}
+BLOCK = 2048  # columns at a time: what they are summed in, and redone where a reference has to rise
+SOURCES = tuple(f"cpu_{name}.py" for name in ("jit", "lanes", "math", "read", "rows", "dense", "sparse"))
+ENTRIES = {"dense_rows": "cpu_dense", "sparse_rows": "cpu_sparse"}  # function and module
+SYMBOL = "stillhouse_rows"
+# what every call begins with: the next row, the next part of the scratch, rows, rows to take at a time, scratch, size
+NEXT, PART, ROWS, STEP, SCRATCH, SIZE = range(6)
+HEADER = 6
+
+
+class Compiled:
+    """A compiled function over the rows of a call; any number of threads may run it on one call at once."""
+
+    def __init__(self, engine: llvm.ExecutionEngine) -> None:
+        self._engine = engine  # the code lives as long as it does
+        self.address: int = engine.get_function_address(SYMBOL)
+        self._native = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.address)
+
+    def __call__(self, call: ctypes.Array[ctypes.c_char]) -> None:
+        """Take rows until none is left, without the interpreter lock."""
+        self._native(call)
+
+
+def record(rows: int, step: int, scratch: int, size: int, *numbers: float) -> ctypes.Array[ctypes.c_char]:
+    """A call in memory: the header, then ``numbers`` of 8 bytes each, int64 (addresses too) or float64."""
+    kinds = "".join("d" if isinstance(number, float) else "q" for number in numbers)
+    return ctypes.create_string_buffer(
+        struct.pack(f"={HEADER}q{kinds}", 0, 0, rows, step, scratch, size, *numbers)
+    )
 
 
 @lru_cache(maxsize=len(ENTRIES))
-def entry(name: str) -> Callable[..., None]:
-    """The compiled function ``name``, from the cache or fresh; it runs without the interpreter lock."""
+def entry(name: str) -> Compiled:
+    """The compiled function ``name``, from the cache or fresh."""
     kept = f"stillhouse-{name}-{key()}.kernel"
     for folder in folders():
-        found = _read(folder / kept)
-        if found is not None:
-            return _load(*found, ENTRIES[name][1])
-    symbol, code = _compile(name)
-    content = (
-        hashlib.sha256(symbol.encode() + code).hexdigest().encode() + b" " + symbol.encode() + b"\n" + code
-    )
+        code = _read(folder / kept)
+        if code is not None:
+            return _load(code)
+    code = _compile(name)
+    content = hashlib.sha256(code).hexdigest().encode() + b"\n" + code
     any(_write_whole(folder / kept, content) for folder in folders())
-    return _load(symbol, code, ENTRIES[name][1])
+    return _load(code)
 
 
 def key() -> str:
@@ -76,14 +97,13 @@ def folders() -> Iterator[Path]:
     yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stillhouse" / "cpu"
 
 
-def _read(path: Path) -> tuple[str, bytes] | None:
-    """Symbol and object code; None where there is none, or it is damaged: LLVM ends the process over such a one."""
+def _read(path: Path) -> bytes | None:
+    """Object code; None where there is none, or it is damaged: LLVM ends the process over such a one."""
     try:
-        head, code = path.read_bytes().split(b"\n", 1)
-        digest, symbol = head.split(b" ")
+        digest, code = path.read_bytes().split(b"\n", 1)
     except (OSError, ValueError):
         return None
-    return (symbol.decode(), code) if hashlib.sha256(symbol + code).hexdigest().encode() == digest else None
+    return code if hashlib.sha256(code).hexdigest().encode() == digest else None
 
 
 def _write_whole(path: Path, content: bytes) -> bool:
@@ -99,15 +119,14 @@ def _write_whole(path: Path, content: bytes) -> bool:
     return True
 
 
-def _compile(name: str) -> tuple[str, bytes]:
-    """Symbol and object code of a function that takes plain numbers; it needs nothing of Numba when it runs."""
+def _compile(name: str) -> bytes:
+    """Object code of a function of a call's address, as ``SYMBOL``; it needs nothing of Numba when it runs."""
     from numba import njit, types
     from numba.core import codegen, compiler
     from numba.core.compiler_lock import global_compiler_lock
     from numba.core.registry import cpu_target
 
-    module, arguments = ENTRIES[name]
-    function = getattr(importlib.import_module(f"stillhouse.kernels.{module}"), name)
+    function = getattr(importlib.import_module(f"stillhouse.kernels.{ENTRIES[name]}"), name)
     dispatcher: Any = njit(error_model="numpy")(function)
     flags: Any = compiler.Flags()  # type: ignore[no-untyped-call]
     dispatcher.targetdescr.options.parse_as_flags(flags, dispatcher.targetoptions)
@@ -115,11 +134,15 @@ def _compile(name: str) -> tuple[str, bytes]:
         True  # wrappers are what would need it
     )
     typing, target = cpu_target.typing_context, cpu_target.target_context
-    kinds = tuple({"q": types.int64, "d": types.float64}[kind] for kind in arguments)
 
     class Codegen(codegen.JITCPUCodegen):  # type: ignore[misc]
         def _customize_tm_features(self) -> str:
             return ",".join([super()._customize_tm_features(), *tuning()])  # type: ignore[no-untyped-call]
+
+        def _customize_tm_options(self, options: dict[str, Any]) -> None:
+            super()._customize_tm_options(options)  # type: ignore[no-untyped-call]
+            # constants beside the code, which an instruction can then read; from anywhere they take two to fetch
+            options |= {"reloc": "pic", "codemodel": "small"}
 
     with global_compiler_lock:
         typing.refresh()
@@ -128,13 +151,33 @@ def _compile(name: str) -> tuple[str, bytes]:
         target._internal_codegen = Codegen("stillhouse")  # type: ignore[no-untyped-call]
         try:
             result: Any = compiler.compile_extra(  # type: ignore[no-untyped-call]
-                typing, target, function, kinds, types.void, flags, {}
+                typing, target, function, (types.int64,), types.void, flags, {}
             )
-            result.library.finalize()
+            plain = target.codegen().create_library(SYMBOL)  # type: ignore[no-untyped-call]
+            plain.add_ir_module(_plain(result.fndesc.llvm_func_name))
+            plain.add_linking_library(result.library)
+            plain.finalize()
         finally:
             target._internal_codegen = usual
-        code = result.library._codegen._tm.emit_object(result.library._final_module)
-    return result.fndesc.llvm_func_name, code
+        code: bytes = plain._codegen._tm.emit_object(plain._final_module)
+    return code
+
+
+def _plain(symbol: str) -> Any:
+    """An LLVM module with ``SYMBOL``, a function of one pointer and no result, around one in Numba's convention."""
+    from llvmlite import ir
+
+    word, pointer = ir.IntType(64), ir.IntType(8).as_pointer()
+    module = ir.Module(SYMBOL)
+    # where to put the result, where to put an exception, the arguments; a status comes back
+    numbas = ir.FunctionType(ir.IntType(32), [pointer.as_pointer(), pointer.as_pointer(), word])
+    inner = ir.Function(module, numbas, symbol)
+    outer = ir.Function(module, ir.FunctionType(ir.VoidType(), [pointer]), SYMBOL)
+    builder = ir.IRBuilder(outer.append_basic_block())
+    result, raised = builder.alloca(pointer), builder.alloca(pointer)
+    builder.call(inner, [result, raised, builder.ptrtoint(outer.args[0], word)])
+    builder.ret_void()
+    return module
 
 
 def tuning() -> list[str]:
@@ -146,21 +189,11 @@ def tuning() -> list[str]:
     return ["-prefer-256-bit"] if llvm.get_host_cpu_features().get("avx512vbmi2") else []
 
 
-def _load(symbol: str, code: bytes, arguments: str) -> Callable[..., None]:
+def _load(code: bytes) -> Compiled:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     machine = llvm.Target.from_default_triple().create_target_machine(codemodel="jitdefault", jit=True)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    kinds: list[Any] = [{"q": ctypes.c_int64, "d": ctypes.c_double}[kind] for kind in arguments]
-    # Numba's convention: where to put the result, where to put an exception, the arguments; a status comes back
-    prototype = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, *kinds)
-    native = prototype(engine.get_function_address(symbol))
-
-    def call(*numbers: Any, keep: llvm.ExecutionEngine = engine) -> None:
-        result, raised = ctypes.c_void_p(), ctypes.c_void_p()
-        status = native(ctypes.byref(result), ctypes.byref(raised), *numbers)
-        assert status == 0, f"{symbol} ended with status {status}"
-
-    return call
+    return Compiled(engine)

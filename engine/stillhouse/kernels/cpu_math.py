@@ -1,7 +1,8 @@
 """What Numba lacks for the CPU rows: pointers, fused multiply-add, reductions that may be reordered, exp2, log.
 
-No fastmath flag is used: it would let LLVM assume that infinities do not occur, and undo the rounding trick in
-``exp2``. Reductions that may run in vector lanes say so one by one (``reduce_add``, ``reduce_max``).
+What is made by ``floats`` takes a float32 or lanes of them, and so do the polynomials. No fastmath flag is used: it
+would let LLVM assume that infinities do not occur, and undo the rounding trick in ``exp2``. A sum whose order
+does not matter says so itself (``reduce_add_wide``).
 """
 
 # mypy: disable-error-code="no-untyped-call,call-arg,var-annotated"
@@ -16,8 +17,23 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-F32 = types.float32
-FLOAT, HALF, I64, I32, I16 = ir.FloatType(), ir.HalfType(), ir.IntType(64), ir.IntType(32), ir.IntType(16)
+from stillhouse.kernels.cpu_lanes import (
+    F32,
+    FLOAT,
+    I16,
+    I32,
+    I64,
+    call,
+    constant,
+    convert,
+    decode_bf16_bits,
+    decode_f16_bits,
+    encode_bf16_bits,
+    encode_f16_bits,
+    floats,
+    where,
+)
+
 f32 = np.float32
 FLOOR = f32(-1e30)  # stands for -inf where arithmetic on -inf would give NaN
 
@@ -37,36 +53,30 @@ f32_at = _pointer(types.float32, FLOAT)
 u16_at = _pointer(types.uint16, I16)
 bool_at = _pointer(types.uint8, ir.IntType(8))
 i64_at = _pointer(types.int64, ir.IntType(64))
+f64_at = _pointer(types.float64, ir.DoubleType())
 
 
-def _floats(arity: int, emit: Callable[[Any, Any], Any]) -> Any:
-    """A float32 intrinsic of one, two or three arguments from its LLVM instruction."""
+@intrinsic  # type: ignore[untyped-decorator]
+def fetch_add(typingctx: Any, address: Any, value: Any) -> Any:
+    """Add to an int64 in memory, as one step for all threads; what it was before."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return emit(builder, args)
+        return builder.atomic_rmw("add", builder.inttoptr(args[0], I64.as_pointer()), args[1], "monotonic")
 
-    signature = F32(*[F32] * arity)
-    if arity == 1:
-        return intrinsic(lambda typingctx, a: (signature, codegen))
-    if arity == 2:
-        return intrinsic(lambda typingctx, a, b: (signature, codegen))
-    return intrinsic(lambda typingctx, a, b, c: (signature, codegen))
+    return types.int64(types.int64, types.int64), codegen
 
 
-def _call(name: str, arity: int, **flags: Any) -> Callable[[Any, Any], Any]:
-    def emit(builder: Any, args: Any) -> Any:
-        function = builder.module.declare_intrinsic(name, [FLOAT], ir.FunctionType(FLOAT, [FLOAT] * arity))
-        return builder.call(function, args, **flags)
-
-    return emit
+fma = floats(3, call("llvm.fma", 3))
+absolute = floats(1, call("llvm.fabs", 1))
+maximum_of = floats(2, call("llvm.maxnum", 2, fastmath=("nnan", "nsz")))
 
 
-fma = _floats(3, _call("llvm.fma", 3))
-absolute = _floats(1, _call("llvm.fabs", 1))
-reduce_add = _floats(2, lambda builder, args: builder.fadd(*args, flags=("reassoc", "nsz")))
-reduce_max = _floats(2, _call("llvm.maxnum", 2, fastmath=("nnan", "nsz")))
-# 2^n, where n is the low mantissa bits of a float that had MAGIC added
-shifted = _floats(1, lambda b, a: b.bitcast(b.shl(b.bitcast(a[0], I32), ir.Constant(I32, 23)), FLOAT))
+def _shifted(builder: Any, args: Any) -> Any:
+    bits = convert(builder, "bitcast", args[0], I32)
+    return convert(builder, "bitcast", builder.shl(bits, constant(I32, 23, bits)), FLOAT)
+
+
+shifted = floats(1, _shifted)  # 2^n, where n is the low mantissa bits of a float that had MAGIC added
 MAGIC = f32(1.5 * 2**23 + 127)
 LEAST = f32(-127.0)  # the exponent that stands for a probability of zero
 LN2 = f32(0.6931471805599453)
@@ -92,8 +102,8 @@ MAGIC_WIDE = 1.5 * 2**52 + 1023
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
 def exp2(z):  # type: ignore[no-untyped-def]
-    """2^z to 1e-7 relative; 0 below 2^-127, NaN for NaN."""
-    z = LEAST if z < LEAST else z
+    """2^z of lanes to 1e-7 relative; 0 below 2^-127, NaN for NaN."""
+    z = where(z < LEAST, LEAST, z)
     biased = z + MAGIC
     return exp2_of_rest(z - (biased - MAGIC)) * shifted(biased)
 
@@ -101,7 +111,7 @@ def exp2(z):  # type: ignore[no-untyped-def]
 @njit(inline="always")  # type: ignore[untyped-decorator]
 def exp2_of_product(a, k, k_low):  # type: ignore[no-untyped-def]
     """2^(a (k + k_low)) for a >= LEAST / k, without the rounding of the product, which is that of a large exponent."""
-    biased = a * k + MAGIC  # rounds to the nearest integer; at LEAST it gives 0
+    biased = fma(a, k, MAGIC)  # rounds to the nearest integer; at LEAST it gives 0
     return exp2_of_rest(fma(a, k_low, fma(a, k, MAGIC - biased))) * shifted(biased)
 
 
@@ -187,26 +197,26 @@ def exp_wide(x):  # type: ignore[no-untyped-def]
     return (1.0 + p * r) * shifted_wide(biased)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def split(typingctx: Any, x: Any) -> Any:
-    """X > 0 as (mantissa in [sqrt(1/2), sqrt(2)), exponent as a float)."""
+def _mantissa(builder: Any, args: Any) -> Any:
+    shift = builder.sub(convert(builder, "bitcast", args[0], I32), constant(I32, ROOT_HALF, args[0]))
+    bits = builder.add(builder.and_(shift, constant(I32, 0x7FFFFF, shift)), constant(I32, ROOT_HALF, shift))
+    return convert(builder, "bitcast", bits, FLOAT)
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        half = ir.Constant(I32, 0x3F3504F3)  # sqrt(1/2)
-        shift = builder.sub(builder.bitcast(args[0], I32), half)
-        exponent = builder.ashr(shift, ir.Constant(I32, 23))
-        mantissa = builder.add(builder.and_(shift, ir.Constant(I32, 0x7FFFFF)), half)
-        pair = [builder.bitcast(mantissa, FLOAT), builder.sitofp(exponent, FLOAT)]
-        return context.make_tuple(builder, signature.return_type, pair)
 
-    return types.UniTuple(F32, 2)(F32), codegen
+def _exponent(builder: Any, args: Any) -> Any:
+    shift = builder.sub(convert(builder, "bitcast", args[0], I32), constant(I32, ROOT_HALF, args[0]))
+    return convert(builder, "sitofp", builder.ashr(shift, constant(I32, 23, shift)), FLOAT)
+
+
+ROOT_HALF = 0x3F3504F3  # the bits of sqrt(1/2)
+mantissa = floats(1, _mantissa)  # in [sqrt(1/2), sqrt(2)), of a normal positive float
+exponent = floats(1, _exponent)  # as a float
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
 def log(x):  # type: ignore[no-untyped-def]
     """Natural logarithm of a normal positive float32, to 1e-7 of max(1, |log x|)."""
-    mantissa, exponent = split(x)
-    y = mantissa - f32(1.0)
+    y = mantissa(x) - f32(1.0)
     p = fma(f32(-0.0806465626557), y, f32(0.12917868511))
     p = fma(p, y, f32(-0.130725529095))
     p = fma(p, y, f32(0.141734549123))
@@ -215,32 +225,20 @@ def log(x):  # type: ignore[no-untyped-def]
     p = fma(p, y, f32(-0.250007512126))
     p = fma(p, y, f32(0.333333129418))
     p = fma(p, y, f32(-0.499999977333))
-    return fma(exponent, f32(0.6931471805599453), fma(p * y, y, y))
+    return fma(exponent(x), f32(0.6931471805599453), fma(p * y, y, y))
 
 
-def _sixteen(to_float: Callable[[Any, Any], Any], from_float: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
+def _scalar(decode: Callable[[Any, Any], Any], encode: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
     def decode_codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return to_float(builder, args[0])
+        return decode(builder, args[0])
 
     def encode_codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return from_float(builder, args[0])
+        return encode(builder, args[0])
 
-    decode = intrinsic(lambda typingctx, bits: (F32(types.uint16), decode_codegen))
-    encode = intrinsic(lambda typingctx, value: (types.uint16(F32), encode_codegen))
-    return decode, encode
-
-
-def _encode_bf16(builder: Any, value: Any) -> Any:
-    bits = builder.bitcast(value, I32)
-    odd = builder.and_(builder.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
-    rounded = builder.add(bits, builder.add(odd, ir.Constant(I32, 0x7FFF)))  # nearest, ties to even
-    return builder.trunc(builder.lshr(rounded, ir.Constant(I32, 16)), I16)
+    decoded = intrinsic(lambda typingctx, bits: (F32(types.uint16), decode_codegen))
+    encoded = intrinsic(lambda typingctx, value: (types.uint16(F32), encode_codegen))
+    return decoded, encoded
 
 
-decode_bf16, encode_bf16 = _sixteen(
-    lambda b, bits: b.bitcast(b.shl(b.zext(bits, I32), ir.Constant(I32, 16)), FLOAT), _encode_bf16
-)
-decode_f16, encode_f16 = _sixteen(
-    lambda b, bits: b.fpext(b.bitcast(bits, HALF), FLOAT),
-    lambda b, value: b.bitcast(b.fptrunc(value, HALF), I16),
-)
+decode_bf16, encode_bf16 = _scalar(decode_bf16_bits, encode_bf16_bits)
+decode_f16, encode_f16 = _scalar(decode_f16_bits, encode_f16_bits)

@@ -12,7 +12,7 @@ to the larger logit's rounding only, which shows where both sides are nearly equ
 Widths: ``v`` columns are worked on; ``vs`` and ``vt`` of them exist in the student and the teacher, the others count
 as -inf. ``wide`` is the student's row in the output; columns from ``vs`` on get gradient zero.
 """
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,call-arg,var-annotated"
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import numpy as np
 from numba import njit
 
 from stillhouse.kernels.cpu_jit import BLOCK
+from stillhouse.kernels.cpu_lanes import LANES, fill, load, store, total, where
 from stillhouse.kernels.cpu_math import (
     LN2,
     NEAR,
@@ -33,67 +34,64 @@ from stillhouse.kernels.cpu_math import (
     log1p_of_ratio,
     log_cosh_half,
     phi_over_square,
-    reduce_add,
 )
-from stillhouse.kernels.cpu_read import (
-    LOG2E,
-    pass_a,
-    store,
-    zero,
-)
+from stillhouse.kernels.cpu_read import LOG2E, pass_a, put, zero
 
 TINY = 1e-6  # a loss below this may show the normalisers' rounding, up to 1e-13
 FORWARD, REVERSE, JSD = 0, 1, 2
 
 
 @njit(error_model="numpy")
-def forward_block(es, et, diff, g, n, it, high, low, izs, izt, scale):
+def forward_block(es, et, diff, g, gd, m, n, it, high, low, zs, zt, scale):
     """KL(t || s): gradient s - t, loss t phi(log s - log t); both without cancellation where s is near t."""
-    loss = f32(0.0)
-    total = f32(0.0)
-    size = f32(0.0)
-    for i in range(n):
-        ps = es[i] * izs
-        pt = et[i] * izt
-        x = fma(diff[i], it, -high) - low
-        first = pt * x
+    loss = fill(f32(0.0))
+    summed = fill(f32(0.0))
+    size = fill(f32(0.0))
+    ratio = f32(zt / zs)
+    factor = f32(scale / zt)
+    for i in range(0, n, LANES):
+        t = load(et + i * 4)  # all of it in multiples of 1 / zt
+        x = fma(load(diff + i * 4), it, -high) - low
+        first = t * x
         second = first * (phi_over_square(x) * x)
-        gap = ps - pt
+        gap = fma(load(es + i * 4), ratio, -t)
         near = absolute(x) < NEAR
-        grad = first + second if near else gap
-        loss = reduce_add(loss, second if near else gap - first)
-        total = reduce_add(total, grad)
-        size = reduce_add(size, absolute(grad))
-        g[i] = grad * scale
-    return loss, total, size
+        grad = where(near, first + second, gap)
+        loss = loss + where(near, second, gap - first)
+        summed = summed + grad
+        size = size + absolute(grad)
+        put(g, gd, i, m, grad * factor)
+    return total(loss), total(summed), total(size)
 
 
 @njit(error_model="numpy")
 def weighted_sum(p, diff, n, it, high, low):
-    total = f32(0.0)
-    for i in range(n):
-        total = reduce_add(total, p[i] * (fma(diff[i], it, -high) - low))
-    return total
+    weighted = fill(f32(0.0))
+    for i in range(0, n, LANES):
+        weighted = fma(load(p + i * 4), fma(load(diff + i * 4), it, -high) - low, weighted)
+    return total(weighted)
 
 
 @njit(error_model="numpy")
-def reverse_block(es, et, diff, g, n, it, high, low, centre, izs, izt, scale):
+def reverse_block(es, et, diff, g, gd, m, n, it, high, low, centre, zs, zt, scale):
     """KL(s || t): gradient s (log s/t - its mean), loss s phi(log t - log s)."""
-    loss = f32(0.0)
-    total = f32(0.0)
-    size = f32(0.0)
-    for i in range(n):
-        ps = es[i] * izs
-        x = fma(diff[i], it, -high) - low
-        grad = ps * (x - centre)
-        total = reduce_add(total, grad)
-        size = reduce_add(size, absolute(grad))
-        g[i] = grad * scale
-        first = -ps * x
-        second = first * (phi_over_square(-x) * -x)
-        far = (et[i] * izt - ps) - first
-        loss = reduce_add(loss, second if absolute(x) < NEAR else far)
-    return loss, total, size
+    loss = fill(f32(0.0))
+    summed = fill(f32(0.0))
+    size = fill(f32(0.0))
+    ratio = f32(zs / zt)
+    factor = f32(scale / zs)
+    for i in range(0, n, LANES):
+        s = load(es + i * 4)  # all of it in multiples of 1 / zs
+        x = fma(load(diff + i * 4), it, -high) - low
+        grad = s * (x - centre)
+        summed = summed + grad
+        size = size + absolute(grad)
+        put(g, gd, i, m, grad * factor)
+        first = s * x
+        second = first * (phi_over_square(-x) * x)
+        far = fma(load(et + i * 4), ratio, first - s)
+        loss = loss + where(absolute(x) < NEAR, second, far)
+    return total(loss), total(summed), total(size)
 
 
 @njit(error_model="numpy")
@@ -102,71 +100,71 @@ def jsd_block(es, et, diff, n, it, high, low, izs, izt, beta, series):
 
     Where the two sides share little, log(s/m) is log 1/(1 - beta) nearly everywhere, and only w tells entries apart.
     """
-    loss = f32(0.0)
-    mean = f32(0.0)
+    loss = fill(f32(0.0))
+    mean = fill(f32(0.0))
     b1, b2, b3, b4, b5, b6, b7, b8, l2, l3, l4, l5, l6, l7, l8, l9, log_beta, log_rest, odds, inverse = series
     rest = f32(1.0) - beta
-    for i in range(n):
-        ps = es[i] * izs
-        pt = et[i] * izt
-        x = fma(diff[i], it, -high) - low
+    for i in range(0, n, LANES):
+        ps = load(es + i * 4) * izs
+        pt = load(et + i * 4) * izt
+        x = fma(load(diff + i * 4), it, -high) - low
         swap = x < f32(0.0)
-        more = pt if swap else ps  # the lesser side is had from it and x, to the last bit as x has it
-        ratio = exp2(-absolute(x) * f32(LOG2E))
-        q = (inverse if swap else odds) * ratio
-        u = f32(1.0) + q
+        more = where(swap, pt, ps)  # the lesser side is had from it and x, to the last bit as x has it
+        ratio = exp2(absolute(x) * f32(-LOG2E))
+        q = where(swap, inverse, odds) * ratio
+        u = q + f32(1.0)
         grown = log(u) + (q - (u - f32(1.0)))  # log(1 + q)
-        base = (log_beta if swap else log_rest) + grown
-        of_less = (rest if swap else beta) * ratio * (base + absolute(x))
-        term = -more * fma(beta if swap else rest, base, of_less)
+        base = where(swap, log_beta, log_rest) + grown
+        of_less = where(swap, rest, beta) * ratio * (base + absolute(x))
+        term = -more * fma(where(swap, beta, rest), base, of_less)
         poly = fma(fma(fma(fma(fma(fma(fma(b8, x, b7), x, b6), x, b5), x, b4), x, b3), x, b2), x, b1) * x
         close = fma(fma(fma(fma(fma(fma(fma(l9, x, l8), x, l7), x, l6), x, l5), x, l4), x, l3), x, l2) * x
         close = close * (x * pt)
         near = absolute(x) < f32(0.4)
-        far = ((log_beta - log_rest) - x if swap else f32(0.0)) + grown
-        to_s = poly - log_rest if near else far
-        loss = reduce_add(loss, close if near else term)
-        mean = reduce_add(mean, -ps * to_s)
-        et[i] = -to_s
-    return loss, mean
+        far = where(swap, (log_beta - log_rest) - x, f32(0.0)) + grown
+        to_s = where(near, poly - log_rest, far)
+        loss = loss + where(near, close, term)
+        mean = mean - ps * to_s
+        store(et + i * 4, -to_s)
+    return total(loss), total(mean)
 
 
 @njit(error_model="numpy")
 def even_jsd_block(es, et, diff, n, it, high, low, izs, izt):
     """:func:`jsd_block` for beta 1/2, where the two sides change places and half of the arithmetic goes."""
-    loss = f32(0.0)
-    mean = f32(0.0)
+    loss = fill(f32(0.0))
+    mean = fill(f32(0.0))
     half = f32(0.5)
-    for i in range(n):
-        ps = es[i] * izs
-        pt = et[i] * izt
-        x = fma(diff[i], it, -high) - low
+    for i in range(0, n, LANES):
+        ps = load(es + i * 4) * izs
+        pt = load(et + i * 4) * izt
+        x = fma(load(diff + i * 4), it, -high) - low
         swap = x < f32(0.0)
-        more = pt if swap else ps
+        more = where(swap, pt, ps)
         d = absolute(x)
         ratio = exp2(d * f32(-LOG2E))
         grown = log1p_of_ratio(ratio)
-        term = half * fma(ratio + f32(1.0), LN2 - grown, -ratio * d)
+        term = fma(ratio + f32(1.0), LN2 - grown, -ratio * d) * half
         near = d < NEAR
         square = d * d
-        loss = reduce_add(loss, more * (even_jsd(d) * square if near else term))
+        loss = fma(more, where(near, even_jsd(d) * square, term), loss)
         close = fma(half, x, -log_cosh_half(square)) - LN2
-        w = close if near else -grown - (d if swap else f32(0.0))
-        mean = reduce_add(mean, ps * w)
-        et[i] = w
-    return loss, mean
+        w = where(near, close, -grown - where(swap, d, f32(0.0)))
+        mean = fma(ps, w, mean)
+        store(et + i * 4, w)
+    return total(loss), total(mean)
 
 
 @njit(error_model="numpy")
-def jsd_gradient(es, w, g, n, centre, factor, scale):
-    total = f32(0.0)
-    size = f32(0.0)
-    for i in range(n):
-        grad = es[i] * (w[i] - centre) * factor
-        total = reduce_add(total, grad)
-        size = reduce_add(size, absolute(grad))
-        g[i] = grad * scale
-    return total, size
+def jsd_gradient(es, w, g, gd, m, n, centre, factor, scale):
+    summed = fill(f32(0.0))
+    size = fill(f32(0.0))
+    for i in range(0, n, LANES):
+        grad = load(es + i * 4) * ((load(w + i * 4) - centre) * factor)
+        summed = summed + grad
+        size = size + absolute(grad)
+        put(g, gd, i, m, grad * scale)
+    return total(summed), total(size)
 
 
 @njit
@@ -191,19 +189,16 @@ def normaliser_error(v, es_at, diff_at, zs, it, high, low):
 
     The loss, whose first derivative in it vanishes, is half its square too large: beta (1 - beta) of that for a JSD.
     """
-    izs = f32(1.0 / zs)
-    total = 0.0
+    whole = 0.0
     for j in range(0, v, BLOCK):
-        es = f32_at(es_at + j * 4)
-        diff = f32_at(diff_at + j * 4)
-        part = f32(0.0)
-        for i in range(min(BLOCK, v - j)):
-            x = low - fma(diff[i], it, -high)
+        part = fill(f32(0.0))
+        for i in range(j, min(j + BLOCK, v), LANES):
+            x = low - fma(load(diff_at + i * 4), it, -high)
             near = fma(phi_over_square(x) * x, x, x)
-            far = exp2((x if x < f32(80.0) else f32(80.0)) * f32(LOG2E)) - f32(1.0)
-            part = reduce_add(part, es[i] * izs * (near if absolute(x) < NEAR else far))
-        total += part
-    return total
+            far = exp2(where(x < f32(80.0), x, f32(80.0)) * f32(LOG2E)) - f32(1.0)
+            part = fma(load(es_at + i * 4), where(absolute(x) < NEAR, near, far), part)
+        whole += total(part)
+    return whole / zs
 
 
 @njit(error_model="numpy")
@@ -213,18 +208,21 @@ def row_loss(divergence, v, es_at, et_at, diff_at, zs, zt, high, low, it, beta, 
     izt = f32(1.0 / zt)
     loss = 0.0
     centre = 0.0
-    for j in range(0, v, BLOCK):
+    if divergence == FORWARD:
+        return loss, f32(centre)
+    for j in range((v - 1) // BLOCK * BLOCK, -1, -BLOCK):  # from the end, which the caches still hold
         n = min(BLOCK, v - j)
-        es = f32_at(es_at + j * 4)
-        diff = f32_at(diff_at + j * 4)
+        es = es_at + j * 4
+        et = et_at + j * 4
+        diff = diff_at + j * 4
         if divergence == REVERSE:
             centre += weighted_sum(es, diff, n, it, high, low)
-        elif divergence == JSD:
-            et = f32_at(et_at + j * 4)
-            if beta == f32(0.5):
-                part, mean = even_jsd_block(es, et, diff, n, it, high, low, izs, izt)
-            else:
-                part, mean = jsd_block(es, et, diff, n, it, high, low, izs, izt, beta, series)
+        elif beta == f32(0.5):
+            part, mean = even_jsd_block(es, et, diff, n, it, high, low, izs, izt)
+            loss += part
+            centre += mean
+        else:
+            part, mean = jsd_block(es, et, diff, n, it, high, low, izs, izt, beta, series)
             loss += part
             centre += mean
     if divergence == REVERSE:
@@ -233,46 +231,46 @@ def row_loss(divergence, v, es_at, et_at, diff_at, zs, zt, high, low, it, beta, 
 
 
 @njit(error_model="numpy")
-def row_gradient(divergence, j, n, es_at, et_at, diff_at, out, zs, zt, high, low, centre, it, beta, scale):
-    """One block of the gradient to ``out``: (loss not counted yet, sum and absolute sum of the gradient)."""
-    izs = f32(1.0 / zs)
-    izt = f32(1.0 / zt)
-    es = f32_at(es_at + j * 4)
-    et = f32_at(et_at + j * 4)
-    diff = f32_at(diff_at + j * 4)
-    g = f32_at(out)
+def row_gradient(
+    divergence, j, n, es_at, et_at, diff_at, out, gd, m, zs, zt, high, low, centre, it, beta, scale
+):
+    """One block, of whose gradient m columns go to ``out``: (loss not counted yet, sums of the gradient and its size)."""
+    es = es_at + j * 4
+    et = et_at + j * 4
+    diff = diff_at + j * 4
     if divergence == FORWARD:
-        return forward_block(es, et, diff, g, n, it, high, low, izs, izt, scale)
+        return forward_block(es, et, diff, out, gd, m, n, it, high, low, zs, zt, scale)
     if divergence == REVERSE:
-        return reverse_block(es, et, diff, g, n, it, high, low, centre, izs, izt, scale)
-    total, size = jsd_gradient(es, et, g, n, centre, (f32(1.0) - beta) * izs, scale)
-    return f32(0.0), total, size
+        return reverse_block(es, et, diff, out, gd, m, n, it, high, low, centre, zs, zt, scale)
+    summed, size = jsd_gradient(es, et, out, gd, m, n, centre, f32((1.0 - beta) / zs), scale)
+    return f32(0.0), summed, size
 
 
 @njit(error_model="numpy")
-def write_row(
-    divergence, out, gd, vs, v, es_at, et_at, diff_at, zs, zt, high, low, centre, it, beta, scale, buffer
-):
+def write_row(divergence, out, gd, vs, v, es_at, et_at, diff_at, zs, zt, high, low, centre, it, beta, scale):
     """Gradient of one row: (the loss that comes with it, the gradient's sum, and that of its absolute values).
 
     ``out`` is 0 where no gradient is asked for.
     """
     loss = 0.0
-    total = 0.0
+    summed = 0.0
     size = 0.0
-    for j in range(0, v, BLOCK):
+    last = (v - 1) // BLOCK * BLOCK
+    for i in range(0, v, BLOCK):
+        j = last - i if divergence == FORWARD else i  # the pass before ended where this one begins
         n = min(BLOCK, v - j)
-        direct = out != 0 and gd == 0 and j + n <= vs
-        place = out + j * 4 if direct else buffer
+        m = min(n, vs - j) if out != 0 else 0
+        place = out + j * (4 if gd == 0 else 2)
         part, t, a = row_gradient(
-            divergence, j, n, es_at, et_at, diff_at, place, zs, zt, high, low, centre, it, beta, scale
+            divergence, j, n, es_at, et_at, diff_at, place, gd, m, zs, zt, high, low, centre, it, beta, scale
         )
         loss += part
-        total += t
+        summed += t
         size += a
-        if out != 0 and not direct and j < vs:
-            store(out, gd, j, min(n, vs - j), buffer)
-    return loss, total, size
+    if divergence == JSD:
+        return loss, summed, size
+    unit = 1.0 / (zt if divergence == FORWARD else zs)  # what the blocks were summed in
+    return loss * unit, summed * unit, size * unit
 
 
 @njit(error_model="numpy")
@@ -280,11 +278,11 @@ def dense_row(
     divergence, sa, ta, out, sd, td, gd, vs, vt, v, wide, it, k, scale, beta, series, scratch, stride
 ):
     """Loss of one row (before T^2), its gradient to ``out``; NaN where a side is no distribution."""
-    es_at = scratch + 2 * BLOCK * 4
+    es_at = scratch
     et_at = es_at + stride
     diff_at = et_at + stride
     k_low = f32(np.float64(it) * LOG2E - np.float64(k))
-    zs, zt, ratio, far = pass_a(sa, ta, sd, td, vs, vt, v, it, k, k_low, es_at, et_at, diff_at, scratch)
+    zs, zt, ratio, far = pass_a(sa, ta, sd, td, vs, vt, v, it, k, k_low, es_at, et_at, diff_at)
     if not (zs > 0.0 and zt > 0.0 and zs < np.inf and zt < np.inf):
         return np.nan
     high = f32(ratio)
@@ -300,33 +298,17 @@ def dense_row(
             return np.inf
     loss, centre = row_loss(divergence, v, es_at, et_at, diff_at, zs, zt, high, low, it, beta, series)
     if divergence != JSD or out != 0:
-        part, total, size = write_row(
-            divergence,
-            out,
-            gd,
-            vs,
-            v,
-            es_at,
-            et_at,
-            diff_at,
-            zs,
-            zt,
-            high,
-            low,
-            centre,
-            it,
-            beta,
-            scale,
-            scratch,
+        part, summed, size = write_row(
+            divergence, out, gd, vs, v, es_at, et_at, diff_at, zs, zt, high, low, centre, it, beta, scale
         )
         loss += part
-        if out != 0 and gd == 0 and abs(total) > 1e-7 * size:
-            centre_gradient(f32_at(es_at), f32_at(out), min(v, vs), f32(-total / zs * scale))
+        if out != 0 and gd == 0 and abs(summed) > 1e-7 * size:
+            centre_gradient(f32_at(es_at), f32_at(out), min(v, vs), f32(-summed / zs * scale))
     if 0.0 < loss < TINY:
         off = normaliser_error(v, es_at, diff_at, zs, it, high, low)
         loss = max(
             loss - (beta * (f32(1.0) - beta) if divergence == JSD else f32(1.0)) * off * off / 2.0, 0.0
         )
     if out != 0 and wide > vs:
-        zero(out + vs * (4 if gd == 0 else 2), gd, 0, wide - vs)
+        zero(out, gd, vs, wide)
     return np.inf if bad else loss

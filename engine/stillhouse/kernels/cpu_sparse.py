@@ -1,5 +1,5 @@
 """Entry point of the CPU kernel for top-k and sampled teachers: reads the student once, writes the gradient once."""
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,call-arg,var-annotated"
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import math
 import numpy as np
 from numba import njit
 
-from stillhouse.kernels.cpu_dense import coefficients
-from stillhouse.kernels.cpu_jit import BLOCK
+from stillhouse.kernels.cpu_dense import begin, coefficients
+from stillhouse.kernels.cpu_jit import BLOCK, HEADER, NEXT, ROWS, STEP
+from stillhouse.kernels.cpu_lanes import LANES, fill, load, store, top, total, where
 from stillhouse.kernels.cpu_math import (
     FLOOR,
     LEAST,
@@ -23,20 +24,21 @@ from stillhouse.kernels.cpu_math import (
     exp_wide,
     f32,
     f32_at,
+    f64_at,
+    fetch_add,
     i64_at,
-    reduce_add,
+    maximum_of,
     reduce_add_wide,
-    reduce_max,
     u16_at,
 )
 from stillhouse.kernels.cpu_read import (
     LOG2E,
     ROOM,
-    block,
     maximum,
+    put,
     reference_of,
     rescale,
-    store,
+    take,
     zero,
 )
 from stillhouse.kernels.cpu_rows import (
@@ -53,65 +55,56 @@ OUT_OF_RANGE = -np.inf  # the loss that reports an index outside the row
 
 
 @njit(error_model="numpy")
-def student_exponentials(s, es, n, rs, k, k_low):
+def student_exponentials(s, dtype, v, first, last, es, rs, k, k_low):
     """Pass A for a student alone."""
-    zs = f32(0.0)
-    top = FLOOR
+    zs = fill(f32(0.0))
+    highest = fill(FLOOR)
     least = LEAST / k
-    for i in range(n):
-        a = s[i] - rs
-        a = least if a < least else a
+    for i in range(first, last, LANES):
+        a = take(s, dtype, i, v) - rs
+        a = where(a < least, least, a)
         x = exp2_of_product(a, k, k_low)
-        es[i] = x
-        zs = reduce_add(zs, x)
-        top = reduce_max(top, a)
-    return zs, top
+        store(es + i * 4, x)
+        zs = zs + x
+        highest = maximum_of(highest, a)
+    return total(zs), top(highest)
 
 
 @njit(error_model="numpy")
-def student_pass(sa, sd, vs, it, es_at, buffer):
+def student_pass(s, dtype, v, it, es):
     """Fill the scratch row with exponentials of the student; (their sum, the logit that they refer to)."""
     z = 0.0
     k = f32(it * LOG2E)
     k_low = f32(it * LOG2E - np.float64(k))
-    rs = reference_of(sa, sd, vs, vs, buffer)
-    for j in range(0, vs, BLOCK):
-        n = min(BLOCK, vs - j)
-        s = f32_at(block(sa, sd, j, n, vs, buffer))
-        part, top = student_exponentials(s, f32_at(es_at + j * 4), n, rs, k, k_low)
-        if top * k > ROOM:
-            up = maximum(s, n) - rs
-            z *= rescale(f32_at(es_at), j, up * k)
+    rs = reference_of(s, dtype, v)
+    for j in range(0, v, BLOCK):
+        n = min(j + BLOCK, v)
+        part, highest = student_exponentials(s, dtype, v, j, n, es, rs, k, k_low)
+        if highest * k > ROOM:
+            up = maximum(s, dtype, j, n) - rs
+            z *= rescale(f32_at(es), j, up * k)
             rs += up
-            part, top = student_exponentials(s, f32_at(es_at + j * 4), n, rs, k, k_low)
+            part, highest = student_exponentials(s, dtype, v, j, n, es, rs, k, k_low)
         z += part
     return z, rs
 
 
 @njit(error_model="numpy")
-def scaled_row(out, gd, vs, es_at, factor, buffer):
+def scaled_row(out, dtype, v, es, factor):
     """The scratch row times ``factor`` to ``out``."""
-    for j in range(0, vs, BLOCK):
-        n = min(BLOCK, vs - j)
-        es = f32_at(es_at + j * 4)
-        place = out + j * 4 if gd == 0 else buffer
-        g = f32_at(place)
-        for i in range(n):
-            g[i] = es[i] * factor
-        if gd != 0:
-            store(out, gd, j, n, buffer)
+    for i in range((v - 1) & -LANES, -1, -LANES):  # from the end, which the caches still hold
+        put(out, dtype, i, v, load(es + i * 4) * factor)
 
 
 @njit(error_model="numpy")
 def row_sum(es_at, vs):
-    total = 0.0
+    whole = 0.0
     for j in range(0, vs, BLOCK):
-        es = f32_at(es_at + j * 4)
-        part = f32(0.0)
-        for i in range(min(BLOCK, vs - j)):
-            part = reduce_add(part, es[i])
-        total += part
-    return total
+        part = fill(f32(0.0))
+        for i in range(j, min(j + BLOCK, vs), LANES):
+            part = part + load(es_at + i * 4)
+        whole += total(part)
+    return whole
 
 
 @njit
@@ -179,7 +172,7 @@ def compare(logits, log_t, pt, x, k, rs, it, log_z):
         d = f32((a - rs) * it - log_z - b)
         d = (f32(0.0) if no_t else FLOOR) if no_s else (-FLOOR if no_t else d)
         x[i] = d
-        far = reduce_max(far, absolute(d))
+        far = maximum_of(far, absolute(d))
     return mass, far > f32(1e29)
 
 
@@ -197,32 +190,22 @@ def scatter(out, dtype, indices, g, k):
 
 @njit(error_model="numpy")
 def top_k_row(
-    divergence,
-    student,
-    out,
-    dtype,
-    v,
-    wide_indices,
-    values,
-    k,
-    ghost,
-    it,
-    scale,
-    beta,
-    series,
-    scratch,
-    es_at,
+    divergence, student, out, dtype, v, wide_indices, values, k, ghost, it, scale, beta, series, es_at
 ):
     """One row against k entries, which are compared as a dense row of their own, and the rest as one outcome."""
     es = f32_at(es_at)
-    kept_at = es_at + v * 4
-    pt_at = kept_at + k * 4
-    x_at = pt_at + k * 4
-    g_at = x_at + k * 4
+    room = (k + LANES - 1) & -LANES
+    kept_at = es_at + ((v + LANES - 1) & -LANES) * 4
+    pt_at = kept_at + room * 4
+    x_at = pt_at + room * 4
+    g_at = x_at + room * 4
     kept = f32_at(kept_at)
+    if k < room:
+        for place in (kept_at, pt_at, x_at):  # lanes beyond the k entries have probability zero
+            store(place + (room - LANES) * 4, fill(f32(0.0)))
     logits = f32_at(g_at)  # until the gradient takes their place
     indices = i64_at(wide_indices)
-    z, rs = student_pass(student, dtype, v, it, es_at, scratch)
+    z, rs = student_pass(student, dtype, v, it, es_at)
     if not (z > 0.0 and z < np.inf):
         return np.nan
     inside = 0.0
@@ -258,24 +241,8 @@ def top_k_row(
     if divergence == JSD:  # its mean is of log(s/m) + log(1 - beta), times 1 - beta
         d_ghost = d_ghost / (1.0 - beta) + math.log(1.0 - beta)
     middle = centre + (math.exp(log_ghost_s) * d_ghost if rest > 0.0 and k < v else 0.0)
-    part, total, size = write_row(
-        divergence,
-        g_at,
-        0,
-        k,
-        k,
-        kept_at,
-        pt_at,
-        x_at,
-        z,
-        1.0,
-        none,
-        none,
-        f32(middle),
-        one,
-        b,
-        f32(scale),
-        scratch,
+    part, summed, size = write_row(
+        divergence, g_at, 0, k, k, kept_at, pt_at, x_at, z, 1.0, none, none, f32(middle), one, b, f32(scale)
     )
     loss += part
     if out != 0:
@@ -285,65 +252,73 @@ def top_k_row(
         if (
             divergence != FORWARD
         ):  # whose k targets need not sum to one; these gradients sum to zero but for rounding
-            total += rest / z * alpha
-            centre_gradient(kept, f32_at(g_at), k, f32(-total / z * scale))
-            alpha -= total
-        scaled_row(out, dtype, v, es_at, f32(alpha / z * scale), scratch)
+            summed += rest / z * alpha
+            centre_gradient(kept, f32_at(g_at), k, f32(-summed / z * scale))
+            alpha -= summed
+        scaled_row(out, dtype, v, es_at, f32(alpha / z * scale))
         scatter(out, dtype, indices, f32_at(g_at), k)
     return np.inf if bad else loss
 
 
 @njit(error_model="numpy")
-def sampled_row(student, out, dtype, v, wide_indices, values, k, it, scale, scratch, es_at):
+def sampled_row(student, out, dtype, v, wide_indices, values, k, it, scale, es_at):
     es = f32_at(es_at)
     indices = i64_at(wide_indices)
     weights = f32_at(values)
-    z, rs = student_pass(student, dtype, v, it, es_at, scratch)
+    z, rs = student_pass(student, dtype, v, it, es_at)
     if not (z > 0.0 and z < np.inf):
         return np.nan
     log_z = math.log(z)
     loss = 0.0
-    total = 0.0
+    weight = 0.0
     for i in range(k):
         j = indices[i]
         if j < 0 or j >= v:
             return OUT_OF_RANGE
         if weights[i] > f32(0.0):
             loss -= weights[i] * ((logit(student, dtype, j) - rs) * it - log_z)
-            total += weights[i]
+            weight += weights[i]
     if out != 0:
         for i in range(k):  # in the scratch, where a repeated index adds up in float32
-            es[indices[i]] -= f32(weights[i] * z / total) if total > 0.0 else f32(0.0)
-        scaled_row(out, dtype, v, es_at, f32(total / z * scale), scratch)
+            es[indices[i]] -= f32(weights[i] * z / weight) if weight > 0.0 else f32(0.0)
+        scaled_row(out, dtype, v, es_at, f32(weight / z * scale))
     return loss
 
 
-def sparse_rows(
-    first, last, divergence, student, gradient, losses, mask, student_stride, dtype, v, indices, values, k,
-    sampled, ghost, scratch, series, inverse_t, scale, beta, loss_scale,
-):  # fmt: skip
-    """Rows first .. last: addresses, 0 for no mask or no gradient; strides in bytes; T^2 is in both scales."""
+def sparse_rows(call):
+    """Rows of a call until none is left; addresses, 0 for no mask or no gradient; strides in bytes."""
+    scratch, first = begin(call)
+    header = i64_at(call)
+    rows, step = header[ROWS], header[STEP]
+    q = i64_at(call + 8 * HEADER)
+    divergence, student, gradient, losses, mask, student_stride, dtype = (
+        q[0], q[1], q[2], q[3], q[4], q[5], q[6],
+    )  # fmt: skip
+    v, indices, values, k, sampled, ghost, series = q[7], q[8], q[9], q[10], q[11], q[12], q[13]
+    d = f64_at(call + 8 * (HEADER + 14))
+    inverse_t, scale, beta, loss_scale = d[0], d[1], d[2], d[3]  # T^2 is in both scales
     loss = f32_at(losses)
     terms = coefficients(series)
     keep = bool_at(mask)
     item = 4 if dtype == 0 else 2
-    es_at = scratch + 2 * BLOCK * 4
-    for r in range(first, last):
-        out = gradient + r * v * item if gradient != 0 else gradient
-        if mask != 0 and keep[r] == 0:
-            loss[r] = f32(0.0)
-            if out != 0:
-                zero(out, dtype, 0, v)
-            continue
-        row = student + r * student_stride
-        place = indices + r * k * 8
-        value = values + r * k * 4
-        if sampled != 0:
-            loss[r] = loss_scale * sampled_row(
-                row, out, dtype, v, place, value, k, inverse_t, scale * inverse_t, scratch, es_at
-            )
-        else:
-            loss[r] = loss_scale * top_k_row(
-                divergence, row, out, dtype, v, place, value, k, ghost, inverse_t, scale * inverse_t, beta,
-                terms, scratch, es_at,
-            )  # fmt: skip
+    while first < rows:
+        for r in range(first, min(first + step, rows)):
+            out = gradient + r * v * item if gradient != 0 else gradient
+            if mask != 0 and keep[r] == 0:
+                loss[r] = f32(0.0)
+                if out != 0:
+                    zero(out, dtype, 0, v)
+                continue
+            row = student + r * student_stride
+            place = indices + r * k * 8
+            value = values + r * k * 4
+            if sampled != 0:
+                loss[r] = loss_scale * sampled_row(
+                    row, out, dtype, v, place, value, k, inverse_t, scale * inverse_t, scratch
+                )
+            else:
+                loss[r] = loss_scale * top_k_row(
+                    divergence, row, out, dtype, v, place, value, k, ghost, inverse_t, scale * inverse_t,
+                    beta, terms, scratch,
+                )  # fmt: skip
+        first = fetch_add(call + 8 * NEXT, step)

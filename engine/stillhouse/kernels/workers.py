@@ -1,31 +1,38 @@
-"""Threads for the CPU kernels: torch's number of them, safe after fork and from several Python threads at once.
+"""Threads for the CPU kernels: torch's own, where they can be had, and as many as torch uses.
 
-Numba's own parallel layers are not used: its built-in one must not be entered by two threads at once, and a forked
-child that inherits a GNU OpenMP pool is killed. Here the kernels are serial over a range of rows and release the
-interpreter lock; which thread takes a row does not change what is computed, so results do not depend on their number.
+A call is a record in memory, of which each thread takes rows until none is left (``cpu_rows.Call``). The threads are
+those of the OpenMP runtime that torch is linked to. It keeps its threads spinning for some milliseconds after torch's
+own operators, so that others would share a core with them, and these are awake. A forked child must not enter a runtime
+whose threads it does not have; there, and where torch has no OpenMP with GNU's entry point, a pool of Python threads
+takes their place. Which thread takes a row does not change what is computed, so results do not depend on any of this.
 """
 
 from __future__ import annotations
 
-import itertools
+import ctypes
 import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 
+from stillhouse.kernels.cpu_jit import Compiled, record
+
 SERIAL = 32_768  # logits that one thread finishes sooner than a second one wakes
-CHUNK = 131_072  # logits that a thread takes at a time
-GUARD = 256  # float32 between scratch and other memory; see Workers.scratch
+CHUNK = 65_536  # logits that a thread takes at a time
+GUARD = 256  # float32 between scratch and other memory; see Workers._scratch
 
 
 class Workers:
-    """A pool that grows to what torch.get_num_threads() asks for, and scratch memory for each thread."""
+    """Runs compiled rows on torch.get_num_threads() threads, with scratch memory for each."""
 
     def __init__(self) -> None:
+        self._forked = False
         self._reset()
-        os.register_at_fork(after_in_child=self._reset)  # a child has none of its parent's threads
+        os.register_at_fork(after_in_child=self._after_fork)
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
@@ -33,37 +40,42 @@ class Workers:
         self._size = 0
         self._local = threading.local()
 
-    def scratch(self, elements: int) -> int:
-        """Address of this thread's scratch of at least so many float32; kept between calls.
+    def _after_fork(self) -> None:
+        self._forked = True
+        self._reset()  # a child has none of its parent's threads
 
-        Nothing else lies within ``GUARD`` of it. LLVM's vector loops fall back to scalar ones, which round otherwise,
-        where two arrays are less than a few vectors apart, so that bits would depend on what the allocator did.
-        """
-        have: torch.Tensor | None = getattr(self._local, "memory", None)
-        if have is None or have.numel() < elements + 2 * GUARD:
-            have = torch.empty(elements + 2 * GUARD, dtype=torch.float32)
-            self._local.memory = have
-        return have.data_ptr() + GUARD * have.element_size()
-
-    def run(self, rows: int, width: int, kernel: Callable[[int, int], None]) -> None:
-        """Call ``kernel(first, last)`` over all rows; returns when each is done, raises what a call raised."""
-        threads = min(torch.get_num_threads(), rows)
-        if threads < 2 or rows * width <= SERIAL:
-            kernel(0, rows)
-            return
+    def run(self, compiled: Compiled, rows: int, width: int, scratch: int, *numbers: float) -> None:
+        """Call ``compiled`` over all rows, each thread with ``scratch`` float32; returns when each row is done."""
+        threads = min(torch.get_num_threads(), rows) if rows * width > SERIAL else 1
         step = max(1, min(CHUNK // width, -(-rows // threads)))
-        starts = itertools.count(0, step)  # next() on it is atomic
-
-        def work() -> None:
-            while (first := next(starts)) < rows:
-                kernel(first, min(first + step, rows))
-
-        others = self._submit(threads - 1, work)
+        address, size = self._scratch(threads, scratch)
+        call = record(rows, step, address, size, *numbers)
+        if threads == 1:
+            compiled(call)
+            return
+        parallel = None if self._forked else openmp()
+        if parallel is not None:
+            parallel(compiled.address, call, threads, 0)
+            return
+        others = self._submit(threads - 1, lambda: compiled(call))
         try:
-            work()
+            compiled(call)
         finally:
             for other in others:
                 other.result()
+
+    def _scratch(self, threads: int, elements: int) -> tuple[int, int]:
+        """Address of scratch memory that this Python thread keeps between calls, and bytes from one part to the next.
+
+        Nothing else lies within ``GUARD`` of a part. LLVM's vector loops fall back to scalar ones, which round
+        otherwise, where two arrays are less than a few vectors apart, so that bits would depend on the allocator.
+        """
+        each = elements + GUARD
+        have: torch.Tensor | None = getattr(self._local, "memory", None)
+        if have is None or have.numel() < threads * each + GUARD:
+            have = torch.empty(threads * each + GUARD, dtype=torch.float32)
+            self._local.memory = have
+        return have.data_ptr() + GUARD * have.element_size(), each * have.element_size()
 
     def _submit(self, copies: int, work: Callable[[], None]) -> list[Future[None]]:
         with self._lock:  # a pool must not be replaced between being picked and being given work
@@ -73,3 +85,20 @@ class Workers:
                 self._pool = ThreadPoolExecutor(copies, thread_name_prefix="stillhouse-kernels")
                 self._size = copies
             return [self._pool.submit(work) for _ in range(copies)]
+
+
+@lru_cache(maxsize=1)
+def openmp() -> Callable[[int, object, int, int], None] | None:
+    """``GOMP_parallel(function, data, threads, flags)`` of the runtime that torch is linked to, if it has one.
+
+    LLVM's and Intel's runtimes have that entry point too. A library's symbols are looked for in what it is linked to,
+    so this is torch's runtime and not a second one.
+    """
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        parallel = library.GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    parallel.restype = None
+    return parallel  # type: ignore[no-any-return]
