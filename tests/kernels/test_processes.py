@@ -3,6 +3,7 @@
 import ctypes
 import multiprocessing
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -247,6 +248,36 @@ def test_another_compiler_or_processor_has_another_key(monkeypatch):
     monkeypatch.setattr(cpu_jit.llvmlite, "__version__", "another")
     keys.add(cpu_jit.key())
     assert len(keys) == 3
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names a processor of another kind")
+def test_code_for_a_lesser_processor_than_this_one(tmp_path):
+    """Numba's variables choose it, as for a cache that several machines share: no instruction may be this one's."""
+    chosen = {
+        "NUMBA_CACHE_DIR": str(tmp_path),
+        "NUMBA_CPU_NAME": "haswell",
+        "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c",
+    }
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch
+from cases import exact, fused, logits, relative
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    student, teacher = logits(16, 1000, 1, dtype=dtype), logits(16, 1000, 2, dtype=dtype)
+    rows, gradient = fused(student, teacher)
+    rows_exact, gradient_exact = exact(student, teacher)
+    assert relative(rows, rows_exact) <= 1e-6
+    assert relative(gradient, gradient_exact) <= (1e-6 if dtype == torch.float32 else 1e-2)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **chosen},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def allocated(step):

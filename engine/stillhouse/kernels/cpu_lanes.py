@@ -11,6 +11,7 @@ spreads the float32. Addresses are int64.
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -257,11 +258,17 @@ def decode_bf16_bits(builder: Any, bits: Any) -> Any:
     return convert(builder, "bitcast", builder.shl(wide, constant(I32, 16, wide)), FLOAT)
 
 
+def _features() -> list[str]:
+    """Of the processor that is compiled for, which Numba's variables may put in the place of this one."""
+    chosen = os.environ.get("NUMBA_CPU_FEATURES")
+    if chosen is None and not os.environ.get("NUMBA_CPU_NAME"):
+        chosen = llvm.get_host_cpu_features().flatten()
+    return (chosen or "").split(",")
+
+
 def encode_bf16_bits(builder: Any, value: Any) -> Any:
     """Bits of the nearest bfloat16, ties to even."""
-    if llvm.get_host_cpu_features().get(
-        "avx512bf16"
-    ):  # an instruction of its own, which takes subnormals for zero
+    if "+avx512bf16" in _features():  # an instruction of its own, which takes subnormals for zero
         return convert(builder, "bitcast", convert(builder, "fptrunc", value, BFLOAT), I16)
     bits = convert(builder, "bitcast", value, I32)
     odd = builder.and_(builder.lshr(bits, constant(I32, 16, bits)), constant(I32, 1, bits))
