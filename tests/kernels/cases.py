@@ -1,5 +1,7 @@
 """Helpers of the kernel tests: exact values in float64, and relative errors."""
 
+from dataclasses import replace
+
 import torch
 
 from stillhouse.kernels import Sampled, TopK, reference, softmax_kl
@@ -15,7 +17,8 @@ def logits(rows, width, seed=0, scale=3.0, dtype=torch.float32):
 
 def wide(target):
     if isinstance(target, TopK):
-        return TopK(target.indices, target.log_probs.double(), target.rest, target.temperature)
+        rest = None if target.log_rest is None else target.log_rest.double()
+        return replace(target, log_probs=target.log_probs.double(), log_rest=rest)
     if isinstance(target, Sampled):
         return Sampled(target.indices, target.weights.double(), target.temperature)
     return target.double()

@@ -14,9 +14,10 @@ def gradient(loss, *inputs):
 
 def test_the_operators_pass_torchs_own_checks():
     student, teacher = logits(6, 20, 1), logits(6, 20, 2)
-    dense = (teacher, None, None, "dense", 1.0, None, None, 6.0, 2.0, "forward", 0.5, False)
+    dense = (teacher, None, None, None, "dense", 1.0, None, None, 6.0, 2.0, "forward", 0.5, False, False)
     top_k = TopK.from_logits(teacher, 3, temperature=2.0)
-    sparse = (None, top_k.indices, top_k.log_probs, "ghost", 2.0, None, None, 6.0, 2.0, "jsd", 0.5, True)
+    held = (top_k.indices, top_k.log_probs, top_k.log_rest)
+    sparse = (None, *held, "ghost", 2.0, None, None, 6.0, 2.0, "jsd", 0.5, True, True)
     for arguments in (dense, sparse):
         for wants in (True, False):
             torch.library.opcheck(torch.ops.stillhouse.softmax_kl.default, (student, *arguments, wants))
@@ -35,6 +36,46 @@ def test_under_compile_as_one_graph():
     got = torch.compile(step, fullgraph=True, backend="aot_eager")(weight)
     assert torch.allclose(got, expected)
     assert torch.allclose(*gradient(got, weight), *gradient(expected, weight), rtol=1e-5, atol=1e-7)
+
+
+HALF = torch.full((2, 2), 0.5)
+WRONG = {
+    "an index too large": (lambda i: TopK(i + 28, HALF.log()), "TopK.indices: got 30"),
+    "an index below 0": (lambda i: Sampled(i - 1, HALF), "Sampled.indices: got -1"),
+    "a repeated index": (lambda i: TopK(i * 0, HALF.log()), "a repeated index"),
+    "probabilities for logs": (lambda i: TopK(i, HALF), "TopK.log_probs"),
+    "weights that do not sum": (lambda i: Sampled(i, HALF * 3), "Sampled.weights"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_values_are_refused_under_compile_as_without_it(what):
+    """A compiled graph holds no branch on values: the operator looks at them when it runs."""
+    make, message = WRONG[what]
+    student = logits(2, 30, 1).requires_grad_()
+    indices = torch.tensor([[0, 2], [1, 2]])
+
+    def step(s, i):
+        return softmax_kl(s, make(i))
+
+    program = torch.compile(step, fullgraph=True, backend="aot_eager")
+    messages = set()
+    for run in (step, program):
+        with pytest.raises(ValueError, match=message) as refusal:
+            run(student, indices)
+        messages.add(str(refusal.value))
+    assert len(messages) == 1
+
+
+def test_a_count_is_looked_at_under_compile():
+    student, teacher = logits(2, 30, 1).requires_grad_(), logits(2, 30, 2)
+    program = torch.compile(
+        lambda s, count: softmax_kl(s, teacher, count=count), fullgraph=True, backend="aot_eager"
+    )
+    assert torch.allclose(program(student, torch.tensor(4.0)), softmax_kl(student, teacher, count=4.0))
+    for wrong in (-1.0, torch.nan):
+        with pytest.raises(ValueError, match="count: got"):
+            program(student, torch.tensor(wrong))
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """Every path against the one specification, in value and gradient."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import DIVERGENCES, TEMPERATURES, exact, fused, logits, relative
@@ -125,6 +127,35 @@ def test_top_k_agrees_with_the_specification(divergence, rest, k, dtype):
     rows_fused, gradient_fused = fused(student, target, temperature=2.0, divergence=divergence)
     assert relative(rows_fused, rows_exact) <= 2e-6
     assert relative(gradient_fused, gradient_exact) <= (1e-2 if dtype == torch.bfloat16 else 2e-6)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("scale", [10.0, 40.0])
+def test_a_ghost_of_a_peaked_teacher_keeps_its_mass(scale, divergence):
+    """1 less a sum of float32 numbers is 0 where the k entries hold all but 1e-7, and reverse was then +inf."""
+    student, teacher = logits(64, 300, 1), logits(64, 300, 2, scale=scale)
+    target = TopK.from_logits(teacher, 16)
+    log_t = teacher.double().log_softmax(-1)
+    expected = log_t.scatter(-1, target.indices, -torch.inf).logsumexp(-1)
+    assert (expected < -17).any(), "less than float32 can tell from nothing"
+    assert relative(target.log_rest, expected) <= 1e-6
+    rows_exact, gradient_exact = exact(student, replace(target, log_rest=expected), divergence=divergence)
+    rows_fused, gradient_fused = fused(student, target, divergence=divergence)
+    assert rows_exact.isfinite().all()
+    assert relative(rows_fused, rows_exact) <= 2e-6
+    assert relative(gradient_fused, gradient_exact) <= 2e-6
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_without_its_mass_a_ghost_has_what_the_entries_leave(backend):
+    student, teacher = logits(16, 300, 1), logits(16, 300, 2)
+    target = TopK.from_logits(teacher.double(), 16)
+    rows, gradient = fused(student, target, divergence="reverse", backend=backend)
+    rows_left, gradient_left = fused(
+        student, replace(target, log_rest=None), divergence="reverse", backend=backend
+    )
+    assert relative(rows_left, rows) <= 2e-6
+    assert relative(gradient_left, gradient) <= 2e-6
 
 
 def test_samples_agree_with_the_specification():

@@ -59,6 +59,11 @@ def _check_count(count: object, reduction: str) -> None:
         if count.device.type != "cpu" or torch.compiler.is_compiling():
             return  # looking would stall the stream, or break the graph
         count = count.item()
+    check_count_value(count)
+
+
+def check_count_value(count: object) -> None:
+    """Refuse a number of valid rows that is none."""
     if not isinstance(count, Real) or not 0 <= float(count) < math.inf:
         raise fail(
             "count",
@@ -137,10 +142,22 @@ def _check_top_k(student: Tensor, target: TopK, temperature: float) -> None:
             f"take the log-probabilities at {temperature}, or use rest='renormalise'",
         )
     _check_pair(student, target.indices, target.log_probs, "TopK", "log_probs")
+    if target.log_rest is not None:
+        _check_log_rest(student, target, target.log_rest)
     if target.indices.shape[-1] > student.shape[-1]:
         raise fail(
             "TopK k", target.indices.shape[-1], f"at most V = {student.shape[-1]}", "store fewer entries"
         )
+
+
+def _check_log_rest(student: Tensor, target: TopK, log_rest: Tensor) -> None:
+    if target.rest != "ghost":
+        raise fail("TopK.log_rest", f"one with rest={target.rest!r}", "rest='ghost'", "drop one of the two")
+    check_floating("TopK.log_rest", log_rest)
+    if log_rest.shape != target.indices.shape[:-1]:
+        got = f"{tuple(log_rest.shape)} with indices {tuple(target.indices.shape)}"
+        raise fail("TopK.log_rest shape", got, "the indices' shape without the last", "squeeze it")
+    _same_device("TopK.log_rest", student, log_rest)
 
 
 def _check_sampled(student: Tensor, target: Sampled, temperature: float, divergence: str) -> None:
@@ -213,12 +230,13 @@ def check_values(target: Target, width: int, mask: Tensor | None) -> None:
             "drop or remap foreign entries",
         )
     if isinstance(target, TopK):
-        _check_log_probs(indices, values)
+        rest = target.log_rest if target.log_rest is None or mask is None else target.log_rest[mask]
+        _check_log_probs(indices, values, None if rest is None else rest.double())
     else:
         _check_weights(values)
 
 
-def _check_log_probs(indices: Tensor, log_probs: Tensor) -> None:
+def _check_log_probs(indices: Tensor, log_probs: Tensor, log_rest: Tensor | None) -> None:
     ordered = indices.sort(-1).values
     if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
         raise fail(
@@ -233,6 +251,16 @@ def _check_log_probs(indices: Tensor, log_probs: Tensor) -> None:
             "above 0 and at most 1",
             "pass log_softmax",
         )
+    if log_rest is not None:
+        whole = sums + log_rest.exp()
+        off = ~((whole - 1).abs() <= SUM_TOLERANCE)
+        if bool(off.any()):
+            raise fail(
+                "TopK.log_rest",
+                f"a row that sums to {whole[off][0].item():.6g} with its entries",
+                "1",
+                "pass the log of the mass outside the k entries, or leave it out",
+            )
 
 
 def _check_weights(weights: Tensor) -> None:

@@ -97,12 +97,14 @@ def _sparse(
     values = values.to(torch.float32).contiguous()
     indices = target.indices.contiguous()
     ghost = isinstance(target, TopK) and target.rest == "ghost"
+    rest = target.log_rest if isinstance(target, TopK) else None
+    rest = None if rest is None else rest.to(torch.float32).contiguous()
     v, k = student.shape[1], indices.shape[1]
     _workers.run(
         entry("sparse_rows"), student.shape[0], v, v + 4 * k + 6 * LINE,
         DIVERGENCES[divergence], student.data_ptr(), _address(out_grad), losses.data_ptr(), _address(mask),
         student.stride(0) * student.element_size(), DTYPES[student.dtype], v, indices.data_ptr(),
-        values.data_ptr(), k, int(sampled), int(ghost), _series(beta).ctypes.data,
+        values.data_ptr(), _address(rest), k, int(sampled), int(ghost), _series(beta).ctypes.data,
         1.0 / temperature, scales[0], float(beta), scales[1],
     )  # fmt: skip
 

@@ -190,9 +190,12 @@ def scatter(out, dtype, indices, g, k):
 
 @njit(error_model="numpy")
 def top_k_row(
-    divergence, student, out, dtype, v, wide_indices, values, k, ghost, it, scale, beta, series, es_at
+    divergence, student, out, dtype, v, wide_indices, values, log_rest, k, it, scale, beta, series, es_at
 ):
-    """One row against k entries, which are compared as a dense row of their own, and the rest as one outcome."""
+    """One row against k entries, which are compared as a dense row of their own, and the rest as one outcome.
+
+    ``log_rest`` is the logarithm of the teacher's mass there, NaN where it is what the entries leave of 1.
+    """
     es = f32_at(es_at)
     room = (k + LANES - 1) & -LANES
     kept_at = es_at + ((v + LANES - 1) & -LANES) * 4
@@ -227,7 +230,9 @@ def top_k_row(
         p, sign = (pt_at, f32(-1.0)) if divergence == FORWARD else (kept_at, f32(1.0))
         bad = impossible(f32_at(p), f32_at(x_at), k, sign)
     log_ghost_s = math.log(rest / z) if rest > 0.0 and k < v else -np.inf
-    log_ghost_t = math.log(1.0 - mass) if ghost != 0 and k < v and mass < 1.0 else -np.inf
+    log_ghost_t = log_rest if k < v else -np.inf
+    if math.isnan(log_ghost_t):
+        log_ghost_t = math.log(1.0 - mass) if mass < 1.0 else -np.inf
     loss, d_ghost = outcome(divergence, beta, log_ghost_s, log_ghost_t)
     if divergence == REVERSE and (bad or loss == np.inf):
         if out != 0:
@@ -294,8 +299,8 @@ def sparse_rows(call):
     divergence, student, gradient, losses, mask, student_stride, dtype = (
         q[0], q[1], q[2], q[3], q[4], q[5], q[6],
     )  # fmt: skip
-    v, indices, values, k, sampled, ghost, series = q[7], q[8], q[9], q[10], q[11], q[12], q[13]
-    d = f64_at(call + 8 * (HEADER + 14))
+    v, indices, values, rests, k, sampled, ghost, series = q[7], q[8], q[9], q[10], q[11], q[12], q[13], q[14]
+    d = f64_at(call + 8 * (HEADER + 15))
     inverse_t, scale, beta, loss_scale = d[0], d[1], d[2], d[3]  # T^2 is in both scales
     loss = f32_at(losses)
     terms = coefficients(series)
@@ -312,13 +317,14 @@ def sparse_rows(call):
             row = student + r * student_stride
             place = indices + r * k * 8
             value = values + r * k * 4
+            log_rest = np.float64(f32_at(rests)[r]) if rests != 0 else np.nan if ghost != 0 else -np.inf
             if sampled != 0:
                 loss[r] = loss_scale * sampled_row(
                     row, out, dtype, v, place, value, k, inverse_t, scale * inverse_t, scratch
                 )
             else:
                 loss[r] = loss_scale * top_k_row(
-                    divergence, row, out, dtype, v, place, value, k, ghost, inverse_t, scale * inverse_t,
+                    divergence, row, out, dtype, v, place, value, log_rest, k, inverse_t, scale * inverse_t,
                     beta, terms, scratch,
                 )  # fmt: skip
         first = fetch_add(call + 8 * NEXT, step)

@@ -7,7 +7,7 @@ gradient in place, and folded into the gradients of hidden states, weight and bi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -264,11 +264,12 @@ def _at(target: Target | TeacherHead, chunk: slice) -> Target:
     if isinstance(target, TeacherHead):
         return torch.nn.functional.linear(target.hidden[chunk], target.weight, target.bias)
     if isinstance(target, TopK):
-        return TopK(
-            target.indices[chunk], target.log_probs[chunk], target.rest, target.temperature, target.trusted
+        rest = None if target.log_rest is None else target.log_rest[chunk]
+        return replace(
+            target, indices=target.indices[chunk], log_probs=target.log_probs[chunk], log_rest=rest
         )
     if isinstance(target, Sampled):
-        return Sampled(target.indices[chunk], target.weights[chunk], target.temperature, target.trusted)
+        return replace(target, indices=target.indices[chunk], weights=target.weights[chunk])
     return target[chunk]
 
 

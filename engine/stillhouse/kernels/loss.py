@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -109,17 +110,12 @@ def flatten(student: Tensor, target: Target, mask: Tensor | None) -> tuple[Tenso
         return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
     if isinstance(target, TopK):
-        target = TopK(
-            rows(target.indices),
-            rows(target.log_probs.detach()),
-            target.rest,
-            target.temperature,
-            target.trusted,
+        rest = None if target.log_rest is None else target.log_rest.detach().reshape(-1)
+        target = replace(
+            target, indices=rows(target.indices), log_probs=rows(target.log_probs.detach()), log_rest=rest
         )
     elif isinstance(target, Sampled):
-        target = Sampled(
-            rows(target.indices), rows(target.weights.detach()), target.temperature, target.trusted
-        )
+        target = replace(target, indices=rows(target.indices), weights=rows(target.weights.detach()))
     else:
         target = rows(target.detach())
     return rows(student), target, None if mask is None else mask.reshape(-1)
@@ -147,8 +143,8 @@ def checked(total: float, rows: Tensor) -> None:
     if total == -math.inf:
         row = int((rows == -math.inf).nonzero()[0, 0])
         raise ValueError(
-            f"target indices: got one outside the student's entries in row {row} of a target that is trusted or"
-            " compiled; expected 0 to V - 1. Fix: drop trusted=True and torch.compile to see which, and remap it."
+            f"target indices: got one outside the student's entries in row {row} of a trusted target; expected 0 to"
+            " V - 1. Fix: drop trusted=True to see which, and remap it."
         )
 
 

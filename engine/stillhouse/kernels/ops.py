@@ -7,6 +7,7 @@ The gradient is computed with the loss, in one go over the logits, and kept for 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
+from stillhouse.kernels.checks import check_count_value, check_values
 from stillhouse.kernels.reference import top_k_at
 from stillhouse.kernels.targets import Sampled, Target, TopK
 
 _ARGUMENTS = (
-    "Tensor? dense, Tensor? indices, Tensor? values, str kind, float held_at, Tensor? mask, Tensor? count, "
-    "float divisor, float temperature, str divergence, float beta, bool per_row"
+    "Tensor? dense, Tensor? indices, Tensor? values, Tensor? rest, str kind, float held_at, Tensor? mask, Tensor? count, "
+    "float divisor, float temperature, str divergence, float beta, bool look, bool per_row"
 )
 _library = torch.library.Library("stillhouse", "FRAGMENT")
 _library.define(f"softmax_kl(Tensor student, {_ARGUMENTS}, bool gradient) -> (Tensor, Tensor)")
@@ -32,42 +34,49 @@ def arguments(
     target: Target, mask: Tensor | None, count: float | Tensor | None, temperature: float, divergence: str,
     beta: float, per_row: bool,
 ) -> Arguments:  # fmt: skip
-    """The operator's arguments after the student."""
+    """The operator's arguments after the student; ``look``: its values were not checked yet, and are to be."""
     dense = target if isinstance(target, Tensor) else None
     indices = None if isinstance(target, Tensor) else target.indices
-    values, kind, held_at = None, "dense", 1.0
+    values, rest, kind, held_at = None, None, "dense", 1.0
     if isinstance(target, TopK):
-        values, kind, held_at = target.log_probs, target.rest, float(target.temperature)
+        values, rest, kind = target.log_probs, target.log_rest, target.rest
+        held_at = float(target.temperature)
     elif isinstance(target, Sampled):
         values, kind = target.weights, "sampled"
+    look = torch.compiler.is_compiling() and not (isinstance(target, Tensor) or target.trusted)
     divisor, tensor = (1.0, count) if isinstance(count, Tensor) else (float(count or 0), None)
     return (
-        dense, indices, values, kind, held_at, mask, tensor, divisor, float(temperature), divergence, float(beta),
-        per_row,
+        dense, indices, values, rest, kind, held_at, mask, tensor, divisor, float(temperature), divergence, float(beta),
+        look, per_row,
     )  # fmt: skip
 
 
 def _target(
-    dense: Tensor | None, indices: Tensor | None, values: Tensor | None, kind: str, held_at: float
-) -> Target:
+    dense: Tensor | None, indices: Tensor | None, values: Tensor | None, rest: Tensor | None, kind: str,
+    held_at: float,
+) -> Target:  # fmt: skip
     if dense is not None:
         return dense
     assert indices is not None
     assert values is not None
     if kind == "sampled":
         return Sampled(indices, values)
-    return TopK(indices, values, kind, held_at)  # type: ignore[arg-type]
+    return TopK(indices, values, kind, held_at, log_rest=rest)  # type: ignore[arg-type]
 
 
 def _compute(student: Tensor, arguments: Arguments, out: Tensor | None) -> Tensor:
     """The loss, reduced; the gradient to ``out``."""
-    *target, mask, count, divisor, temperature, divergence, beta, per_row = arguments
+    *target, mask, count, divisor, temperature, divergence, beta, look, per_row = arguments
     if student.device.type == "cuda":
         return _compute_cuda(student, arguments, out)
     from stillhouse.kernels import cpu  # loads or compiles the kernels: not before they are used
     from stillhouse.kernels.loss import checked
 
-    divisor = count.item() if count is not None else divisor
+    if count is not None:
+        divisor = count.item()
+        check_count_value(divisor)
+    if look:
+        check_values(_target(*target), student.shape[1], mask)
     factor = 1.0 if per_row else 1.0 / divisor if divisor else 0.0
     rows = cpu.softmax_kl_fwd_bwd(
         student, _target(*target), temperature=temperature, divergence=divergence, beta=beta, mask=mask,
@@ -81,13 +90,13 @@ def _compute(student: Tensor, arguments: Arguments, out: Tensor | None) -> Tenso
 def _compute_cuda(student: Tensor, arguments: Arguments, out: Tensor | None) -> Tensor:
     from stillhouse.kernels import cuda
 
-    *target, mask, count, divisor, temperature, divergence, beta, per_row = arguments
+    *target, mask, count, divisor, temperature, divergence, beta, _, per_row = arguments
     factor: Any = 1.0 if per_row else 1.0 / divisor if divisor else 0.0
     if count is not None and not per_row:
         factor = torch.where(count > 0, 1.0 / count, 0.0).to(device=student.device, dtype=torch.float32)
     against = _target(*target)
     if isinstance(against, TopK):
-        against = TopK(against.indices, top_k_at(against, temperature), against.rest, temperature)
+        against = replace(against, log_probs=top_k_at(against, temperature), temperature=temperature)
     settings = {"temperature": temperature, "divergence": divergence, "beta": beta, "mask": mask}
     settings["scale"] = 1.0 if student.dtype == torch.float16 else factor
     if isinstance(against, Tensor) and against.dtype != student.dtype:  # the kernel reads both in one type
@@ -174,7 +183,7 @@ class _SoftmaxKL(torch.autograd.Function):
             torch.autograd.graph.increment_version(student)
         else:
             loss, gradient = torch.ops.stillhouse.softmax_kl.default(student, *arguments, True)
-        count, divisor, per_row = arguments[6], arguments[7], arguments[-1]
+        count, divisor, per_row = arguments[7], arguments[8], arguments[-1]
         # float16 would lose 1/count times a small gradient before the loss scaler can lift it: divided in backward
         late = student.dtype == torch.float16 and not per_row
         ctx.divisor = (count if count is not None else divisor) if late else None

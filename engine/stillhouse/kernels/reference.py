@@ -13,6 +13,7 @@ are dropped from p, which is renormalised: they would make the loss infinite wha
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -127,6 +128,8 @@ def top_k_at(target: TopK, temperature: float) -> Tensor:
 def _log_rest(target: TopK, log_t: Tensor) -> Tensor:
     if target.rest == "renormalise":
         return torch.full_like(log_t[:, :1], NEG_INF)
+    if target.log_rest is not None:
+        return target.log_rest[:, None].to(log_t.dtype)
     rest = 1 - log_t.double().exp().sum(-1, keepdim=True)  # 1 - sum cancels: float64 or nothing is left
     return rest.clamp(min=0).log().to(log_t.dtype)
 
@@ -137,9 +140,9 @@ def _mask_target(target: Target, mask: Tensor) -> Target:
         k = target.indices.shape[-1]
         first = torch.arange(k, device=mask.device)
         indices = torch.where(keep, target.indices, first)
-        return TopK(
-            indices, torch.where(keep, target.log_probs, -math.log(k)), target.rest, target.temperature
-        )
+        log_probs = torch.where(keep, target.log_probs, -math.log(k))
+        rest = None if target.log_rest is None else torch.where(mask, target.log_rest, NEG_INF)
+        return replace(target, indices=indices, log_probs=log_probs, log_rest=rest)
     if isinstance(target, Sampled):
         return Sampled(torch.where(keep, target.indices, 0), torch.where(keep, target.weights, 0))
     return torch.where(keep, target, 0)

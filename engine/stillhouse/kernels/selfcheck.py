@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -40,9 +42,9 @@ def _target(kind: str, teacher: Tensor) -> Target:
 
 def _to(target: Target, device: torch.device) -> Target:
     if isinstance(target, TopK):
-        return TopK(
-            target.indices.to(device), target.log_probs.to(device), target.rest, target.temperature, True
-        )
+        rest = None if target.log_rest is None else target.log_rest.to(device)
+        indices, log_probs = target.indices.to(device), target.log_probs.to(device)
+        return replace(target, indices=indices, log_probs=log_probs, log_rest=rest)
     if isinstance(target, Sampled):
         return Sampled(target.indices.to(device), target.weights.to(device), target.temperature, True)
     return target.to(device)
@@ -50,7 +52,8 @@ def _to(target: Target, device: torch.device) -> Target:
 
 def _wide(target: Target) -> Target:
     if isinstance(target, TopK):
-        return TopK(target.indices, target.log_probs.double(), target.rest, target.temperature)
+        rest = None if target.log_rest is None else target.log_rest.double()
+        return replace(target, log_probs=target.log_probs.double(), log_rest=rest)
     if isinstance(target, Sampled):
         return Sampled(target.indices, target.weights.double(), target.temperature)
     return target.double()

@@ -25,6 +25,8 @@ class TopK:
             cannot be moved to another temperature, because that needs the entries it stands for.
         trusted: skip the checks that read the values (indices in range and distinct, log-probabilities valid).
             They cost a pass over (..., k), and a host synchronisation on a GPU.
+        log_rest: (...) floating, the natural log of the mass outside the k entries, for ``"ghost"``. Without it the
+            mass is 1 less that of the k entries, which leaves nothing of a rest of 1e-7 where those are float32.
     """
 
     indices: Tensor
@@ -32,13 +34,18 @@ class TopK:
     rest: Rest = "ghost"
     temperature: float = 1.0
     trusted: bool = False
+    log_rest: Tensor | None = None
 
     @classmethod
     def from_logits(cls, logits: Tensor, k: int, *, temperature: float = 1.0, rest: Rest = "ghost") -> TopK:
         """The top k of teacher ``logits`` (..., V) at ``temperature``; log-probabilities in float32 or float64."""
         wide = logits if logits.dtype == torch.float64 else logits.float()
-        log_probs, indices = torch.log_softmax(wide / temperature, dim=-1).topk(k, dim=-1)
-        return cls(indices, log_probs, rest=rest, temperature=temperature, trusted=True)
+        every = torch.log_softmax(wide / temperature, dim=-1)
+        log_probs, indices = every.topk(k, dim=-1)
+        log_rest = None
+        if rest == "ghost":
+            log_rest = every.scatter_(-1, indices, float("-inf")).logsumexp(-1)
+        return cls(indices, log_probs, rest, temperature, trusted=True, log_rest=log_rest)
 
 
 @dataclass(frozen=True, eq=False)

@@ -47,7 +47,8 @@ def test_matches_float64(v, dtype, divergence, kind):
     elif kind == "sampled":
         there = Sampled(target.indices.cuda(), target.weights.cuda(), 2.0)
     else:
-        there = TopK(target.indices.cuda(), target.log_probs.cuda(), kind, 2.0)
+        rest = None if target.log_rest is None else target.log_rest.cuda()
+        there = TopK(target.indices.cuda(), target.log_probs.cuda(), kind, 2.0, log_rest=rest)
     loss, grad = compute(student.cuda(), there, divergence)
     assert torch.allclose(loss.cpu().double(), expected.detach(), rtol=1e-5, atol=1e-6)
     assert (grad.cpu().double() - wide.grad).norm() <= LIMITS[dtype] * wide.grad.norm() + 1e-6
