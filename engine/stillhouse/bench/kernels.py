@@ -122,7 +122,7 @@ def _dense(rows: int, width: int, device: torch.device, rounds: int, *, compiled
     generator = torch.Generator().manual_seed(0)
     student, teacher = ((3 * torch.randn(rows, width, generator=generator)).to(device) for _ in range(2))
     scratch, other = student.clone(), torch.empty_like(student)
-    half, half_teacher = student.bfloat16(), teacher.bfloat16()
+    half, half_teacher, half_scratch = student.bfloat16(), teacher.bfloat16(), student.bfloat16()
     k = min(64, width)
     top_k = TopK.from_logits(teacher, k, temperature=TEMPERATURE)
     sampled = Sampled.from_logits(teacher, k, temperature=TEMPERATURE)
@@ -138,9 +138,11 @@ def _dense(rows: int, width: int, device: torch.device, rounds: int, *, compiled
         "fused reverse": _step(kernel(teacher, divergence="reverse"), student),
         "fused jsd": _step(kernel(teacher, divergence="jsd"), student),
         "fused top-k": _step(kernel(top_k), student),
+        "top-k in place": _in_place(scratch, top_k),
         "fused sampled": _step(kernel(sampled), student),
         "eager bf16": _step(lambda s: _eager(s, half_teacher), half),
         "fused bf16": _step(kernel(half_teacher), half),
+        "bf16 in place": _in_place(half_scratch, half_teacher),
     }
     if compiled:
         program = torch.compile(_eager)
@@ -256,7 +258,7 @@ def _print(result: dict[str, Any]) -> None:
         f"\n{result['shape']:<24}{'ms':>10}{'eager / it':>12}{'compile / it':>14}{'it / floor':>12}{'peak MiB':>10}"
     )
     for key, times in result["ms"].items():
-        against = "eager bf16" if key == "fused bf16" else "eager"
+        against = "eager bf16" if "bf16" in key else "eager"
         cells = (
             _ratio(result, against, key),
             None if "bf16" in key else _ratio(result, "compile", key),

@@ -61,10 +61,11 @@ def explain(device: str | torch.device) -> tuple[str, str]:
     """The backend in use for logits on ``device`` in float32 and 16-bit types, and why it is that one."""
     kind = torch.device(device).type
     if kind == "cpu":
-        return (
-            "numba",
-            f"CPU tensors: the Numba kernel, {torch.get_num_threads()} threads; float64 takes torch",
-        )
+        from stillhouse.kernels.workers import openmp
+
+        whose = "torch's own" if openmp() else "of a pool, since this torch has no GOMP_parallel"
+        threads = f"{torch.get_num_threads()} threads, {whose}"
+        return "numba", f"CPU tensors: the Numba kernel, {threads}; float64 takes torch"
     if kind == "cuda":
         available, why = cuda_available()
         return ("cuda", f"CUDA tensors: {why}") if available else ("torch", f"no CUDA kernel: {why}")
