@@ -112,11 +112,11 @@ def reference_of(x, dtype, width):
 
 
 @njit(error_model="numpy", inline="always")
-def any_exponentials(s, t, sd, td, vs, vt, first, last, es, et, diff, rs, rt, offset, k, k_low):
-    """Pass A on one block: sums, maxima, and the largest difference.
+def any_exponentials(s, t, sd, td, vs, vt, first, last, es, et, diff, rs, rt, k, k_low):
+    """Pass A on one block: sums, maxima, and the largest difference, all of logits less their references.
 
-    Of float32 logits the difference less the offset is rounded once (``gap``). 16-bit ones are exact less their
-    reference, unless they are tiny beside it, so that what is subtracted from them anyway will do.
+    Of float32 logits it is rounded once, with what the references' difference rounds to (``gap``). 16-bit ones less
+    their reference are exact, unless they are tiny beside it, and are subtracted as they are.
     """
     zs = fill(f32(0.0))
     zt = fill(f32(0.0))
@@ -124,7 +124,7 @@ def any_exponentials(s, t, sd, td, vs, vt, first, last, es, et, diff, rs, rt, of
     top_t = fill(FLOOR)
     far = fill(f32(0.0))
     least = LEAST / k
-    shared = rs - rt - offset
+    offset = rs - rt
     for i in range(first, last, LANES):
         a = take(s, sd, i, vs)
         b = take(t, td, i, vt)
@@ -133,7 +133,7 @@ def any_exponentials(s, t, sd, td, vs, vt, first, last, es, et, diff, rs, rt, of
         if sd != 0 and td != 0:
             a = a - rs
             b = b - rt
-            d = (a - b) + shared
+            d = a - b
         else:
             d = gap(a, b, offset)
             a = a - rs
@@ -154,15 +154,15 @@ def any_exponentials(s, t, sd, td, vs, vt, first, last, es, et, diff, rs, rt, of
 
 
 @njit(error_model="numpy")
-def exponentials(s, t, sd, td, vs, vt, first, last, es, et, diff, rs, rt, offset, k, k_low):
+def exponentials(s, t, sd, td, vs, vt, first, last, es, et, diff, rs, rt, k, k_low):
     """A loop of its own for each dtype: asking in the loop costs a twentieth."""
     if sd == 0 and td == 0:
-        return any_exponentials(s, t, 0, 0, vs, vt, first, last, es, et, diff, rs, rt, offset, k, k_low)
+        return any_exponentials(s, t, 0, 0, vs, vt, first, last, es, et, diff, rs, rt, k, k_low)
     if sd == 1 and td == 1:
-        return any_exponentials(s, t, 1, 1, vs, vt, first, last, es, et, diff, rs, rt, offset, k, k_low)
+        return any_exponentials(s, t, 1, 1, vs, vt, first, last, es, et, diff, rs, rt, k, k_low)
     if sd == 2 and td == 2:
-        return any_exponentials(s, t, 2, 2, vs, vt, first, last, es, et, diff, rs, rt, offset, k, k_low)
-    return any_exponentials(s, t, sd, td, vs, vt, first, last, es, et, diff, rs, rt, offset, k, k_low)
+        return any_exponentials(s, t, 2, 2, vs, vt, first, last, es, et, diff, rs, rt, k, k_low)
+    return any_exponentials(s, t, sd, td, vs, vt, first, last, es, et, diff, rs, rt, k, k_low)
 
 
 @njit
@@ -187,12 +187,10 @@ def pass_a(sa, ta, sd, td, vs, vt, v, it, k, k_low, es, et, diff):
     far = f32(0.0)
     rs = reference_of(sa, sd, vs)
     rt = reference_of(ta, td, vt)
-    offset = rs - rt  # of the differences: any number that makes them small, one for the row
+    offset = rs - rt  # which the differences are taken less, one for the row
     for j in range(0, v, BLOCK):
         n = min(j + BLOCK, v)
-        a, b, top_s, top_t, most = exponentials(
-            sa, ta, sd, td, vs, vt, j, n, es, et, diff, rs, rt, offset, k, k_low
-        )
+        a, b, top_s, top_t, most = exponentials(sa, ta, sd, td, vs, vt, j, n, es, et, diff, rs, rt, k, k_low)
         if top_s * k > ROOM or top_t * k > ROOM:  # raise the references and do the block again
             up_s = max(maximum(sa, sd, j, min(n, vs)), rs) - rs
             up_t = max(maximum(ta, td, j, min(n, vt)), rt) - rt
@@ -203,10 +201,12 @@ def pass_a(sa, ta, sd, td, vs, vt, v, it, k, k_low, es, et, diff):
             shift(f32_at(diff), j, offset - (rs - rt))
             offset = rs - rt
             a, b, top_s, top_t, most = exponentials(
-                sa, ta, sd, td, vs, vt, j, n, es, et, diff, rs, rt, offset, k, k_low
+                sa, ta, sd, td, vs, vt, j, n, es, et, diff, rs, rt, k, k_low
             )
         zs += a
         zt += b
         far = max(far, most)
-    ratio = math.log(zs / zt) + (np.float64(rs) - np.float64(rt) - np.float64(offset)) * it
+    ratio = math.log(zs / zt)
+    if sd == 0 or td == 0:
+        ratio += (np.float64(rs) - np.float64(rt) - np.float64(offset)) * it
     return zs, zt, ratio, far
