@@ -28,6 +28,9 @@ CASES = {
     "temperature NaN": (lambda b: softmax_kl(S, T, temperature=float("nan"), backend=b), "temperature"),
     "temperature infinite": (lambda b: softmax_kl(S, T, temperature=float("inf"), backend=b), "temperature"),
     "an unknown divergence": (lambda b: softmax_kl(S, T, divergence="kl", backend=b), "divergence"),
+    "a temperature beyond float32": (lambda b: softmax_kl(S, T, temperature=1e300, backend=b), "temperature"),
+    "a temperature below float32": (lambda b: softmax_kl(S, T, temperature=1e-300, backend=b), "temperature"),
+    "beta near the end": (lambda b: softmax_kl(S, T, divergence="jsd", beta=1e-8, backend=b), "beta"),
     "beta at the end": (lambda b: softmax_kl(S, T, divergence="jsd", beta=1.0, backend=b), "beta"),
     "an unknown reduction": (lambda b: softmax_kl(S, T, reduction="batchmean", backend=b), "reduction"),
     "a count without a mean": (lambda b: softmax_kl(S, T, reduction="sum", count=3, backend=b), "count"),
@@ -119,6 +122,65 @@ def test_refused_alike_on_every_backend(case):
 def test_a_trusted_index_out_of_range_is_still_an_error():
     with pytest.raises(ValueError, match=r"row 0.*trusted"):
         softmax_kl(S, TopK(indices(0, 5_000_000), LOG, trusted=True), backend="numba")
+
+
+def test_an_index_out_of_range_is_told_beside_a_row_that_is_infinite_or_counts_for_nothing():
+    student = torch.zeros(2, 6)
+    student[0, 2] = -torch.inf
+    target = TopK(torch.tensor([[2, 1], [0, 99]]), torch.tensor([[0.5, 0.2]] * 2).log(), trusted=True)
+    for settings in ({}, {"count": 0}):
+        with pytest.raises(ValueError, match=r"target indices.*row 1"):
+            softmax_kl(student, target, backend="numba", **settings)
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+@pytest.mark.parametrize("count", [0, torch.tensor(0)])
+def test_an_infinite_loss_that_counts_for_nothing_is_zero(count, backend):
+    student = torch.tensor([[0.0, -torch.inf]], requires_grad=True)
+    loss = softmax_kl(student, torch.zeros(1, 2), count=count, backend=backend)
+    loss.backward()
+    assert loss.item() == 0
+    assert student.grad.abs().max() == 0
+
+
+def test_logits_that_a_refused_call_overwrote_are_known_to_be_gone():
+    """Or what saved them for backward would go on with the wrong ones, in silence."""
+    leaf = torch.randn(3, 5, requires_grad=True)
+    logits, teacher = leaf.exp(), torch.zeros(3, 5)
+    teacher[2] = torch.nan
+    with pytest.raises(ValueError, match="logits: got NaN"):
+        softmax_kl(logits, teacher, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logits.sum().backward()
+
+
+def test_a_target_in_the_logits_memory_is_not_overwritten():
+    """Also where torch knows of two tensors and of nothing that they share."""
+    memory = np.random.default_rng(0).standard_normal(36, dtype="float32")
+    base, teacher = torch.from_numpy(memory[:24]).view(4, 6), torch.from_numpy(memory[12:]).view(4, 6)
+    assert base.untyped_storage().data_ptr() != teacher.untyped_storage().data_ptr()
+    kept = memory.copy()
+    logits = _Same.apply(torch.zeros(1, requires_grad=True), base)
+    softmax_kl(logits, teacher, inplace=True).backward()
+    assert (memory == kept).all()
+
+
+class _Same(torch.autograd.Function):
+    """Logits as of a layer, in memory that is given."""
+
+    @staticmethod
+    def forward(ctx, weight, logits):
+        return logits.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.sum().view(1), None
+
+
+def test_a_logit_that_stands_for_minus_infinity_does_so_for_samples():
+    student = torch.tensor([[0.0, torch.finfo(torch.float32).min]])
+    target = Sampled(torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]]))
+    assert softmax_kl(student, target, backend="numba").isposinf()
 
 
 @pytest.mark.parametrize(("backend", "why"), [("triton", "backend"), ("cuda", "backend='cuda'")])

@@ -135,3 +135,20 @@ def test_float16_is_divided_by_the_count_after_the_scaler_has_lifted_it(backend)
     against = torch.tensor([[9.0, -9.0]]).expand(4096, 2)
     (one_sided,) = torch.autograd.grad(linear_softmax_kl(hidden, weight, against, backend=backend), weight)
     assert torch.allclose(one_sided.float(), torch.tensor([[-15.0], [15.0]]), rtol=1e-3)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_a_masked_row_holds_reaches_no_gradient(value):
+    hidden, weight, bias = (
+        logits(6, 8, 1),
+        logits(20, 8, 3).requires_grad_(),
+        logits(1, 20, 4)[0].requires_grad_(),
+    )
+    teacher, mask = logits(6, 20, 2), torch.tensor([True, False, True, True, False, True])
+    spoilt = hidden.masked_fill(~mask[:, None], value).requires_grad_()
+    expected = linear_softmax_kl(hidden.requires_grad_(), weight, teacher, bias=bias, mask=mask)
+    wanted = torch.autograd.grad(expected, (hidden, weight, bias))
+    loss = linear_softmax_kl(spoilt, weight, teacher, bias=bias, mask=mask)
+    for got, want in zip(torch.autograd.grad(loss, (spoilt, weight, bias)), wanted, strict=True):
+        assert torch.equal(got, want)
+    assert torch.equal(loss, expected)

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,32 @@ def test_after_fork():
     assert child.exitcode == 0
 
 
+FORKED = """
+import os, sys
+import numpy, torch
+from stillhouse.kernels import TopK, softmax_kl, workers
+torch.set_num_threads(2)
+def tensor(rows, width):  # by numpy: no operator of torch's has started its threads
+    return torch.from_numpy(numpy.random.default_rng(0).standard_normal((rows, width), dtype="float32"))
+softmax_kl(tensor(256, 4000), tensor(256, 4000))
+child = os.fork()
+if child == 0:
+    torch.ones(2000, 2000).exp()
+    softmax_kl(tensor(70000, 4), tensor(70000, 4))
+    indices = torch.from_numpy(numpy.arange(64)[None].repeat(1024, 0))
+    softmax_kl(tensor(1024, 64), TopK(indices, torch.full((1024, 64), 1 / 64).log()))
+    os._exit(0)
+sys.exit(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_fork_after_nothing_but_the_kernel_may_use_torch():
+    """Torch's operators in the child would wait for threads that the kernel started in the parent."""
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 class Losses(Dataset):
     def __len__(self):
         return 4
@@ -252,7 +279,7 @@ def test_another_compiler_or_processor_has_another_key(monkeypatch):
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names a processor of another kind")
 def test_code_for_a_lesser_processor_than_this_one(tmp_path):
-    """Numba's variables choose it, as for a cache that several machines share: no instruction may be this one's."""
+    """Numba's variables choose it, as for a cache that several machines share."""
     chosen = {
         "NUMBA_CACHE_DIR": str(tmp_path),
         "NUMBA_CPU_NAME": "haswell",
@@ -278,6 +305,41 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names a processor of another kind")
+def test_a_processor_that_lacks_an_instruction_is_refused_and_nothing_is_kept(tmp_path):
+    chosen = {"NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env={**os.environ, **chosen},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert "got a processor without float16 conversions (generic)" in done.stderr
+    assert not list(tmp_path.glob("*.kernel"))
+
+
+def test_an_interrupt_leaves_no_thread_behind(monkeypatch):
+    """What it writes to may be given back as soon as the call has ended."""
+    release, ended, waits = threading.Event(), threading.Event(), []
+
+    def interrupted_once(others):
+        waits.append(others)
+        if len(waits) == 1:
+            raise KeyboardInterrupt
+        release.set()
+        return wait(others)
+
+    monkeypatch.setattr(workers, "wait", interrupted_once)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(lambda: release.wait(20) and ended.set())
+        with pytest.raises(KeyboardInterrupt):
+            workers._wait_for([other])
+        assert ended.is_set()
 
 
 def allocated(step):

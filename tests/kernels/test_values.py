@@ -94,20 +94,24 @@ def test_sixteen_bit_gradients_are_rounded_to_nearest(dtype):
     assert 0.45 < (off > 0).sum() / (off != 0).sum() < 0.55  # neither up nor down
 
 
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 100.0])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("width", [10, 1000, 32000])
-def test_nearly_equal_distributions_keep_their_loss(divergence, width):
+def test_nearly_equal_distributions_keep_their_loss_and_gradient(width, divergence, temperature):
     teacher = logits(16, width, 2)
     student = teacher + 1e-3 * logits(16, width, 1)
-    rows_exact, gradient_exact = exact(student, teacher, divergence=divergence)
-    rows_fused, gradient_fused = fused(student, teacher, divergence=divergence)
+    settings = {"divergence": divergence, "temperature": temperature}
+    rows_exact, gradient_exact = exact(student, teacher, **settings)
+    rows_fused, gradient_fused = fused(student, teacher, **settings)
     assert relative(rows_fused, rows_exact) <= 1e-4
     assert relative(gradient_fused, gradient_exact) <= 1e-4
 
 
-@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
-def test_jsd_at_other_mixtures(beta):
-    student, teacher = logits(16, 1000, 1), logits(16, 1000, 2)
+@pytest.mark.parametrize("noise", [1.0, 1e-4])
+@pytest.mark.parametrize("beta", [0.01, 0.1, 0.5, 0.9, 0.99])
+def test_jsd_at_other_mixtures(beta, noise):
+    teacher = logits(16, 1000, 2)
+    student = logits(16, 1000, 1) if noise == 1.0 else teacher + noise * logits(16, 1000, 1)
     rows_exact, gradient_exact = exact(student, teacher, divergence="jsd", beta=beta)
     rows_fused, gradient_fused = fused(student, teacher, divergence="jsd", beta=beta)
     assert relative(rows_fused, rows_exact) <= 1e-6
@@ -144,6 +148,46 @@ def test_a_ghost_of_a_peaked_teacher_keeps_its_mass(scale, divergence):
     assert rows_exact.isfinite().all()
     assert relative(rows_fused, rows_exact) <= 2e-6
     assert relative(gradient_fused, gradient_exact) <= 2e-6
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["log_rest", "no log_rest"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(("width", "k", "scale"), [(3, 1, 3.0), (100, 8, 3.0), (1000, 64, 10.0)])
+def test_a_ghost_whose_student_has_less_than_float32_holds(width, k, scale, divergence, known):
+    """exp(student) outside the k entries is 0 in float32 there, and log 0 made the loss of finite logits +inf."""
+    teacher = logits(256, width, 2, scale=scale)
+    student = teacher + 0.1 * logits(256, width, 1, scale=scale)
+    settings = {"temperature": 0.05, "divergence": divergence}
+    target = TopK.from_logits(teacher, k, temperature=0.05)
+    target = target if known else replace(target, log_rest=None)
+    rows_exact, gradient_exact = exact(student, target, **settings)
+    rows_fused, gradient_fused = fused(student, target, **settings)
+    finite = rows_exact.isfinite()
+    assert finite.all() or (divergence == "reverse" and not known)
+    assert torch.equal(rows_fused.isfinite(), finite)
+    assert relative(rows_fused[finite], rows_exact[finite]) <= 2e-6
+    assert relative(gradient_fused[finite], gradient_exact[finite]) <= 2e-6
+
+
+@pytest.mark.parametrize("log_rest", [-50.0, -800.0])
+def test_a_mass_below_every_float32_is_a_mass(log_rest):
+    student = torch.tensor([[0.0, -100.0, -120.0]])
+    target = TopK(torch.tensor([[0]]), torch.tensor([[0.0]]), log_rest=torch.tensor([log_rest]))
+    expected, _ = exact(student, target)
+    assert (fused(student, target)[0] - expected).abs() <= 2e-6 * expected + 1e-45
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["log_rest", "no log_rest"])
+@pytest.mark.parametrize("width", [1000, 32000])
+def test_a_top_k_gradient_sums_to_zero_though_its_teacher_does_not_sum_to_one(width, known):
+    """Rounded log-probabilities; at T = 100 what they are off by is as large as the gradient."""
+    student, teacher = logits(64, width, 1), logits(64, width, 2)
+    target = TopK.from_logits(teacher, 8, temperature=100.0)
+    target = target if known else replace(target, log_rest=None)
+    _, gradient_exact = exact(student, target, temperature=100.0)
+    _, gradient = fused(student, target, temperature=100.0)
+    assert relative(gradient, gradient_exact) <= 2e-6
+    assert gradient.sum(-1).abs().max() <= 1e-6 * gradient.abs().sum(-1).max()
 
 
 @pytest.mark.parametrize("backend", ["numba", "torch"])

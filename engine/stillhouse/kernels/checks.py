@@ -13,6 +13,10 @@ from stillhouse.kernels.targets import Sampled, Target, TopK
 DIVERGENCES = ("forward", "reverse", "jsd")
 REDUCTIONS = ("mean", "sum", "none")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LARGEST_TEMPERATURE = 1e15
+LEAST_BETA = (
+    0.01  # nearer to 0 or 1 one of the two divergences of a jsd is rounding beside the other's weight
+)
 SUM_TOLERANCE = 1e-2  # probabilities that went through 16-bit storage still sum to one within this
 
 
@@ -24,15 +28,20 @@ def fail(what: str, got: object, expected: str, fix: str) -> ValueError:
 def check_settings(temperature: float, divergence: str, beta: float, reduction: str, count: object) -> None:
     """Refuse settings that have no meaning, before any tensor is looked at."""
     _check_positive("temperature", temperature, "pass a float such as 1.0")
+    if not 1 / LARGEST_TEMPERATURE <= temperature <= LARGEST_TEMPERATURE:
+        expected = (
+            f"a number from {1 / LARGEST_TEMPERATURE} to {LARGEST_TEMPERATURE}, as its square is a float32"
+        )
+        raise fail("temperature", repr(temperature), expected, "pass a float such as 1.0")
     if divergence not in DIVERGENCES:
         raise fail(
             "divergence", repr(divergence), f"one of {', '.join(DIVERGENCES)}", "pick one of these names"
         )
-    if divergence == "jsd" and not (isinstance(beta, Real) and 0 < beta < 1):
+    if divergence == "jsd" and not (isinstance(beta, Real) and LEAST_BETA <= beta <= 1 - LEAST_BETA):
         raise fail(
             "beta",
             repr(beta),
-            "a number strictly between 0 and 1",
+            f"a number from {LEAST_BETA} to {1 - LEAST_BETA}",
             "the ends are divergence='forward' or 'reverse'",
         )
     if reduction not in REDUCTIONS:

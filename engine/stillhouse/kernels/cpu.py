@@ -13,11 +13,10 @@ from stillhouse.kernels.cpu_jit import entry
 from stillhouse.kernels.reference import top_k_at
 from stillhouse.kernels.series import jsd_series
 from stillhouse.kernels.targets import Sampled, Target, TopK
-from stillhouse.kernels.workers import Workers
+from stillhouse.kernels.workers import LINE, Workers
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DIVERGENCES = {"forward": 0, "reverse": 1, "jsd": 2}
-LINE = 16  # float32 in a cache line, and what the kernels work on at a time
 
 _workers = Workers()
 

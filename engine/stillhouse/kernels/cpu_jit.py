@@ -150,6 +150,7 @@ def _compile(name: str) -> bytes:
         usual = target._internal_codegen
         target._internal_codegen = Codegen("stillhouse")  # type: ignore[no-untyped-call]
         try:
+            _refuse_a_processor_without_float16(target._internal_codegen._tm)
             result: Any = compiler.compile_extra(  # type: ignore[no-untyped-call]
                 typing, target, function, (types.int64,), types.void, flags, {}
             )
@@ -161,6 +162,17 @@ def _compile(name: str) -> bytes:
             target._internal_codegen = usual
         code: bytes = plain._codegen._tm.emit_object(plain._final_module)
     return code
+
+
+def _refuse_a_processor_without_float16(machine: llvm.TargetMachine) -> None:
+    """LLVM calls a function for a conversion that it has no instruction for, and ends the process where there is none."""
+    conversion = "define float @f(half %x) {\n %y = fpext half %x to float\n ret float %y\n}"
+    if b"__extendhfsf2" in machine.emit_object(llvm.parse_assembly(conversion)):
+        chosen = os.environ.get("NUMBA_CPU_NAME") or llvm.get_host_cpu_name()
+        raise RuntimeError(
+            f"stillhouse's CPU kernel: got a processor without float16 conversions ({chosen}); expected F16C, as in"
+            " x86-64-v3. Fix: set NUMBA_CPU_NAME and NUMBA_CPU_FEATURES to such a one, or pass backend='torch'."
+        )
 
 
 def _plain(symbol: str) -> Any:

@@ -16,6 +16,8 @@ as -inf. ``wide`` is the student's row in the output; columns from ``vs`` on get
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numba import njit
 
@@ -95,10 +97,12 @@ def reverse_block(es, et, diff, g, gd, m, n, it, high, low, centre, zs, zt, scal
 
 
 @njit(error_model="numpy")
-def jsd_block(es, et, diff, n, it, high, low, izs, izt, beta, series):
+def jsd_block(es, et, diff, n, it, high, low, izs, izt, beta, series, constant):
     """Loss, and the mean of w = log(s/m) + log(1 - beta), which replaces the teacher in the scratch row.
 
     Where the two sides share little, log(s/m) is log 1/(1 - beta) nearly everywhere, and only w tells entries apart.
+    Where they nearly agree it is near 0, and only without that constant are entries told apart: ``constant`` is 0 if
+    all entries of the row are near, else log(1 - beta).
     """
     loss = fill(f32(0.0))
     mean = fill(f32(0.0))
@@ -122,7 +126,7 @@ def jsd_block(es, et, diff, n, it, high, low, izs, izt, beta, series):
         close = close * (x * pt)
         near = absolute(x) < f32(0.4)
         far = where(swap, (log_beta - log_rest) - x, f32(0.0)) + grown
-        to_s = where(near, poly - log_rest, far)
+        to_s = where(near, poly - constant, far)
         loss = loss + where(near, close, term)
         mean = mean - ps * to_s
         store(et + i * 4, -to_s)
@@ -130,7 +134,7 @@ def jsd_block(es, et, diff, n, it, high, low, izs, izt, beta, series):
 
 
 @njit(error_model="numpy")
-def even_jsd_block(es, et, diff, n, it, high, low, izs, izt):
+def even_jsd_block(es, et, diff, n, it, high, low, izs, izt, constant):
     """:func:`jsd_block` for beta 1/2, where the two sides change places and half of the arithmetic goes."""
     loss = fill(f32(0.0))
     mean = fill(f32(0.0))
@@ -148,7 +152,7 @@ def even_jsd_block(es, et, diff, n, it, high, low, izs, izt):
         near = d < NEAR
         square = d * d
         loss = fma(more, where(near, even_jsd(d) * square, term), loss)
-        close = fma(half, x, -log_cosh_half(square)) - LN2
+        close = fma(half, x, -log_cosh_half(square)) + constant
         w = where(near, close, -grown - where(swap, d, f32(0.0)))
         mean = fma(ps, w, mean)
         store(et + i * 4, w)
@@ -202,7 +206,7 @@ def normaliser_error(v, es_at, diff_at, zs, it, high, low):
 
 
 @njit(error_model="numpy")
-def row_loss(divergence, v, es_at, et_at, diff_at, zs, zt, high, low, it, beta, series):
+def row_loss(divergence, v, es_at, et_at, diff_at, zs, zt, high, low, it, beta, series, constant):
     """The passes over the scratch that come before a gradient can be written: (loss so far, centre)."""
     izs = f32(1.0 / zs)
     izt = f32(1.0 / zt)
@@ -218,11 +222,11 @@ def row_loss(divergence, v, es_at, et_at, diff_at, zs, zt, high, low, it, beta, 
         if divergence == REVERSE:
             centre += weighted_sum(es, diff, n, it, high, low)
         elif beta == f32(0.5):
-            part, mean = even_jsd_block(es, et, diff, n, it, high, low, izs, izt)
+            part, mean = even_jsd_block(es, et, diff, n, it, high, low, izs, izt, constant)
             loss += part
             centre += mean
         else:
-            part, mean = jsd_block(es, et, diff, n, it, high, low, izs, izt, beta, series)
+            part, mean = jsd_block(es, et, diff, n, it, high, low, izs, izt, beta, series, constant)
             loss += part
             centre += mean
     if divergence == REVERSE:
@@ -296,7 +300,11 @@ def dense_row(
             if out != 0:
                 zero(out, gd, 0, wide)
             return np.inf
-    loss, centre = row_loss(divergence, v, es_at, et_at, diff_at, zs, zt, high, low, it, beta, series)
+    all_near = far * it + abs(high) < f32(0.4)
+    constant = f32(0.0) if all_near else f32(math.log(1.0 - beta))
+    loss, centre = row_loss(
+        divergence, v, es_at, et_at, diff_at, zs, zt, high, low, it, beta, series, constant
+    )
     if divergence != JSD or out != 0:
         part, summed, size = write_row(
             divergence, out, gd, vs, v, es_at, et_at, diff_at, zs, zt, high, low, centre, it, beta, scale

@@ -51,6 +51,7 @@ from stillhouse.kernels.cpu_rows import (
     write_row,
 )
 
+LITTLE = 1e-20  # of a row: below, exponentials of float32 relative to the row's maximum are not all there
 OUT_OF_RANGE = -np.inf  # the loss that reports an index outside the row
 
 
@@ -127,10 +128,12 @@ def term(log_p, log_q):
 
 @njit
 def outcome(divergence, beta, log_s, log_t):
-    """(loss, d): one outcome's part of the loss; the gradient of log s's entry is exp(log_s) (d - mean d)."""
+    """(loss, d): one outcome's part of the loss; the gradient of log s's entry is exp(log_s) (d - mean d).
+
+    For FORWARD, whose d may be too large a number, exp(log_s) d in its place.
+    """
     if divergence == FORWARD:
-        ratio = math.exp(log_t - log_s) if log_t > -np.inf and log_s > -np.inf else 0.0
-        return term(log_t, log_s), -ratio
+        return term(log_t, log_s), -math.exp(log_t) if log_s > -np.inf else 0.0
     if log_s == -np.inf:
         return (
             (term(log_s, log_t), 0.0)
@@ -155,7 +158,7 @@ def outcome(divergence, beta, log_s, log_t):
 
 @njit(error_model="numpy")
 def compare(logits, log_t, pt, x, k, rs, it, log_z):
-    """The teacher's probabilities and x = log(student / teacher) of the k entries; (their mass, is a side -inf?).
+    """The teacher's probabilities and x = log(student / teacher) of the k entries; (their mass, the largest x).
 
     In float64: 1 minus the mass is what the ghost gets.
     """
@@ -173,7 +176,30 @@ def compare(logits, log_t, pt, x, k, rs, it, log_z):
         d = (f32(0.0) if no_t else FLOOR) if no_s else (-FLOOR if no_t else d)
         x[i] = d
         far = maximum_of(far, absolute(d))
-    return mass, far > f32(1e29)
+    return mass, far
+
+
+@njit(error_model="numpy")
+def lift_rest(student, dtype, v, indices, k, rs, it, es):
+    """Exponentials of all but the k entries, relative to the largest of them: (their sum, its logarithm to ``rs``).
+
+    For a rest so small that relative to the row's maximum it is nothing in float32, or has lost a part.
+    """
+    for i in range(k):
+        es[indices[i]] = f32(-1.0)
+    highest = -np.inf
+    for j in range(v):
+        x = logit(student, dtype, j)
+        if es[j] >= f32(0.0) and x > highest:
+            highest = x
+    rest = 0.0
+    for j in range(v):
+        p = 0.0
+        if es[j] >= f32(0.0) and highest >= FLOOR:
+            p = math.exp((logit(student, dtype, j) - highest) * it)
+        rest += p
+        es[j] = f32(p)
+    return rest, (highest - rs) * it if rest > 0.0 else 0.0
 
 
 @njit
@@ -220,16 +246,21 @@ def top_k_row(
         kept[i] = es[j]
         logits[i] = f32(logit(student, dtype, j))
         es[j] = f32(0.0)
-    rest = (
-        z - inside if inside < 0.5 * z else row_sum(es_at, v)
-    )  # a difference that cancels is summed instead
+    # a difference that cancels is summed instead
+    rest = z - inside if inside < 0.5 * z else row_sum(es_at, v)
     z = inside + rest
     mass, far = compare(logits, f32_at(values), f32_at(pt_at), f32_at(x_at), k, rs, it, math.log(z))
     bad = False
-    if far and divergence != JSD:
+    if far > f32(1e29) and divergence != JSD:
         p, sign = (pt_at, f32(-1.0)) if divergence == FORWARD else (kept_at, f32(1.0))
         bad = impossible(f32_at(p), f32_at(x_at), k, sign)
-    log_ghost_s = math.log(rest / z) if rest > 0.0 and k < v else -np.inf
+    log_ghost_s = -np.inf
+    if k < v:
+        if rest < LITTLE * z:
+            rest, lower = lift_rest(student, dtype, v, indices, k, rs, it, es)
+            log_ghost_s = math.log(rest) + lower - math.log(z) if rest > 0.0 else -np.inf
+        else:
+            log_ghost_s = math.log(rest / z)
     log_ghost_t = log_rest if k < v else -np.inf
     if math.isnan(log_ghost_t):
         log_ghost_t = math.log(1.0 - mass) if mass < 1.0 else -np.inf
@@ -241,26 +272,29 @@ def top_k_row(
     one = f32(1.0)
     none = f32(0.0)
     b = f32(beta)
-    part, centre = row_loss(divergence, k, kept_at, pt_at, x_at, z, 1.0, none, none, one, b, series)
+    constant = none if far < f32(0.4) else f32(math.log(1.0 - beta))
+    part, centre = row_loss(divergence, k, kept_at, pt_at, x_at, z, 1.0, none, none, one, b, series, constant)
     loss += part
-    if divergence == JSD:  # its mean is of log(s/m) + log(1 - beta), times 1 - beta
-        d_ghost = d_ghost / (1.0 - beta) + math.log(1.0 - beta)
-    middle = centre + (math.exp(log_ghost_s) * d_ghost if rest > 0.0 and k < v else 0.0)
+    if divergence == JSD:  # its mean is of log(s/m) + constant, times 1 - beta
+        d_ghost = d_ghost / (1.0 - beta) + constant
+    ghost_s = math.exp(log_ghost_s)
+    middle = centre + (ghost_s * d_ghost if ghost_s > 0.0 else 0.0)
     part, summed, size = write_row(
         divergence, g_at, 0, k, k, kept_at, pt_at, x_at, z, 1.0, none, none, f32(middle), one, b, f32(scale)
     )
     loss += part
     if out != 0:
-        alpha = 1.0 + d_ghost if divergence == FORWARD else d_ghost - middle
+        if divergence == FORWARD:
+            alpha = ghost_s + d_ghost
+        else:
+            alpha = ghost_s * (d_ghost - middle) if ghost_s > 0.0 else 0.0
         if divergence == JSD:
             alpha *= 1.0 - beta
-        if (
-            divergence != FORWARD
-        ):  # whose k targets need not sum to one; these gradients sum to zero but for rounding
-            summed += rest / z * alpha
-            centre_gradient(kept, f32_at(g_at), k, f32(-summed / z * scale))
-            alpha -= summed
-        scaled_row(out, dtype, v, es_at, f32(alpha / z * scale))
+        # a gradient of a softmax sums to zero, also where the teacher's outcomes do not sum to one
+        summed += alpha
+        centre_gradient(kept, f32_at(g_at), k, f32(-summed / z * scale))
+        alpha -= summed * ghost_s
+        scaled_row(out, dtype, v, es_at, f32(alpha / rest * scale) if rest > 0.0 else f32(0.0))
         scatter(out, dtype, indices, f32_at(g_at), k)
     return np.inf if bad else loss
 
@@ -281,7 +315,8 @@ def sampled_row(student, out, dtype, v, wide_indices, values, k, it, scale, es_a
         if j < 0 or j >= v:
             return OUT_OF_RANGE
         if weights[i] > f32(0.0):
-            loss -= weights[i] * ((logit(student, dtype, j) - rs) * it - log_z)
+            x = logit(student, dtype, j)
+            loss -= weights[i] * (((x if x >= FLOOR else -np.inf) - rs) * it - log_z)
             weight += weights[i]
     if out != 0:
         for i in range(k):  # in the scratch, where a repeated index adds up in float32

@@ -224,9 +224,10 @@ def _run(
     d_bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if wanted[2] else None
     losses = []
     for chunk in _chunks(hidden.shape[0], weight.shape[0]):
-        part = hidden[chunk]
+        part, kept = hidden[chunk], None if mask is None else mask[chunk]
+        if kept is not None:  # what a masked row holds may be NaN, and 0 times NaN would reach the weight
+            part = part.masked_fill(~kept[:, None], 0)
         logits = torch.nn.functional.linear(part, weight, bias)
-        kept = None if mask is None else mask[chunk]
         loss, gradient = _chunk_loss(logits, _at(target, chunk), kept, settings, any(wanted))
         losses.append(loss)
         if upstream is not None and gradient is not None:

@@ -50,7 +50,7 @@ def softmax_kl(
             the second argument of a KL lacks are dropped from the first, which is renormalised.
         temperature: T, finite and above 0.
         divergence: see above. ``Sampled`` is for ``forward`` only.
-        beta: weight of the teacher in the mixture, strictly between 0 and 1; read by ``jsd`` only.
+        beta: weight of the teacher in the mixture, from 0.01 to 0.99; read by ``jsd`` only.
         mask: (...) bool, True where a row counts. Other rows have loss and gradient exactly 0, whatever they hold.
         reduction: ``mean`` over valid rows, ``sum``, or ``none`` for one loss per row.
         count: what ``mean`` divides by: the valid rows of the whole optimizer step, so that the way in which a
@@ -133,14 +133,16 @@ def reduce(rows: Tensor, mask: Tensor | None, reduction: str, count: float | Ten
     if isinstance(count, Tensor):
         some = count > 0
         return torch.where(some, total / torch.where(some, count, 1), 0)
-    return total / count if count else total * 0
+    return total / count if count else torch.nan_to_num(total * 0)  # also where a row is +inf
 
 
 def checked(total: float, rows: Tensor) -> None:
-    """Refuse a sum of losses that is not a number, or that reports an index out of range."""
-    if math.isnan(total):
+    """Refuse losses of which one is not a number, or reports an index out of range; +inf is a loss like another."""
+    if not math.isnan(total) and total != -math.inf:
+        return
+    if bool(rows.isnan().any()):
         raise nan_error(rows)
-    if total == -math.inf:
+    if bool((rows == -math.inf).any()):
         row = int((rows == -math.inf).nonzero()[0, 0])
         raise ValueError(
             f"target indices: got one outside the student's entries in row {row} of a trusted target; expected 0 to"

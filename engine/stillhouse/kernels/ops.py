@@ -80,11 +80,11 @@ def _compute(student: Tensor, arguments: Arguments, out: Tensor | None) -> Tenso
     factor = 1.0 if per_row else 1.0 / divisor if divisor else 0.0
     rows = cpu.softmax_kl_fwd_bwd(
         student, _target(*target), temperature=temperature, divergence=divergence, beta=beta, mask=mask,
-        scale=1.0 if student.dtype == torch.float16 else factor, out_grad=out, loss_scale=factor,
+        scale=1.0 if student.dtype == torch.float16 else factor, out_grad=out, loss_scale=factor or 1.0,
     )  # fmt: skip
     total = rows.sum()
     checked(total.item(), rows)
-    return rows if per_row else total
+    return rows if per_row else total if factor else torch.zeros_like(total)
 
 
 def _compute_cuda(student: Tensor, arguments: Arguments, out: Tensor | None) -> Tensor:
@@ -153,13 +153,21 @@ def softmax_kl(student: Tensor, arguments: Arguments, inplace: bool) -> Tensor:
 
 def _overwritable(student: Tensor, arguments: Arguments) -> bool:
     """Is a row of the student its own memory, which no other row, target or mask is read from?"""
-    mine = student.untyped_storage().data_ptr()
-    others = (x for x in arguments if isinstance(x, Tensor))
+    first, last = _span(student)
+    others = (_span(x) for x in arguments if isinstance(x, Tensor) and x.device == student.device)
     return (
         student.is_contiguous()
         and not student.is_neg()
-        and all(x.untyped_storage().data_ptr() != mine for x in others)
+        and all(end <= first or last <= start for start, end in others)
     )
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """Addresses of the first byte and of the one after the last."""
+    if x.numel() == 0:
+        return x.data_ptr(), x.data_ptr()
+    reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (reach + 1) * x.element_size()
 
 
 def refuse_forward_mode(*inputs: Tensor | None) -> None:
@@ -178,9 +186,10 @@ class _SoftmaxKL(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, arguments: Arguments, inplace: bool) -> tuple[Tensor, Tensor]:
         if inplace:
             gradient = student.detach()
-            loss: Tensor = torch.ops.stillhouse.softmax_kl_.default(gradient, *arguments)
-            # who saved these logits is told that they are gone
-            torch.autograd.graph.increment_version(student)
+            try:
+                loss: Tensor = torch.ops.stillhouse.softmax_kl_.default(gradient, *arguments)
+            finally:  # who saved these logits is told that they are gone, also where a row was refused
+                torch.autograd.graph.increment_version(student)
         else:
             loss, gradient = torch.ops.stillhouse.softmax_kl.default(student, *arguments, True)
         count, divisor, per_row = arguments[7], arguments[8], arguments[-1]

@@ -1,6 +1,6 @@
 """Threads for the CPU kernels: torch's own, where they can be had, and as many as torch uses.
 
-A call is a record in memory, of which each thread takes rows until none is left (``cpu_rows.Call``). The threads are
+A call is a record in memory, of which each thread takes rows until none is left (``cpu_jit.record``). The threads are
 those of the OpenMP runtime that torch is linked to. It keeps its threads spinning for some milliseconds after torch's
 own operators, so that others would share a core with them, and these are awake. A forked child must not enter a runtime
 whose threads it does not have; there, and where torch has no OpenMP with GNU's entry point, a pool of Python threads
@@ -13,7 +13,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from stillhouse.kernels.cpu_jit import Compiled, record
 
 SERIAL = 32_768  # logits that one thread finishes sooner than a second one wakes
 CHUNK = 65_536  # logits that a thread takes at a time
+LINE = 16  # float32 in a cache line
 GUARD = 256  # float32 between scratch and other memory; see Workers._scratch
 
 
@@ -30,7 +31,7 @@ class Workers:
     """Runs compiled rows on torch.get_num_threads() threads, with scratch memory for each."""
 
     def __init__(self) -> None:
-        self._forked = False
+        self._forked = self._entered = False
         self._reset()
         os.register_at_fork(after_in_child=self._after_fork)
 
@@ -43,6 +44,10 @@ class Workers:
     def _after_fork(self) -> None:
         self._forked = True
         self._reset()  # a child has none of its parent's threads
+        if (
+            self._entered
+        ):  # torch's operators would wait for threads that were left behind, as in DataLoader's workers
+            torch.set_num_threads(1)
 
     def run(self, compiled: Compiled, rows: int, width: int, scratch: int, *numbers: float) -> None:
         """Call ``compiled`` over all rows, each thread with ``scratch`` float32; returns when each row is done."""
@@ -55,14 +60,14 @@ class Workers:
             return
         parallel = None if self._forked else openmp()
         if parallel is not None:
+            self._entered = True
             parallel(compiled.address, call, threads, 0)
             return
         others = self._submit(threads - 1, lambda: compiled(call))
         try:
             compiled(call)
         finally:
-            for other in others:
-                other.result()
+            _wait_for(others)
 
     def _scratch(self, threads: int, elements: int) -> tuple[int, int]:
         """Address of scratch memory that this Python thread keeps between calls, and bytes from one part to the next.
@@ -70,7 +75,7 @@ class Workers:
         Nothing else lies within ``GUARD`` of a part. LLVM's vector loops fall back to scalar ones, which round
         otherwise, where two arrays are less than a few vectors apart, so that bits would depend on the allocator.
         """
-        each = elements + GUARD
+        each = -(-elements // LINE) * LINE + GUARD
         have: torch.Tensor | None = getattr(self._local, "memory", None)
         if have is None or have.numel() < threads * each + GUARD:
             have = torch.empty(threads * each + GUARD, dtype=torch.float32)
@@ -85,6 +90,20 @@ class Workers:
                 self._pool = ThreadPoolExecutor(copies, thread_name_prefix="stillhouse-kernels")
                 self._size = copies
             return [self._pool.submit(work) for _ in range(copies)]
+
+
+def _wait_for(others: list[Future[None]]) -> None:
+    """Until all have ended, also through interrupts: they write to memory that the caller may then give back."""
+    interrupt: KeyboardInterrupt | None = None
+    while not all(other.done() for other in others):
+        try:
+            wait(others)
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
+    for other in others:
+        other.result()
 
 
 @lru_cache(maxsize=1)
