@@ -78,6 +78,8 @@ FAST = [
     (10, "f32", "forward", "dense"),
     (100, "bf16", "forward", "dense"),
     (1000, "bf16", "forward", "dense"),
+    (1001, "f32", "forward", "dense"),
+    (1001, "bf16", "reverse", "dense"),
     (1000, "f32", "jsd", "dense"),
     (4096, "f32", "forward", "dense"),
     (4096, "f32", "reverse", "ghost"),

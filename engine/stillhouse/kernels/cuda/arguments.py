@@ -61,11 +61,10 @@ def pack(
     scalars = (math.log2(math.e) / temperature, temperature * factor, temperature * temperature, beta)
     if isinstance(target, Tensor):
         _, s_width, t_width = widths(v, target, divergence)
-        last = launch.span if launch.spec.family == "rows" else rows
+        last = rows if launch.spec.lanes else launch.span
         dense = (v, target.shape[-1], s_width, t_width, last)
         return (student, tensors[0], grad, loss, mask, scale, *dense, *scalars)
     k = target.indices.shape[-1]
     outside = tensors[2] if len(tensors) > 2 else 0
-    last = launch.span if launch.spec.family == "rows" else rows
-    sizes = (v, k, sparse_mode(target, divergence), last)
+    sizes = (v, k, sparse_mode(target, divergence), launch.span)
     return (student, tensors[0], tensors[1], outside, grad, loss, mask, scale, *sizes, *scalars)

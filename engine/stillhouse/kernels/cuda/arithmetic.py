@@ -112,11 +112,63 @@ def log2_ratio(a, b):
 
 
 @device
-def row_known(k2, ct, dt, cs, ds, beta):
-    """What the pair functions take besides the logits: everything that a row's elements share."""
+def log2_of(x):
+    """log2 of a normal float32 to its last bits, for what a whole row shares: exponent, and a series around one."""
+    bits = ptx.float_as_word(x)
+    exponent = I32(bits >> U32(23)) - I32(127)
+    m = ptx.word_as_float(U32((bits & U32(0x7FFFFF)) | U32(0x3F800000)))
+    if m > RATIO_HIGH:
+        m = m * F32(0.5)
+        exponent = I32(exponent + 1)
+    u = (m - ONE) * ptx.reciprocal(m + ONE)
+    v = u * u
+    series = ptx.fma(v, ptx.fma(v, ptx.fma(v, ptx.fma(v, NINTH, SEVENTH), FIFTH), THIRD), ONE)
+    result = F32(exponent) + u * series * TWO_OVER_LN2
+    return result if x > ZERO and x < F32(np.inf) else ptx.log2_approx(x)
+
+
+@device
+def quotient(a, b):
+    """The quotient a / b, corrected once, so that it is one where a = b: identical rows then lose nothing."""
+    inverse = ptx.reciprocal(b)
+    first = a * inverse
+    return ptx.fma(ptx.fma(-first, b, a), inverse, first)
+
+
+@device
+def kl_known(k2, cp, dp, cq, dq):
+    """What ``kl_pair`` takes besides the logits: 1 / D_p, which it leaves out, and D_p / D_q.
+
+    The logarithm is that of the very float that scales q, so that the two agree.
+    """
+    ratio = quotient(dp, dq)
+    return k2, -cp, -cq, ptx.reciprocal(dp), ratio, log2_of(ratio)
+
+
+@device
+def forward_known(k2, ct, dt, cs, ds, beta):
+    return kl_known(k2, ct, dt, cs, ds)
+
+
+@device
+def reverse_known(k2, ct, dt, cs, ds, beta):
+    return kl_known(k2, cs, ds, ct, dt)
+
+
+@device
+def jsd_known(k2, ct, dt, cs, ds, beta):
     it, is_ = ptx.reciprocal(dt), ptx.reciprocal(ds)
-    delta = log2_ratio(it, is_)
-    return k2, -ct, -cs, it, is_, delta, (cs - ct) + delta, beta, *mixture_known(beta)
+    return k2, -ct, -cs, ONE, it, is_, (cs - ct) + log2_ratio(it, is_), beta, *mixture_known(beta)
+
+
+@device
+def kl_of_logs(beta):
+    return ONE, ZERO, ZERO, ONE, ONE, ZERO
+
+
+@device
+def jsd_of_logs(beta):
+    return ONE, ZERO, ZERO, ONE, ONE, ONE, ZERO, beta, *mixture_known(beta)
 
 
 @device
@@ -154,25 +206,29 @@ def bregman(weighted, gap, change):
 
 
 @device
+def kl_pair(xp, xq, known):
+    """(p phi(log q/p), p, q - p, p log2(p / q)), all short of the factor 1 / D_p, which is known[3] for any divergence."""
+    k2, n_p, n_q, base, ratio, log_ratio = known
+    zp, zq = ptx.fma(xp, k2, n_p), ptx.fma(xq, k2, n_q)
+    p = ptx.exp2(zp)
+    change = ptx.fma(ptx.exp2(zq), ratio, -p)
+    gap = (zp - zq) - log_ratio
+    weighted = p * gap if p > ZERO else ZERO
+    return bregman(weighted, gap, change), p, change, weighted
+
+
+@device
 def forward_pair(xt, xs, known):
-    """(loss, p_s - p_t, unused): the gradient needs no sum over the row."""
-    k2, nt, ns, it, is_, delta, shift, beta, log_t, log_s, odds, c2, c3, c4, c5 = known
-    zt, zs = ptx.fma(xt, k2, nt), ptx.fma(xs, k2, ns)
-    pt = ptx.exp2(zt) * it
-    change = ptx.exp2(zs) * is_ - pt
-    gap = (zt - zs) + delta
-    return bregman(pt * gap if pt > ZERO else ZERO, gap, change), change, ZERO
+    """(loss, p_s - p_t, unused), short of the factor: the gradient needs no sum over the row."""
+    loss, p, change, weighted = kl_pair(xt, xs, known)
+    return loss, change, ZERO
 
 
 @device
 def reverse_pair(xt, xs, known):
-    """(loss, p_s, p_s log2(p_s / p_t)): the gradient is p_s (log(p_s / p_t) - its mean)."""
-    k2, nt, ns, it, is_, delta, shift, beta, log_t, log_s, odds, c2, c3, c4, c5 = known
-    zt, zs = ptx.fma(xt, k2, nt), ptx.fma(xs, k2, ns)
-    ps = ptx.exp2(zs) * is_
-    gap = (zs - zt) - delta
-    weighted = ps * gap if ps > ZERO else ZERO
-    return bregman(weighted, gap, ptx.exp2(zt) * it - ps), ps, weighted
+    """(loss, p_s, p_s log2(p_s / p_t)), short of the factor: the gradient is p_s (log(p_s / p_t) - its mean)."""
+    loss, p, change, weighted = kl_pair(xs, xt, known)
+    return loss, p, weighted
 
 
 @device
@@ -188,7 +244,7 @@ def jsd_pair(xt, xs, known):
     which generates the cumulants of a coin: its series has no terms that cancel.
     The gap is clamped to finite numbers, also where it is -inf minus -inf; its probabilities are then zero.
     """
-    k2, nt, ns, it, is_, delta, shift, beta, log_t, log_s, odds, c2, c3, c4, c5 = known
+    k2, nt, ns, base, it, is_, shift, beta, log_t, log_s, odds, c2, c3, c4, c5 = known
     signed = ptx.fmin(ptx.fmax(ptx.fma(xt - xs, k2, shift), -FAR), FAR)
     teacher_bigger = signed > ZERO
     z_big = ptx.fma(xt if teacher_bigger else xs, k2, nt if teacher_bigger else ns)
@@ -207,6 +263,8 @@ def jsd_pair(xt, xs, known):
 
 
 PAIRS = {"forward": forward_pair, "reverse": reverse_pair, "jsd": jsd_pair}
+KNOWN = {"forward": forward_known, "reverse": reverse_known, "jsd": jsd_known}
+OF_LOGS = {"forward": kl_of_logs, "reverse": kl_of_logs, "jsd": jsd_of_logs}  # for log2-probabilities
 
 
 @device
@@ -229,19 +287,3 @@ FACTORS = {
     "reverse": reverse_factors,
     "jsd": jsd_factors,
 }  # what the pairs leave out
-
-
-@device
-def log2_of(x):
-    """log2 of a normal float32 to its last bits, for what a whole row shares: exponent, and a series around one."""
-    bits = ptx.float_as_word(x)
-    exponent = I32(bits >> U32(23)) - I32(127)
-    m = ptx.word_as_float(U32((bits & U32(0x7FFFFF)) | U32(0x3F800000)))
-    if m > RATIO_HIGH:
-        m = m * F32(0.5)
-        exponent = I32(exponent + 1)
-    u = (m - ONE) * ptx.reciprocal(m + ONE)
-    v = u * u
-    series = ptx.fma(v, ptx.fma(v, ptx.fma(v, ptx.fma(v, NINTH, SEVENTH), FIFTH), THIRD), ONE)
-    result = F32(exponent) + u * series * TWO_OVER_LN2
-    return result if x > ZERO and x < F32(np.inf) else ptx.log2_approx(x)

@@ -41,10 +41,10 @@ def kernel_function(spec: Spec) -> tuple[Any, tuple[Any, ...]]:
         return small.small_kernel(
             spec.dtype, spec.divergence, spec.threads, spec.lanes, spec.gradient
         ), small.SIGNATURE
-    made = sparse.sparse_kernel if spec.target == "sparse" else rows.rows_kernel
-    signature = sparse.SIGNATURE if spec.target == "sparse" else rows.SIGNATURE
-    kernel = made(spec.dtype, spec.divergence, spec.threads, spec.cluster, spec.staged, spec.gradient)
-    return kernel, signature
+    choices = (spec.dtype, spec.divergence, spec.threads, spec.cluster, spec.staged, spec.gradient)
+    if spec.target == "sparse":
+        return sparse.sparse_kernel(*choices), sparse.SIGNATURE
+    return rows.rows_kernel(*choices, spec.lanes), rows.SIGNATURE
 
 
 @contextmanager
