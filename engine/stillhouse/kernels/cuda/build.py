@@ -18,6 +18,7 @@ from typing import Any
 from stillhouse.kernels.cuda.plan import Spec
 
 ENTRY = "stillhouse_softmax_kl"
+RESIDENT = 1024  # threads of a multiprocessor that registers must suffice for: 64 each
 SOURCES = (
     "arithmetic",
     "build",
@@ -69,12 +70,19 @@ def compile_ptx(spec: Spec, cc: tuple[int, int]) -> str:
         kernel, signature = kernel_function(spec)
         compiler: Any = cuda
         text, _ = compiler.compile(
-            kernel, types.void(*signature), device=False, cc=cc, abi="numba", launch_bounds=spec.threads
+            kernel,
+            types.void(*signature),
+            device=False,
+            cc=cc,
+            abi="numba",
+            launch_bounds=(spec.threads, RESIDENT // spec.threads),
         )
     name = re.search(r"\.visible \.entry (\w+)\(", text)
     assert name is not None, "Numba's PTX has no entry point"
     text = text.replace(name[1], ENTRY)
-    return re.sub(r"^\.common \.global[^\n]*NumbaEnv[^\n]*\n", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^\.common \.global[^\n]*NumbaEnv[^\n]*\n", "", text, flags=re.MULTILINE)
+    # the assembler unrolls no loop either: see intrinsics.uncounted
+    return text.replace("\n{", '\n.pragma "nounroll";\n{', 1)
 
 
 def cubin(spec: Spec, cc: tuple[int, int]) -> bytes:

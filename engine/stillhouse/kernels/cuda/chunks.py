@@ -123,7 +123,7 @@ def walk(code: SimpleNamespace, threads: int, planes: int) -> SimpleNamespace:
         slot, stop, at, home = whole_of(chunks)
         while slot < stop:
             put(g_row + at, chunks[4], za, zb)
-            slot, at = I32(slot + threads), at + stride
+            slot, at = ptx.uncounted(slot + threads), at + stride
         j = chunks[7]
         while j < edges(chunks):
             chunk = edge(j, chunks)

@@ -27,7 +27,8 @@ SCRATCH = RANKS + 6 * RANK_SLOTS
 def merges(threads: int, cluster: int, two_sums: bool = True) -> SimpleNamespace:
     """Device functions ``softmax_two`` and ``sum_two`` for this block and cluster size.
 
-    Without ``two_sums`` the second sum is zero, and nothing is shuffled for it.
+    Without ``two_sums`` the second sum is zero, and nothing is shuffled for it. With them, or more than a warp to a row,
+    either is also a barrier.
     """
     warps = threads // 32
     alone = threads * cluster == 32  # a warp has the row, and needs no memory to meet in
@@ -88,6 +89,8 @@ def merges(threads: int, cluster: int, two_sums: bool = True) -> SimpleNamespace
     def softmax_two(scratch, tid, rank, ct, dt, cs, ds):
         """(C, D) of teacher and student over the whole row, to every thread."""
         if alone:
+            if two_sums:
+                ptx.warp_barrier()
             ct, dt = warp_softmax(ct, dt)
             cs, ds = warp_softmax(cs, ds)
             return ct, dt, cs, ds
@@ -113,6 +116,8 @@ def merges(threads: int, cluster: int, two_sums: bool = True) -> SimpleNamespace
         if two_sums:
             b = warp_sum(b)
         if alone:
+            if two_sums:
+                ptx.warp_barrier()
             return a, b
         if (tid & I32(31)) == I32(0):
             w = tid >> I32(5)

@@ -15,7 +15,7 @@ import numpy as np
 from numba import cuda, types
 
 from stillhouse.kernels.cuda import intrinsics as ptx
-from stillhouse.kernels.cuda.arithmetic import FACTORS, KNOWN, LOWEST, PAIRS, ZERO, absorb, device, sum8
+from stillhouse.kernels.cuda.arithmetic import KNOWN, LOWEST, PAIRS, ZERO, absorb, device, sum8
 from stillhouse.kernels.cuda.chunks import is_kept, row_geometry, row_scale, walk
 from stillhouse.kernels.cuda.merge import SCRATCH, merges
 from stillhouse.kernels.cuda.vectors import PLANE, codec
@@ -45,6 +45,11 @@ def eight_pairs(pair):
 
 
 @device
+def floats(a):
+    return ptx.word_as_float(a[0]), ptx.word_as_float(a[1]), ptx.word_as_float(a[2]), ptx.word_as_float(a[3])
+
+
+@device
 def scaled(x, f):
     return x[0] * f, x[1] * f, x[2] * f, x[3] * f, x[4] * f, x[5] * f, x[6] * f, x[7] * f
 
@@ -68,8 +73,7 @@ def warp_span(width):
     return I32(I32(I32(width + 14) >> I32(3)) + 31) & I32(-32)
 
 
-SIGNATURE = (*[types.int64] * 6, *[types.int32] * 5, *[types.float32] * 4)
-ARGUMENTS = "s t g loss mask scale v t_stride s_width t_width slice k2 grad_factor loss_factor beta".split()
+SIGNATURE = (*[types.int64] * 6, *[types.int32] * 5, *[types.float32] * 11)
 
 
 def rows_kernel(
@@ -98,6 +102,7 @@ def rows_kernel(
     # vectors of shared memory for a chunk: its logits, or two float32 results in their place
     planes, second = (2 * code.vectors if forward else 4), code.vectors * PLANE
     writes, means = forward and gradient, gradient and not forward
+    replaces = means and staged
     decode, encode = code.decode, code.encode
     put, put_edge, fetch_edge, stage, unstage = (
         code.put,
@@ -117,10 +122,10 @@ def rows_kernel(
     )
     clear_row, cell, stride, jump = steps.clear_row, steps.cell, steps.stride, steps.jump
     fetch, fetch_last = code.fetch if staged else code.fetch_kept, code.fetch
-    encode_wide, decode_wide, stage_wide, unstage_wide = wide.encode, wide.decode, wide.stage, wide.unstage
+    decode_wide, unstage_wide, word = wide.decode, wide.unstage, ptx.float_as_word
     softmax_two, sum_two = merge.softmax_two, merge.sum_two
     geometry = row_geometry(size, sectors=not lanes)
-    eight, factors, row_known = eight_pairs(pair), FACTORS[divergence], KNOWN[divergence]
+    eight, row_known = eight_pairs(pair), KNOWN[divergence]
 
     @device
     def take(words, home, sa, sb, ta, tb, k2, state):
@@ -140,7 +145,7 @@ def rows_kernel(
             sa, sb = fetch(s_row + at, chunks[4])
             ta, tb = fetch(t_row + at, chunks[4])
             state = take(words, home, sa, sb, ta, tb, k2, state)
-            slot, at, home = I32(slot + team), at + stride, I32(home + jump)
+            slot, at, home = ptx.uncounted(slot + team), at + stride, I32(home + jump)
         j = chunks[7]
         while j < edges(chunks):
             chunk = edge(j, chunks)
@@ -175,18 +180,47 @@ def rows_kernel(
         return decode(sa, sb), decode(ta, tb)
 
     @device
-    def keep(words, home, p, w):
-        """Probabilities and weighted logarithms stay in float32, whatever the dtype of the logits."""
-        pa, pb = encode_wide(p)
-        wa, wb = encode_wide(w)
-        stage_wide(words, home, pa, pb)
-        stage_wide(words, I32(home + 2 * PLANE), wa, wb)
+    def four(words, at, xs, xt, known):
+        """(sums of losses and of third results); the second and third stay in float32, whatever the logits' dtype."""
+        a0, b0, c0 = pair(xt[0], xs[0], known)
+        a1, b1, c1 = pair(xt[1], xs[1], known)
+        a2, b2, c2 = pair(xt[2], xs[2], known)
+        a3, b3, c3 = pair(xt[3], xs[3], known)
+        ptx.shared_store_words(words, at, word(b0), word(b1), word(b2), word(b3))
+        ptx.shared_store_words(words, I32(at + 2 * PLANE), word(c0), word(c1), word(c2), word(c3))
+        return (a0 + a1) + (a2 + a3), (c0 + c1) + (c2 + c3)
+
+    @device
+    def replace(words, home, known):
+        """A staged chunk's logits by what its gradient is made of; four by four, or registers run out."""
+        if size == 4:
+            xs, xt = ptx.shared_load_words(words, home), ptx.shared_load_words(words, I32(home + second))
+            a0, c0 = four(words, home, floats(xs), floats(xt), known)
+            other = I32(home + PLANE)
+            xs, xt = ptx.shared_load_words(words, other), ptx.shared_load_words(words, I32(other + second))
+            a1, c1 = four(words, other, floats(xs), floats(xt), known)
+        else:
+            xs, xt = staged_pair(words, home)
+            a0, c0 = four(words, home, xs[:4], xt[:4], known)
+            a1, c1 = four(words, I32(home + PLANE), xs[4:], xt[4:], known)
+        return a0 + a1, c0 + c1
 
     @device
     def kept(words, home):
         pa, pb = unstage_wide(words, home)
         wa, wb = unstage_wide(words, I32(home + 2 * PLANE))
         return decode_wide(pa, pb), decode_wide(wa, wb)
+
+    @device
+    def replace_row(words, chunks, known):
+        """Second pass over a staged row whose gradient needs a mean: no edges here, and barriers before and after."""
+        total, mean, slot = ZERO, ZERO, chunks[7]
+        home = cell(slot, chunks)
+        while slot < I32(chunks[6] - chunks[5]):
+            a, c = replace(words, home, known)
+            total, mean = total + a, mean + c
+            slot, home = ptx.uncounted(slot + team), I32(home + jump)
+        return total, mean
 
     @device
     def resolve_row(words, s_row, t_row, g_row, v, s_width, t_width, chunks, known, grad_scale):
@@ -202,9 +236,7 @@ def rows_kernel(
                 put(g_row + at, chunks[4], ga, gb)
             if means:
                 mean = mean + sum8(c)
-                if staged:
-                    keep(words, home, b, c)
-            slot, at, home = I32(slot + team), at + stride, I32(home + jump)
+            slot, at, home = ptx.uncounted(slot + team), at + stride, I32(home + jump)
         j = chunks[7]
         while j < edges(chunks):
             chunk = edge(j, chunks)
@@ -218,8 +250,6 @@ def rows_kernel(
                     put_edge(g_row, e, v, chunks[4], ga, gb)
                 if means:
                     mean = mean + sum8(c)
-                    if staged:
-                        keep(words, home, b, c)
             j = I32(j + team)
         return total, mean
 
@@ -235,7 +265,7 @@ def rows_kernel(
                 a, b, c = eight(xs, xt, known)
             ga, gb = encode(centred(b, c, mean, grad_scale))
             put(g_row + at, chunks[4], ga, gb)
-            slot, at, home = I32(slot + team), at + stride, I32(home + jump)
+            slot, at, home = ptx.uncounted(slot + team), at + stride, I32(home + jump)
         j = chunks[7]
         while j < edges(chunks):
             chunk = edge(j, chunks)
@@ -251,8 +281,10 @@ def rows_kernel(
             j = I32(j + team)
 
     def kernel(
-        s, t, g, loss, mask, scale, v, t_stride, s_width, t_width, span, k2, grad_factor, loss_factor, beta
-    ):
+        s, t, g, loss, mask, scale, v, t_stride, s_width, t_width, span, k2, grad_factor, loss_factor,
+        odds, log_odds, log_t, log_s, c2, c3, c4, c5,
+    ):  # fmt: skip
+        coin = (odds, log_odds, log_t, log_s, c2, c3, c4, c5)
         words = cuda.shared.array(0, types.uint32, alignment=ALIGNMENT)
         scratch = cuda.shared.array(SCRATCH, np.float32)
         tid = I32(cuda.threadIdx.x)
@@ -291,18 +323,23 @@ def rows_kernel(
         if cluster > 1:
             ptx.cluster_wait()
         ct, dt, cs, ds = softmax_two(scratch, tid, rank, ct, dt, cs, ds)
-        known = row_known(k2, ct, dt, cs, ds, beta)
-        common = known[3]
-        loss_factor, grad_scale = factors(
-            loss_factor * common, row_scale(scale, row, grad_factor) * common, beta
-        )
-        total, mean = resolve_row(words, s_row, t_row, g_row, v, s_width, t_width, chunks, known, grad_scale)
+        known = row_known(k2, ct, dt, cs, ds, coin)
+        grad_scale = ZERO
+        if writes:
+            grad_scale = row_scale(scale, row, grad_factor) * known[3]
+        if replaces:
+            total, mean = replace_row(words, chunks, known)
+        else:
+            total, mean = resolve_row(
+                words, s_row, t_row, g_row, v, s_width, t_width, chunks, known, grad_scale
+            )
         total, mean = sum_two(scratch, tid, rank, total, mean)
         if leader:
-            ptx.store_f32(loss + I64(row) * 4, total * loss_factor)
+            ptx.store_f32(loss + I64(row) * 4, total * (loss_factor * known[3]))
         if not means:
             return
-        mean = mean * common
+        mean = mean * known[3]
+        grad_scale = row_scale(scale, row, grad_factor) * known[3]  # not before, for want of registers
         if mean > HUGE:  # the teacher rules out what the student believes in: loss inf, and no gradient
             clear_row(g_row, v, chunks)
         else:

@@ -17,7 +17,6 @@ from numba import cuda, types
 
 from stillhouse.kernels.cuda import intrinsics as ptx
 from stillhouse.kernels.cuda.arithmetic import (
-    FACTORS,
     KNOWN,
     LOWEST,
     PAIRS,
@@ -113,10 +112,9 @@ def stretches(dtype: str, threads: int) -> SimpleNamespace:
 
 def small_kernel(dtype: str, divergence: str, threads: int, lanes: int, gradient: bool = True) -> Callable:
     """The kernel (undecorated) with ``threads / lanes`` rows a block; arguments as in rows, ``rows`` for the slice."""
-    pair, row_known, factors, stretch, size = (
+    pair, row_known, stretch, size = (
         PAIRS[divergence],
         KNOWN[divergence],
-        FACTORS[divergence],
         stretches(dtype, threads),
         codec(dtype).size,
     )
@@ -230,8 +228,10 @@ def small_kernel(dtype: str, divergence: str, threads: int, lanes: int, gradient
             e = I32(e + lanes)
 
     def kernel(
-        s, t, g, loss, mask, scale, v, t_stride, s_width, t_width, rows, k2, grad_factor, loss_factor, beta
-    ):
+        s, t, g, loss, mask, scale, v, t_stride, s_width, t_width, rows, k2, grad_factor, loss_factor,
+        odds, log_odds, log_t, log_s, c2, c3, c4, c5,
+    ):  # fmt: skip
+        coin = (odds, log_odds, log_t, log_s, c2, c3, c4, c5)
         words = cuda.shared.array(0, types.uint32, alignment=ALIGNMENT)
         tid = I32(cuda.threadIdx.x)
         first = I32(I32(cuda.blockIdx.x) * rows_per_block)
@@ -261,14 +261,13 @@ def small_kernel(dtype: str, divergence: str, threads: int, lanes: int, gradient
         )  # all lanes take part in the shuffles
         cs, ds = row_softmax(words, s_row, mine_s, lane, k2)
         ct, dt = row_softmax(words, t_row, mine_t, lane, k2)
-        known = row_known(k2, ct, dt, cs, ds, beta)
+        known = row_known(k2, ct, dt, cs, ds, coin)
         all_width = max(v, max(mine_s, mine_t)) if kept else I32(0)
         both = min(v, t_stride)
         grad_scale = grad_factor
         if kept:
             grad_scale = row_scale(scale, row, grad_factor)
-        base = known[3]
-        loss_factor, grad_scale = factors(loss_factor * base, grad_scale * base, beta)
+        loss_factor, grad_scale = loss_factor * known[3], grad_scale * known[3]
         total, mean = resolve(
             words, s_row, t_row, v, mine_s, mine_t, all_width, both, lane, known, grad_scale
         )  # fmt: skip

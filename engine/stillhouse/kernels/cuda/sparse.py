@@ -19,7 +19,6 @@ from numba import cuda, types
 from stillhouse.kernels.cuda import intrinsics as ptx
 from stillhouse.kernels.cuda.arguments import GHOST, SAMPLED, WITHIN
 from stillhouse.kernels.cuda.arithmetic import (
-    FACTORS,
     LN2,
     LOWEST,
     OF_LOGS,
@@ -39,7 +38,7 @@ LOG2E = F32(math.log2(math.e))
 MINUS_INFINITY = F32(-np.inf)
 HUGE = F32(3.0e38)
 
-SIGNATURE = (*[types.int64] * 8, *[types.int32] * 4, *[types.float32] * 4)
+SIGNATURE = (*[types.int64] * 8, *[types.int32] * 4, *[types.float32] * 11)
 
 
 @device
@@ -104,11 +103,10 @@ def sparse_kernel(
     (float32, or 0), gradient, loss, mask (or 0), scale (or 0); V, k, the mode, chunks in a block's slice; then the
     same factors as for dense teachers. Without ``gradient`` it writes losses only.
     """
-    code, pair, of_logs, factors, merge = (
+    code, pair, of_logs, merge = (
         codec(dtype),
         PAIRS[divergence],
         OF_LOGS[divergence],
-        FACTORS[divergence],
         merges(threads, cluster),
     )
     size, forward, marks_at = code.size, divergence == "forward", 4 * code.vectors if staged else 0
@@ -177,7 +175,7 @@ def sparse_kernel(
         while slot < stop:
             a, b = fetch(s_row + at, chunks[4])
             c, d = take(words, span, slot, home, a, b, k2, c, d)
-            slot, at, home = I32(slot + threads), at + stride, I32(home + jump)
+            slot, at, home = ptx.uncounted(slot + threads), at + stride, I32(home + jump)
         j = chunks[7]
         while j < edges(chunks):
             chunk = edge(j, chunks)
@@ -202,12 +200,14 @@ def sparse_kernel(
         return c, d
 
     @device
-    def outcome(log_p, log_q, beta):
+    def outcome(log_p, log_q, coin):
         """The pair function of two log2-probabilities."""
-        return pair(log_p, log_q, of_logs(beta))
+        known = of_logs(coin)
+        a, b, c = pair(log_p, log_q, known)
+        return a * known[3], b * known[3], c * known[3]
 
     @device
-    def entry_sums(s_row, indices, values, k, mode, k2, n, log_d, beta, shift, tid):
+    def entry_sums(s_row, indices, values, k, mode, k2, n, log_d, coin, shift, tid):
         total, mean = ZERO, ZERO
         i = tid
         while i < k:
@@ -216,7 +216,7 @@ def sparse_kernel(
             if mode == I32(SAMPLED):
                 total, mean = total - value * log_q * LN2, mean + value
             else:
-                a, b, c = outcome(value * LOG2E, log_q, beta)
+                a, b, c = outcome(value * LOG2E, log_q, coin)
                 total, mean = total + a, mean + ptx.fma(b, -shift, c)
             i = I32(i + threads)
         return total, mean
@@ -235,7 +235,7 @@ def sparse_kernel(
         return first, weight
 
     @device
-    def write_entries(s_row, g_row, indices, values, k, mode, k2, n, log_d, beta, mean, grad_scale, chunks):
+    def write_entries(s_row, g_row, indices, values, k, mode, k2, n, log_d, coin, mean, grad_scale, chunks):
         i = chunks[7]
         while i < k:
             index = index_at(indices, i)
@@ -249,7 +249,7 @@ def sparse_kernel(
                     if mode == I32(SAMPLED):
                         gradient = mean * ptx.exp2(log_q) - weight
                     else:
-                        a, b, c = outcome(value_at(values, i) * LOG2E, log_q, beta)
+                        a, b, c = outcome(value_at(values, i) * LOG2E, log_q, coin)
                         gradient = b if forward else ptx.fma(b, -mean, c)
                     store_one(g_row + I64(index) * size, gradient * grad_scale)
             i = I32(i + threads)
@@ -269,7 +269,7 @@ def sparse_kernel(
                 gradient = keep_marked(gradient, decode(a, b), marks)
             a, b = encode(gradient)
             put(g_row + at, chunks[4], a, b)
-            slot, at, home = I32(slot + threads), at + stride, I32(home + jump)
+            slot, at, home = ptx.uncounted(slot + threads), at + stride, I32(home + jump)
         j = chunks[7]
         while j < edges(chunks):
             chunk = edge(j, chunks)
@@ -302,8 +302,10 @@ def sparse_kernel(
         return c, log_d, (co - c) + log2_of(do) - log_d
 
     def kernel(
-        s, indices, values, outside, g, loss, mask, scale, v, k, mode, span, k2, grad_factor, loss_factor, beta
+        s, indices, values, outside, g, loss, mask, scale, v, k, mode, span, k2, grad_factor, loss_factor,
+        odds, log_odds, log_t, log_s, c2, c3, c4, c5,
     ):  # fmt: skip
+        coin = (odds, log_odds, log_t, log_s, c2, c3, c4, c5)
         words = cuda.shared.array(0, types.uint32, alignment=ALIGNMENT)
         scratch = cuda.shared.array(SCRATCH, np.float32)
         tid = I32(cuda.threadIdx.x)
@@ -350,29 +352,29 @@ def sparse_kernel(
             log_p = MINUS_INFINITY
             if mode == I32(GHOST):
                 log_p = log2_of(ptx.load_f32(outside + I64(row) * 4))
-            rest_loss, rest_second, rest_third = outcome(log_p, log_rest, beta)
+            rest_loss, rest_second, rest_third = outcome(log_p, log_rest, coin)
             if log_rest > F32(-120.0):
                 over = ptx.exp2(-log_rest)
                 if not forward and rest_third < HUGE:
                     shift = rest_third * over
         total, mean = ZERO, ZERO
         if rank == I32(0):
-            total, mean = entry_sums(s_row, indices, values, k, mode, k2, n, log_d, beta, shift, tid)
+            total, mean = entry_sums(s_row, indices, values, k, mode, k2, n, log_d, coin, shift, tid)
             if leader and rest:
                 total = total + rest_loss
                 if shift == ZERO and not forward:
                     mean = mean + rest_third
         total, mean = sum_two(scratch, tid, rank, total, mean)
-        loss_scale, grad_scale = factors(loss_factor, row_scale(scale, row, grad_factor), beta)
+        grad_scale = row_scale(scale, row, grad_factor)
         share = rest_second * over if forward else -mean  # of its probability that an unmarked gradient is
         if shift == ZERO and not forward:
             share = ptx.fma(rest_third, over, -mean)
         if mode == I32(SAMPLED):
-            loss_scale, grad_scale, share = loss_factor, row_scale(scale, row, grad_factor), mean
+            share = mean
         elif mode == I32(WITHIN):
             share = ZERO
         if leader:
-            ptx.store_f32(loss + I64(row) * 4, total * loss_scale)
+            ptx.store_f32(loss + I64(row) * 4, total * loss_factor)
         if not gradient:
             return
 
@@ -380,7 +382,7 @@ def sparse_kernel(
             clear_row(g_row, v, chunks)
             return
         centre = mean if mode == I32(SAMPLED) else mean + shift
-        write_entries(s_row, g_row, indices, values, k, mode, k2, n, log_d, beta, centre, grad_scale, chunks)
+        write_entries(s_row, g_row, indices, values, k, mode, k2, n, log_d, coin, centre, grad_scale, chunks)
         if mode == I32(SAMPLED):
             mark(words, span, indices, k, chunks)
         cuda.syncthreads()
