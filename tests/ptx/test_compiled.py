@@ -114,7 +114,7 @@ def test_nothing_spills_in_any_variant(v, dtype, divergence, target, cc, tmp_pat
 
 
 @needs_tools
-@pytest.mark.parametrize(("v", "dtype"), [(4096, "f32"), (32000, "bf16")])
+@pytest.mark.parametrize(("v", "dtype"), [(1000, "f32"), (4096, "f32"), (32000, "bf16")])
 def test_hot_loops_move_128_bits_at_a_time(v, dtype, tmp_path, figure):
     spec = plan(64, v, dtype, "forward", "dense", (9, 0)).spec
     loops = loops_of(assembled(spec, (9, 0), str(tmp_path))[1])

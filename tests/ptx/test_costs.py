@@ -35,26 +35,33 @@ def report(figure, v, dtype, divergence, kind, figures):
 
 
 @pytest.mark.parametrize(
-    ("v", "dtype"),
-    [(4096, "f32"), (32000, "bf16"), (262144, "bf16")],
+    ("v", "dtype", "divergence"),
+    [
+        (1000, "f32", "forward"),
+        (1000, "bf16", "forward"),
+        (4096, "f32", "forward"),
+        (32000, "bf16", "forward"),
+        (50257, "bf16", "forward"),
+        (50257, "f32", "reverse"),
+        (262144, "bf16", "forward"),
+    ],
 )
-def test_one_pass_forward_meets_every_target(v, dtype, figure):
-    figures = cost(2, v, dtype, "forward")
-    report(figure, v, dtype, "forward", "dense", figures)
+def test_one_pass_meets_every_target(v, dtype, divergence, figure):
+    figures = cost(16 if v == 1000 else 2, v, dtype, divergence)
+    report(figure, v, dtype, divergence, "dense", figures)
     moved, special, instructions, narrow, _ = figures
     assert moved <= ONE_PASS
-    assert special <= SPECIAL + 0.01
+    assert special <= SPECIAL
     assert instructions <= INSTRUCTIONS
     assert narrow < 0.001
 
 
 # Measured; the targets of 4.5 and 45 are missed here, and the limits only keep it from growing
 MISSES = [
-    (50257, "bf16", "forward", 4.5, 46),
-    (1000, "bf16", "forward", 4.5, 75),
-    (1000, "f32", "jsd", 6.5, 130),
-    (50257, "f32", "reverse", 4.5, 55),
-    (128256, "f16", "jsd", 6.5, 85),
+    (100, "bf16", "forward", 6.1, 106),
+    (1000, "f32", "reverse", 4.5, 46),
+    (1000, "f32", "jsd", 4.95, 62),
+    (128256, "f16", "jsd", 4.95, 62),
 ]
 
 
@@ -62,7 +69,7 @@ MISSES = [
 def test_the_other_variants_stay_where_they_are(
     v, dtype, divergence, special_limit, instruction_limit, figure
 ):
-    figures = cost(16 if v == 1000 else 1, v, dtype, divergence)
+    figures = cost(16 if v <= 1000 else 1, v, dtype, divergence)
     report(figure, v, dtype, divergence, "dense", figures)
     moved, special, instructions, _, _ = figures
     assert moved <= ONE_PASS

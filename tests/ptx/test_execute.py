@@ -78,6 +78,9 @@ FAST = [
     (10, "f32", "forward", "dense"),
     (100, "bf16", "forward", "dense"),
     (1000, "bf16", "forward", "dense"),
+    (1001, "f32", "forward", "dense"),
+    (1001, "bf16", "reverse", "dense"),
+    (1001, "f32", "jsd", "dense"),
     (1000, "f32", "jsd", "dense"),
     (4096, "f32", "forward", "dense"),
     (4096, "f32", "reverse", "ghost"),
@@ -151,14 +154,15 @@ def test_identical_rows_lose_nothing(v):
     assert (got.grad.abs() <= 1e-9).all()
 
 
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
 @pytest.mark.parametrize("v", [1000, 4096])
-def test_nearly_identical_rows_keep_their_digits(v, figure):
+def test_nearly_identical_rows_keep_their_digits(v, divergence, figure):
     student, teacher = logits(2, v, near=1e-3)
-    loss, _ = expected(student, teacher)
-    error = relative(run(student, teacher).loss, loss)
-    worst = relative(run(student, teacher, jitter=True).loss, loss)
+    loss, _ = expected(student, teacher, divergence=divergence)
+    error = relative(run(student, teacher, divergence=divergence).loss, loss)
+    worst = relative(run(student, teacher, divergence=divergence, jitter=True).loss, loss)
     figure(
-        f"nearly identical V={v}: loss {error:.1e} off; with every approximation off by its bound {worst:.1e}"
+        f"nearly identical {divergence} V={v}: loss {error:.1e} off; with every approximation off by its bound {worst:.1e}"
     )
     assert error < 1e-4
     assert worst < 1e-3
@@ -190,6 +194,17 @@ def test_entries_of_minus_infinity(v):
     got = run(student, teacher)
     assert got.loss[1] == float("inf")
     assert got.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("v", [10, 1000, 4096])
+def test_a_row_of_minus_infinity_alone_is_nan(v, divergence, side):
+    pair = logits(2, v)
+    pair[side][1] = -float("inf")
+    got = run(*pair, divergence=divergence)
+    assert got.loss.isnan().tolist() == [False, True]
+    assert got.grad[0].isfinite().all()
 
 
 @pytest.mark.parametrize("divergence", ["forward", "jsd"])

@@ -41,6 +41,14 @@ def test_a_removed_block_barrier_is_a_race():
         broken(*BLOCK, r"^\s*bar\.sync[^\n]*\n", "\n")
 
 
+def test_a_removed_warp_barrier_is_a_race():
+    """A row that a warp has: what one lane staged at the row's ends, another one reads."""
+    spec = plan(4, 1001, "f32", "reverse", "dense", (9, 0)).spec
+    text = re.sub(r"^\s*bar\.warp\.sync[^\n]*\n", "\n", ptx_of(spec, (9, 0)), flags=re.MULTILINE)
+    with pytest.raises(PtxError, match="race"):
+        run(*logits(4, 1001), divergence="reverse", program=parse(text))
+
+
 def test_a_removed_cluster_barrier_is_found():
     last = r"barrier\.cluster\.arrive\.release\.aligned;(?![\s\S]*barrier\.cluster\.arrive)"
     with pytest.raises(PtxError, match=r"deadlock|race"):

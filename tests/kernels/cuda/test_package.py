@@ -37,23 +37,24 @@ def test_refuses_tensors_that_are_not_on_a_device():
 
 
 @pytest.mark.parametrize(
-    ("v", "dtype", "cc", "family", "cluster", "staged"),
+    ("v", "dtype", "cc", "family", "lanes", "cluster", "staged"),
     [
-        (2, "f32", (9, 0), "small", 1, True),
-        (1024, "bf16", (9, 0), "small", 1, True),
-        (1025, "bf16", (9, 0), "rows", 1, True),
-        (28000, "bf16", (9, 0), "rows", 1, True),
-        (14000, "f32", (9, 0), "rows", 1, True),
-        (32000, "bf16", (9, 0), "rows", 2, True),
-        (128256, "bf16", (9, 0), "rows", 8, True),
-        (262144, "bf16", (10, 0), "rows", 8, True),
-        (262144, "f32", (9, 0), "rows", 16, True),
-        (262144, "bf16", (8, 0), "rows", 1, False),
+        (2, "f32", (9, 0), "small", 8, 1, True),
+        (65, "f32", (9, 0), "rows", 32, 1, True),
+        (1024, "bf16", (9, 0), "rows", 32, 1, True),
+        (1025, "bf16", (9, 0), "rows", 0, 1, True),
+        (28000, "bf16", (9, 0), "rows", 0, 1, True),
+        (14000, "f32", (9, 0), "rows", 0, 1, True),
+        (32000, "bf16", (9, 0), "rows", 0, 2, True),
+        (128256, "bf16", (9, 0), "rows", 0, 8, True),
+        (262144, "bf16", (10, 0), "rows", 0, 8, True),
+        (262144, "f32", (9, 0), "rows", 0, 16, True),
+        (262144, "bf16", (8, 0), "rows", 0, 1, False),
     ],
 )
-def test_the_mapping_table(v, dtype, cc, family, cluster, staged):
+def test_the_mapping_table(v, dtype, cc, family, lanes, cluster, staged):
     spec = plan(64, v, dtype, "forward", "dense", cc).spec
-    assert (spec.family, spec.cluster, spec.staged) == (family, cluster, staged)
+    assert (spec.family, spec.lanes, spec.cluster, spec.staged) == (family, lanes, cluster, staged)
 
 
 @pytest.mark.parametrize("cc", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])

@@ -52,20 +52,47 @@ def sparse_mode(target: TopK | Sampled, divergence: str) -> int:
     return WITHIN if divergence == "reverse" else RENORMALISE
 
 
+def factors(divergence: str, beta: float) -> tuple[float, float]:
+    """What the kernels' losses and gradients leave out: they work in log2, and jsd in units of (1 - beta) p_s."""
+    if divergence == "jsd":
+        return (beta - 1) * math.log(2), (beta - 1) * math.log(2)
+    return 1.0, math.log(2) if divergence == "reverse" else 1.0
+
+
+def coin(beta: float) -> tuple[float, ...]:
+    """What jsd needs of beta: its odds and their log2, log2 of beta and of 1 - beta, and the coefficients of a series.
+
+    These are the cumulants of a coin of that bias, in log2 units, divided by ln 2: see ``arithmetic.jsd_pair``.
+    """
+    b, skew = beta * (1 - beta), 1 - 2 * beta
+    cumulants = (b, b * skew, b * (1 - 6 * b), b * skew * (1 - 12 * b))
+    series = [
+        -(math.log(2) ** (n - 1)) * (n - 1) / math.factorial(n) * cumulant
+        for n, cumulant in enumerate(cumulants, start=2)
+    ]
+    odds, log_t, log_s = beta / (1 - beta), math.log2(beta), math.log2(1 - beta)
+    return odds, log_t - log_s, log_t, log_s, *series
+
+
 def pack(
     launch: Plan, *, student_shape: tuple[int, int], target: Target, temperature: float, divergence: str, beta: float,
     factor: float, student: int, tensors: Sequence[int], grad: int, loss: int, mask: int, scale: int,
 ) -> tuple[int | float, ...]:  # fmt: skip
     """The arguments of the kernel of ``launch``, in order; tensors are given by address, absent ones as 0."""
     rows, v = student_shape
-    scalars = (math.log2(math.e) / temperature, temperature * factor, temperature * temperature, beta)
+    of_loss, of_grad = factors(divergence, beta)
+    scalars = (
+        math.log2(math.e) / temperature,
+        temperature * factor * of_grad,
+        temperature * temperature * of_loss,
+        *(coin(beta) if divergence == "jsd" else [0.0] * 8),
+    )
     if isinstance(target, Tensor):
         _, s_width, t_width = widths(v, target, divergence)
-        last = launch.span if launch.spec.family == "rows" else rows
+        last = rows if launch.spec.lanes else launch.span
         dense = (v, target.shape[-1], s_width, t_width, last)
         return (student, tensors[0], grad, loss, mask, scale, *dense, *scalars)
     k = target.indices.shape[-1]
     outside = tensors[2] if len(tensors) > 2 else 0
-    last = launch.span if launch.spec.family == "rows" else rows
-    sizes = (v, k, sparse_mode(target, divergence), last)
+    sizes = (v, k, sparse_mode(target, divergence), launch.span)
     return (student, tensors[0], tensors[1], outside, grad, loss, mask, scale, *sizes, *scalars)

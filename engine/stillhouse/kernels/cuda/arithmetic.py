@@ -25,12 +25,11 @@ LN2 = F32(0.6931471805599453)
 TWO_OVER_LN2 = F32(2.8853900817779268)
 THIRD, FIFTH, SEVENTH, NINTH = F32(1 / 3), F32(1 / 5), F32(1 / 7), F32(1 / 9)
 ZERO, ONE, FAR = F32(0.0), F32(1.0), F32(1.0e4)
+ROUNDER = F32(1.5 * 2**23)  # added and taken away, it leaves a float32 rounded to a whole number
 PHI = tuple(
     F32(math.log(2) ** n / math.factorial(n)) for n in range(2, 6)
 )  # of the series of 2^g - 1 - g ln 2
-CUMULANT = tuple(F32(-(math.log(2) ** (n - 1)) * (n - 1) / math.factorial(n)) for n in range(2, 6))
 ONE_PLUS = tuple(F32((-1) ** n / (n + 1) / math.log(2)) for n in range(5))
-SIX, TWELVE = F32(6.0), F32(12.0)
 NEAR, NEAR_MIXTURE = F32(0.0625), F32(0.125)
 RATIO_LOW, RATIO_HIGH = F32(0.7), F32(1.4)
 
@@ -99,38 +98,70 @@ def absorb(x, k2, c, d):
 
 
 @device
-def log2_ratio(a, b):
-    """log2(a / b); near a = b with a relative error of 1e-7, where a rounded quotient would leave nothing."""
-    if a > RATIO_LOW * b and a < RATIO_HIGH * b:
-        u = (a - b) * ptx.reciprocal(a + b)
-        v = u * u
-        series = ptx.fma(v, ptx.fma(v, ptx.fma(v, ptx.fma(v, NINTH, SEVENTH), FIFTH), THIRD), ONE)
-        result = u * series * TWO_OVER_LN2
-    else:
-        result = ptx.log2_approx(a) - ptx.log2_approx(b)
-    return result
+def log2_of(x):
+    """log2 of a normal float32 to its last bits, for what a whole row shares: exponent, and a series around one."""
+    bits = ptx.float_as_word(x)
+    exponent = I32(bits >> U32(23)) - I32(127)
+    m = ptx.word_as_float(U32((bits & U32(0x7FFFFF)) | U32(0x3F800000)))
+    if m > RATIO_HIGH:
+        m = m * F32(0.5)
+        exponent = I32(exponent + 1)
+    u = (m - ONE) * ptx.reciprocal(m + ONE)
+    v = u * u
+    series = ptx.fma(v, ptx.fma(v, ptx.fma(v, ptx.fma(v, NINTH, SEVENTH), FIFTH), THIRD), ONE)
+    result = F32(exponent) + u * series * TWO_OVER_LN2
+    return result if x > ZERO and x < F32(np.inf) else ptx.log2_approx(x)
 
 
 @device
-def row_known(k2, ct, dt, cs, ds, beta):
-    """What the pair functions take besides the logits: everything that a row's elements share."""
-    it, is_ = ptx.reciprocal(dt), ptx.reciprocal(ds)
-    delta = log2_ratio(it, is_)
-    return k2, -ct, -cs, it, is_, delta, (cs - ct) + delta, beta, *mixture_known(beta)
+def quotient(a, b):
+    """The quotient a / b, corrected once, so that it is one where a = b: identical rows then lose nothing."""
+    inverse = ptx.reciprocal(b)
+    first = a * inverse
+    return ptx.fma(ptx.fma(-first, b, a), inverse, first)
 
 
 @device
-def mixture_known(beta):
-    """What ``jsd_pair`` takes of beta: its logarithm, that of 1 - beta, their odds, and the series' coefficients.
+def kl_known(k2, cp, dp, cq, dq):
+    """What ``kl_pair`` takes besides the logits: 1 / D_p, which its results lack, and D_p / D_q.
 
-    The coefficients are cumulants of a coin of that bias, in log2 units, divided by ln 2.
+    The logarithm is that of the very float that scales q, so that the two agree.
     """
-    other = ONE - beta
-    b, skew = beta * other, other - beta
-    fourth, fifth = b * (ONE - SIX * b), b * skew * (ONE - TWELVE * b)
-    odds = beta * ptx.reciprocal(other)
-    logs = (ptx.log2_approx(beta), ptx.log2_approx(other))
-    return *logs, odds, b * CUMULANT[0], b * skew * CUMULANT[1], fourth * CUMULANT[2], fifth * CUMULANT[3]
+    ratio = quotient(dp, dq)
+    return k2, -cp, -cq, ptx.reciprocal(dp), ratio, log2_of(ratio)
+
+
+@device
+def forward_known(k2, ct, dt, cs, ds, coin):
+    return kl_known(k2, ct, dt, cs, ds)
+
+
+@device
+def reverse_known(k2, ct, dt, cs, ds, coin):
+    return kl_known(k2, cs, ds, ct, dt)
+
+
+@device
+def jsd_known(k2, ct, dt, cs, ds, coin):
+    """What ``jsd_pair`` takes: (1 - beta) p_s over beta p_t / D_t, as a whole power of two and a rest near one.
+
+    The first goes to the student's maximum, where it is exact, so that the logarithm added to each has few digits.
+    """
+    log_ratio = log2_of(quotient(dt, ds))
+    shift = log_ratio - coin[1]
+    whole = (shift + ROUNDER) - ROUNDER
+    it = ptx.reciprocal(dt) + ZERO * ptx.reciprocal(ds)  # NaN where the student has no logit above -inf
+    return k2, -ct, whole - cs, coin[0] * it, shift - whole, (cs - ct) - log_ratio, *coin[1:]
+
+
+@device
+def kl_of_logs(coin):
+    return ONE, ZERO, ZERO, ONE, ONE, ZERO
+
+
+@device
+def jsd_of_logs(coin):
+    return ONE, ZERO, ZERO, coin[0], -coin[1], ZERO, *coin[1:]
 
 
 @device
@@ -154,94 +185,66 @@ def bregman(weighted, gap, change):
 
 
 @device
+def kl_pair(xp, xq, known):
+    """(p phi(log q/p), p, q - p, p log2(p / q)), all short of the factor 1 / D_p."""
+    k2, n_p, n_q, base, ratio, log_ratio = known
+    zp, zq = ptx.fma(xp, k2, n_p), ptx.fma(xq, k2, n_q)
+    p = ptx.exp2(zp)
+    change = ptx.fma(ptx.exp2(zq), ratio, -p)
+    gap = (zp - zq) - log_ratio
+    weighted = p * gap if p > ZERO else ZERO
+    return bregman(weighted, gap, change), p, change, weighted
+
+
+@device
 def forward_pair(xt, xs, known):
-    """(loss, p_s - p_t, unused): the gradient needs no sum over the row."""
-    k2, nt, ns, it, is_, delta, shift, beta, log_t, log_s, odds, c2, c3, c4, c5 = known
-    zt, zs = ptx.fma(xt, k2, nt), ptx.fma(xs, k2, ns)
-    pt = ptx.exp2(zt) * it
-    change = ptx.exp2(zs) * is_ - pt
-    gap = (zt - zs) + delta
-    return bregman(pt * gap if pt > ZERO else ZERO, gap, change), change, ZERO
+    """(loss, p_s - p_t, unused), short of the factor: the gradient needs no sum over the row."""
+    loss, p, change, weighted = kl_pair(xt, xs, known)
+    return loss, change, ZERO
 
 
 @device
 def reverse_pair(xt, xs, known):
-    """(loss, p_s, p_s log2(p_s / p_t)): the gradient is p_s (log(p_s / p_t) - its mean)."""
-    k2, nt, ns, it, is_, delta, shift, beta, log_t, log_s, odds, c2, c3, c4, c5 = known
-    zt, zs = ptx.fma(xt, k2, nt), ptx.fma(xs, k2, ns)
-    ps = ptx.exp2(zs) * is_
-    gap = (zs - zt) - delta
-    weighted = ps * gap if ps > ZERO else ZERO
-    return bregman(weighted, gap, ptx.exp2(zt) * it - ps), ps, weighted
+    """(loss, p_s, p_s log2(p_s / p_t)), short of the factor: the gradient is p_s (log(p_s / p_t) - its mean)."""
+    loss, p, change, weighted = kl_pair(xs, xt, known)
+    return loss, p, weighted
 
 
 @device
 def jsd_pair(xt, xs, known):
-    """(loss, p_s, p_s (log2(m / p_s) - log2(1 - beta))), the loss short of a factor of -ln 2, the last of ln 2.
+    """(loss, p_s, p_s (log2(m / p_s) + log2(1 - beta))), short of some factors.
 
     The gradient takes the last relative to its mean, so the constant is free, and it keeps the digits of what is
     left where the student has nearly all of the mass.
 
-    By the ratio q <= 1 of the smaller probability to the larger, so that nothing overflows. With the mixture
-    m = w_big + w_small q over the larger probability, loss / p_big = -(m log m + w_small q log(1 / q)).
-    Near q = 1 that cancels. There loss / m = L' x - L with x = log(p_t / p_s) and L = log(1 + beta (exp(x) - 1)),
-    which generates the cumulants of a coin: its series has no terms that cancel.
-    The gap is clamped to finite numbers, also where it is -inf minus -inf; its probabilities are then zero.
+    With P = beta p_t and Q = (1 - beta) p_s, both in units of beta / D_t, from the larger and the ratio r <= 1 of the
+    smaller to it, so that nothing overflows and log2(1 + r) is the only logarithm. In units of the larger the loss is
+    -(1 + r) (log2(1 + r) + log2 w) - r gap, with w the weight of the larger side and gap = log2(p_t / p_s), or its
+    negative where Q is larger. Where p_t and p_s nearly agree that cancels. There loss / m = L' x - L with
+    x = log(p_t / p_s) and L = log(1 + beta (exp(x) - 1)), which generates the cumulants of a coin: its series has no
+    terms that cancel. Logarithms are clamped to finite ones; their probabilities are zero.
     """
-    k2, nt, ns, it, is_, delta, shift, beta, log_t, log_s, odds, c2, c3, c4, c5 = known
-    signed = ptx.fmin(ptx.fmax(ptx.fma(xt - xs, k2, shift), -FAR), FAR)
-    teacher_bigger = signed > ZERO
-    z_big = ptx.fma(xt if teacher_bigger else xs, k2, nt if teacher_bigger else ns)
-    big = ptx.exp2(z_big) * (it if teacher_bigger else is_)
-    w_big = beta if teacher_bigger else ONE - beta
-    gap = abs(signed)
-    ratio = ptx.exp2(-gap)
-    rest = ratio * ((ONE - beta) if teacher_bigger else beta)
-    mixture = w_big + rest
-    one_plus = log2_one_plus(ratio * (ptx.reciprocal(odds) if teacher_bigger else odds))
-    log_mixture = (log_t if teacher_bigger else log_s) + one_plus
-    series = ptx.fma(signed, ptx.fma(signed, ptx.fma(signed, c5, c4), c3), c2) * signed * signed * mixture
-    loss = big * (series if gap < NEAR_MIXTURE else ptx.fma(mixture, log_mixture, rest * gap))
-    ps = big * (ratio if teacher_bigger else ONE)
-    return loss, ps, ps * ((gap + (log_t - log_s) if teacher_bigger else ZERO) + one_plus)
+    k2, nt, ns, base, shift, between, log_odds, log_t, log_s, c2, c3, c4, c5 = known
+    zt = ptx.fmax(ptx.fma(xt, k2, nt), -FAR)
+    zs = ptx.fmax(ptx.fma(xs, k2, ns) + shift, -FAR)
+    weighted = zt - zs
+    gap = weighted - log_odds
+    teacher_larger = weighted > ZERO
+    larger, ratio = ptx.exp2(ptx.fmax(zt, zs)), ptx.exp2(-abs(weighted))
+    mixture = ONE + ratio
+    log_mixture = log2_one_plus(ratio)
+    if abs(gap) < NEAR_MIXTURE:
+        # its own digits count here, and zt - zs has lost them; the maximum stands in for -inf minus -inf
+        gap = ptx.fmax(ptx.fma(xt - xs, k2, between), -ONE)
+        loss = ptx.fma(gap, ptx.fma(gap, ptx.fma(gap, c5, c4), c3), c2) * (gap * gap) * mixture
+    else:
+        known_log = log_t if teacher_larger else log_s
+        loss = ptx.fma(mixture, log_mixture + known_log, ratio * (gap if teacher_larger else -gap))
+    ps = larger * (ratio if teacher_larger else ONE)
+    return larger * loss, ps, ps * (ptx.fmax(weighted, ZERO) + log_mixture)
 
 
+# What a pair function returns lacks the factor known[3], and what arguments.factors has.
 PAIRS = {"forward": forward_pair, "reverse": reverse_pair, "jsd": jsd_pair}
-
-
-@device
-def forward_factors(loss_factor, grad_factor, beta):
-    return loss_factor, grad_factor
-
-
-@device
-def reverse_factors(loss_factor, grad_factor, beta):
-    return loss_factor, grad_factor * LN2
-
-
-@device
-def jsd_factors(loss_factor, grad_factor, beta):
-    return -loss_factor * LN2, grad_factor * (beta - ONE) * LN2
-
-
-FACTORS = {
-    "forward": forward_factors,
-    "reverse": reverse_factors,
-    "jsd": jsd_factors,
-}  # what the pairs leave out
-
-
-@device
-def log2_of(x):
-    """log2 of a normal float32 to its last bits, for what a whole row shares: exponent, and a series around one."""
-    bits = ptx.float_as_word(x)
-    exponent = I32(bits >> U32(23)) - I32(127)
-    m = ptx.word_as_float(U32((bits & U32(0x7FFFFF)) | U32(0x3F800000)))
-    if m > RATIO_HIGH:
-        m = m * F32(0.5)
-        exponent = I32(exponent + 1)
-    u = (m - ONE) * ptx.reciprocal(m + ONE)
-    v = u * u
-    series = ptx.fma(v, ptx.fma(v, ptx.fma(v, ptx.fma(v, NINTH, SEVENTH), FIFTH), THIRD), ONE)
-    result = F32(exponent) + u * series * TWO_OVER_LN2
-    return result if x > ZERO and x < F32(np.inf) else ptx.log2_approx(x)
+KNOWN = {"forward": forward_known, "reverse": reverse_known, "jsd": jsd_known}
+OF_LOGS = {"forward": kl_of_logs, "reverse": kl_of_logs, "jsd": jsd_of_logs}  # for log2-probabilities

@@ -18,6 +18,7 @@ from typing import Any
 from stillhouse.kernels.cuda.plan import Spec
 
 ENTRY = "stillhouse_softmax_kl"
+RESIDENT = 1024  # threads of a multiprocessor that registers must suffice for: 64 each
 SOURCES = (
     "arithmetic",
     "build",
@@ -41,10 +42,10 @@ def kernel_function(spec: Spec) -> tuple[Any, tuple[Any, ...]]:
         return small.small_kernel(
             spec.dtype, spec.divergence, spec.threads, spec.lanes, spec.gradient
         ), small.SIGNATURE
-    made = sparse.sparse_kernel if spec.target == "sparse" else rows.rows_kernel
-    signature = sparse.SIGNATURE if spec.target == "sparse" else rows.SIGNATURE
-    kernel = made(spec.dtype, spec.divergence, spec.threads, spec.cluster, spec.staged, spec.gradient)
-    return kernel, signature
+    choices = (spec.dtype, spec.divergence, spec.threads, spec.cluster, spec.staged, spec.gradient)
+    if spec.target == "sparse":
+        return sparse.sparse_kernel(*choices), sparse.SIGNATURE
+    return rows.rows_kernel(*choices, spec.lanes), rows.SIGNATURE
 
 
 @contextmanager
@@ -69,12 +70,19 @@ def compile_ptx(spec: Spec, cc: tuple[int, int]) -> str:
         kernel, signature = kernel_function(spec)
         compiler: Any = cuda
         text, _ = compiler.compile(
-            kernel, types.void(*signature), device=False, cc=cc, abi="numba", launch_bounds=spec.threads
+            kernel,
+            types.void(*signature),
+            device=False,
+            cc=cc,
+            abi="numba",
+            launch_bounds=(spec.threads, RESIDENT // spec.threads),
         )
     name = re.search(r"\.visible \.entry (\w+)\(", text)
     assert name is not None, "Numba's PTX has no entry point"
     text = text.replace(name[1], ENTRY)
-    return re.sub(r"^\.common \.global[^\n]*NumbaEnv[^\n]*\n", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^\.common \.global[^\n]*NumbaEnv[^\n]*\n", "", text, flags=re.MULTILINE)
+    # the assembler unrolls no loop either: see intrinsics.uncounted
+    return text.replace("\n{", '\n.pragma "nounroll";\n{', 1)
 
 
 def cubin(spec: Spec, cc: tuple[int, int]) -> bytes:

@@ -14,26 +14,38 @@ from stillhouse.kernels.cuda.arithmetic import ZERO, device
 I32, I64, F32 = np.int32, np.int64, np.float32
 
 
-def row_geometry(size: int, group: int):
+SECTOR = 2  # vectors in the 32 bytes that caches fetch at the least
+
+
+def row_geometry(size: int, sectors: bool = True):
     """Device function: where the chunks of a row lie, and which of them are whole on every tensor.
 
     ``origin`` is the element at which chunk 0 starts (at most 0), chunks [first, last) are whole, ``count`` is their
-    number. Tensors that are not aligned alike have no whole chunk: all of the row then moves by element.
+    number, ``apart`` the elements between a chunk's two vectors. Tensors that are not aligned alike have no whole
+    chunk: all of the row then moves by element. With ``sectors`` both halves of a float32 row start alike relative to
+    sectors, which may cost an edge more.
     """
-    stride = 8 * group
+    per = 16 // size  # elements of a vector
+    shift = 2 if size == 4 else 3
 
     @device
     def geometry(s_row, t_row, g_row, width, whole):
         misfit = ((s_row ^ t_row) | (s_row ^ g_row)) & I64(15)
-        head = I32((I64(16) - (s_row & I64(15))) & I64(15)) // I32(size)
-        origin = I32(head - stride) if head > I32(0) else I32(0)
-        count = I32(I32((width - origin + stride - 1) // I32(stride)) * group)
-        first = I32(group) if head > I32(0) else I32(0)
-        last = I32(I32((whole - origin) // I32(stride)) * group)
+        head = I32(I32(I32(16) - I32(s_row & I64(15))) & I32(15)) >> I32(size >> 1)
+        origin = I32(head - per) if head > I32(0) else I32(0)
+        first = I32(1) if head > I32(0) else I32(0)
+        count = I32(I32(width - origin) + I32(per - 1)) >> I32(shift)
+        last = I32(whole - origin) >> I32(shift)
+        apart = I32(0)
+        if size == 4:
+            count = I32(count + 1) >> I32(1)
+            if sectors:
+                count = I32(count + SECTOR - 1) & I32(-SECTOR)
+            apart, last = I32(count * per), I32(last - count)
         if misfit != I64(0) or last < first:
             first = I32(0)
             last = I32(0)
-        return origin, first, last, count
+        return origin, first, last, count, apart
 
     return geometry
 
@@ -54,11 +66,11 @@ def row_scale(scale, row, factor):
 is_kept, row_scale = device(is_kept), device(row_scale)
 
 
-def walk(code: SimpleNamespace, threads: int) -> SimpleNamespace:
-    """Device functions over ``chunks``: (origin, first, last, count, lo, hi, tid), see ``row_geometry``.
+def walk(code: SimpleNamespace, threads: int, planes: int) -> SimpleNamespace:
+    """Device functions over ``chunks``: (origin, first, last, count, apart, lo, hi, tid, base), see ``row_geometry``.
 
-    This block has the chunks [lo, hi). Each of its threads takes every ``threads``-th of the whole ones, and of the
-    others, the edges.
+    This block (or warp) has the chunks [lo, hi), and shared memory from word ``base`` on, with ``planes`` vectors for
+    each chunk. Each of its threads takes every ``threads``-th of the whole ones, and of the others, the edges.
     """
     size, first_element, encode, put, put_edge = (
         code.size,
@@ -67,18 +79,26 @@ def walk(code: SimpleNamespace, threads: int) -> SimpleNamespace:
         code.put,
         code.put_edge,
     )
-    stride = I64(threads * 8 * size)  # bytes from a thread's chunk to its next
+    stride = I64(threads * 16)  # bytes from a thread's chunk to its next
+    jump = threads * planes * 4  # the same in words of shared memory
+
+    @device
+    def cell(slot, chunks):
+        """Where in shared memory the chunk of a slot of the slice has its first vector."""
+        return I32(chunks[8] + ((slot & I32(-32)) * planes + (slot & I32(31))) * 4)
 
     @device
     def whole_of(chunks):
-        """This thread's whole chunks, as slots of the slice: (first, end, bytes from the row's start to the first).
+        """This thread's whole chunks, as slots of the slice: (first, end), then the first one's place: bytes from the
+        row's start, and the word in shared memory.
 
-        At most one group before the first whole chunk hangs over the start of the row.
+        At most one chunk before the first whole one hangs over the start of the row.
         """
-        origin, first, last, count, lo, hi, tid = chunks
+        origin, first, last, count, apart, lo, hi, tid, base = chunks
         chunk = I32(lo + tid)
         chunk = chunk if chunk >= first else I32(chunk + threads)
-        return I32(chunk - lo), I32(min(hi, last) - lo), I64(origin + first_element(chunk)) * size
+        slot = I32(chunk - lo)
+        return slot, I32(min(hi, last) - lo), I64(origin + first_element(chunk)) * size, cell(slot, chunks)
 
     @device
     def edges(chunks):
@@ -91,7 +111,7 @@ def walk(code: SimpleNamespace, threads: int) -> SimpleNamespace:
 
     @device
     def mine(chunk, chunks):
-        return chunk >= chunks[4] and chunk < chunks[5]
+        return chunk >= chunks[5] and chunk < chunks[6]
 
     @device
     def element_of(chunk, chunks):
@@ -100,15 +120,15 @@ def walk(code: SimpleNamespace, threads: int) -> SimpleNamespace:
     @device
     def clear_row(g_row, v, chunks):
         za, zb = encode((ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO, ZERO))
-        slot, stop, at = whole_of(chunks)
+        slot, stop, at, home = whole_of(chunks)
         while slot < stop:
-            put(g_row + at, za, zb)
-            slot, at = I32(slot + threads), at + stride
-        j = chunks[6]
+            put(g_row + at, chunks[4], za, zb)
+            slot, at = ptx.uncounted(slot + threads), at + stride
+        j = chunks[7]
         while j < edges(chunks):
             chunk = edge(j, chunks)
             if mine(chunk, chunks):
-                put_edge(g_row, element_of(chunk, chunks), v, za, zb)
+                put_edge(g_row, element_of(chunk, chunks), v, chunks[4], za, zb)
             j = I32(j + threads)
 
     return SimpleNamespace(
@@ -118,5 +138,7 @@ def walk(code: SimpleNamespace, threads: int) -> SimpleNamespace:
         mine=mine,
         element_of=element_of,
         clear_row=clear_row,
+        cell=cell,
         stride=stride,
+        jump=jump,
     )

@@ -113,6 +113,13 @@ else:
     )
     store_f32 = _ptx("st.global.f32 [$0], $1;", "l,f", types.void, _i64, _f32, volatile=True)
 
+    # The same number, but the compiler cannot count a loop that steps by it, and so unrolls none. Each does eight
+    # elements at a time; more of them spill registers.
+    uncounted = _ptx("mov.b32 $0, $1;", "=r,r", _i32, _i32)
+
+    # a warp's memory in order; Numba's own takes lanes in a mask
+    warp_barrier = _ptx("bar.warp.sync 0xffffffff;", "~{memory}", types.void, volatile=True)
+
     # -- clusters; every thread of every block of the cluster runs each of these
     cluster_rank = _ptx("mov.u32 $0, %cluster_ctarank;", "=r", _i32)
     cluster_arrive = _ptx("barrier.cluster.arrive.release.aligned;", "~{memory}", types.void, volatile=True)

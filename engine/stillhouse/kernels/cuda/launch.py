@@ -107,7 +107,8 @@ def _start(launch: Plan, cc: tuple[int, int], device: torch.device, values: tupl
 def _typed(launch: Plan, values: tuple[int | float, ...]) -> list[Any]:
     """In the widths of the kernel's signature; a plain int would be passed in 64 bits, a float in double."""
     addresses = 8 if launch.spec.target == "sparse" else 6
-    kinds = [np.int64] * addresses + [np.int32] * (len(values) - addresses - 4) + [np.float32] * 4
+    floats = 11
+    kinds = [np.int64] * addresses + [np.int32] * (len(values) - addresses - floats) + [np.float32] * floats
     return [kind(value) for kind, value in zip(kinds, values, strict=True)]
 
 

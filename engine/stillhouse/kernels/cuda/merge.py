@@ -24,9 +24,14 @@ RANKS = 6 * WARP_SLOTS
 SCRATCH = RANKS + 6 * RANK_SLOTS
 
 
-def merges(threads: int, cluster: int) -> SimpleNamespace:
-    """Device functions ``softmax_two`` and ``sum_two`` for this block and cluster size."""
+def merges(threads: int, cluster: int, two_sums: bool = True) -> SimpleNamespace:
+    """Device functions ``softmax_two`` and ``sum_two`` for this block and cluster size.
+
+    Without ``two_sums`` the second sum is zero, and nothing is shuffled for it. With them, or more than a warp to a row,
+    either is also a barrier.
+    """
     warps = threads // 32
+    alone = threads * cluster == 32  # a warp has the row, and needs no memory to meet in
     warp_max, warp_sum = butterflies(32)
     warps_max, warps_sum = butterflies(warps)
     ranks_max, ranks_sum = butterflies(cluster)
@@ -83,6 +88,12 @@ def merges(threads: int, cluster: int) -> SimpleNamespace:
     @device
     def softmax_two(scratch, tid, rank, ct, dt, cs, ds):
         """(C, D) of teacher and student over the whole row, to every thread."""
+        if alone:
+            if two_sums:
+                ptx.warp_barrier()
+            ct, dt = warp_softmax(ct, dt)
+            cs, ds = warp_softmax(cs, ds)
+            return ct, dt, cs, ds
         leave(scratch, tid, ct, dt, 0)
         leave(scratch, tid, cs, ds, 2)
         cuda.syncthreads()
@@ -102,22 +113,31 @@ def merges(threads: int, cluster: int) -> SimpleNamespace:
     def sum_two(scratch, tid, rank, a, b):
         """Two sums over the row, to every thread."""
         a = warp_sum(a)
-        b = warp_sum(b)
+        if two_sums:
+            b = warp_sum(b)
+        if alone:
+            if two_sums:
+                ptx.warp_barrier()
+            return a, b
         if (tid & I32(31)) == I32(0):
             w = tid >> I32(5)
             ptx.shared_store(scratch, I32(SUMS + w), a)
-            ptx.shared_store(scratch, I32(SUMS + WARP_SLOTS + w), b)
+            if two_sums:
+                ptx.shared_store(scratch, I32(SUMS + WARP_SLOTS + w), b)
         cuda.syncthreads()
         w = tid & I32(warps - 1)
         a = warps_sum(ptx.shared_load(scratch, I32(SUMS + w)))
-        b = warps_sum(ptx.shared_load(scratch, I32(SUMS + WARP_SLOTS + w)))
+        if two_sums:
+            b = warps_sum(ptx.shared_load(scratch, I32(SUMS + WARP_SLOTS + w)))
         if cluster > 1:
             tell(scratch, tid, rank, 4, a)
-            tell(scratch, tid, rank, 5, b)
+            if two_sums:
+                tell(scratch, tid, rank, 5, b)
             meet()
             r = tid & I32(cluster - 1)
             a = ranks_sum(ptx.shared_load(scratch, I32(RANKS + 4 * RANK_SLOTS + r)))
-            b = ranks_sum(ptx.shared_load(scratch, I32(RANKS + 5 * RANK_SLOTS + r)))
+            if two_sums:
+                b = ranks_sum(ptx.shared_load(scratch, I32(RANKS + 5 * RANK_SLOTS + r)))
         return a, b
 
     return SimpleNamespace(softmax_two=softmax_two, sum_two=sum_two)

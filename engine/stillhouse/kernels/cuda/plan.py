@@ -25,9 +25,9 @@ STATIC_BYTES = 2048
 class Spec:
     """What a kernel is compiled for.
 
-    ``family``: "rows" (a block or a cluster a row) or "small" (several rows a block); ``target``: "dense" or
-    "sparse" (top-k and sampled labels); ``lanes``: of the group that has a row, in the "small" family; ``gradient``:
-    whether one is written.
+    ``family``: "rows" (a warp, a block or a cluster a row) or "small" (eight lanes a row); ``target``: "dense" or
+    "sparse" (top-k and sampled labels); ``lanes``: of the group that has a row, where that is less than a block;
+    ``gradient``: whether one is written.
     """
 
     family: str
@@ -43,7 +43,7 @@ class Spec:
     @property
     def name(self) -> str:
         """A name for files and profilers."""
-        place = f"lanes{self.lanes}" if self.family == "small" else f"cluster{self.cluster}"
+        place = f"lanes{self.lanes}" if self.lanes else f"cluster{self.cluster}"
         passes = "" if self.staged else "_unstaged"
         loss = "" if self.gradient else "_loss"
         return (
@@ -84,8 +84,10 @@ def plan(
 def _with_gradient(
     rows: int, width: int, dtype: str, divergence: str, target: str, cc: tuple[int, int]
 ) -> Plan:
+    if width <= SMALL_WIDTH and target == "dense":
+        return _small(rows, width, dtype, divergence)
     if width <= WARP_WIDTH and target == "dense":
-        return _small(rows, width, dtype, divergence, target)
+        return _warps(rows, width, dtype, divergence)
     marks = 1 if target == "sparse" else 0  # a bit for each element: is it among the k?
     bytes_per_chunk = 16 * _vectors(dtype, divergence, target) + marks
     chunks = _chunks(width, dtype)
@@ -105,14 +107,22 @@ def _with_gradient(
     return Plan(spec, rows * cluster, span * bytes_per_chunk, span)
 
 
-def _small(rows: int, width: int, dtype: str, divergence: str, target: str) -> Plan:
-    lanes, threads = (8, 128) if width <= SMALL_WIDTH else (32, 256)
+def _small(rows: int, width: int, dtype: str, divergence: str) -> Plan:
+    lanes, threads = 8, 128
     rows_per_block = threads // lanes
     blocks = -(-rows // rows_per_block)
-    sides = 2 if target == "dense" else 1
     # every row in float32, and the four elements by which a side's first row can miss a 16-byte boundary
-    dynamic_bytes = sides * (rows_per_block * width + 16) * 4
-    return Plan(Spec("small", target, dtype, divergence, threads, 1, True, lanes), blocks, dynamic_bytes, 0)
+    dynamic_bytes = 2 * (rows_per_block * width + 16) * 4
+    return Plan(Spec("small", "dense", dtype, divergence, threads, 1, True, lanes), blocks, dynamic_bytes, 0)
+
+
+def _warps(rows: int, width: int, dtype: str, divergence: str) -> Plan:
+    lanes, threads = 32, 128
+    rows_per_block = threads // lanes
+    spec = Spec("rows", "dense", dtype, divergence, threads, 1, True, lanes)
+    span = _span((width + 7 + 7) // 8, 1)
+    row_bytes = span * 16 * _vectors(dtype, divergence, "dense")
+    return Plan(spec, -(-rows // rows_per_block), rows_per_block * row_bytes, span)
 
 
 def _vectors(dtype: str, divergence: str, target: str) -> int:
@@ -123,8 +133,8 @@ def _vectors(dtype: str, divergence: str, target: str) -> int:
 
 
 def _chunks(width: int, dtype: str) -> int:
-    """At most: a row that starts between boundaries takes one group more."""
-    return (width + 255 + 255) // 256 * 32 if dtype == "f32" else (width + 7 + 7) // 8
+    """At most: a row that starts between boundaries takes one vector more, and float32 fills sectors of 32 bytes."""
+    return (width + 6 + 7 + 8) // 16 * 2 if dtype == "f32" else (width + 7 + 7) // 8
 
 
 def _span(chunks: int, cluster: int) -> int:

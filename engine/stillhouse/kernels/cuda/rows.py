@@ -1,7 +1,8 @@
-"""Kernels for dense teachers and V > 1,024: a row by one block, or by the blocks of a cluster.
+"""Kernels for dense teachers and V > 64: a row by a warp, by one block, or by the blocks of a cluster.
 
 One pass over memory where the row pair fits in (distributed) shared memory, two where it does not (``staged=False``).
-A row's chunks are dealt to the blocks of the cluster in contiguous slices, and within a block to threads in turn.
+A row's chunks are dealt to the blocks of the cluster in contiguous slices, and within a block to threads in turn. Warps
+that have a row each share nothing, so they need no barrier.
 """
 
 # mypy: ignore-errors
@@ -14,10 +15,10 @@ import numpy as np
 from numba import cuda, types
 
 from stillhouse.kernels.cuda import intrinsics as ptx
-from stillhouse.kernels.cuda.arithmetic import FACTORS, LOWEST, PAIRS, ZERO, absorb, device, row_known, sum8
+from stillhouse.kernels.cuda.arithmetic import KNOWN, LOWEST, PAIRS, ZERO, absorb, device, sum8
 from stillhouse.kernels.cuda.chunks import is_kept, row_geometry, row_scale, walk
 from stillhouse.kernels.cuda.merge import SCRATCH, merges
-from stillhouse.kernels.cuda.vectors import codec
+from stillhouse.kernels.cuda.vectors import PLANE, codec
 
 ALIGNMENT = ptx.SHARED_ALIGNMENT
 I32, I64, F32 = np.int32, np.int64, np.float32
@@ -44,6 +45,11 @@ def eight_pairs(pair):
 
 
 @device
+def floats(a):
+    return ptx.word_as_float(a[0]), ptx.word_as_float(a[1]), ptx.word_as_float(a[2]), ptx.word_as_float(a[3])
+
+
+@device
 def scaled(x, f):
     return x[0] * f, x[1] * f, x[2] * f, x[3] * f, x[4] * f, x[5] * f, x[6] * f, x[7] * f
 
@@ -61,23 +67,42 @@ def centred(p, w, mean, f):
     )  # fmt: skip
 
 
-SIGNATURE = (*[types.int64] * 6, *[types.int32] * 5, *[types.float32] * 4)
-ARGUMENTS = "s t g loss mask scale v t_stride s_width t_width slice k2 grad_factor loss_factor beta".split()
+@device
+def warp_span(width):
+    """Slots for the chunks of a row that a warp has, as in plan."""
+    return I32(I32(I32(width + 14) >> I32(3)) + 31) & I32(-32)
+
+
+SIGNATURE = (*[types.int64] * 6, *[types.int32] * 5, *[types.float32] * 11)
 
 
 def rows_kernel(
-    dtype: str, divergence: str, threads: int, cluster: int, staged: bool, gradient: bool = True
+    dtype: str,
+    divergence: str,
+    threads: int,
+    cluster: int,
+    staged: bool,
+    gradient: bool = True,
+    lanes: int = 0,
 ) -> Callable:
-    """The kernel (undecorated) of one dtype, divergence, block and cluster size.
+    """The kernel (undecorated) of one dtype, divergence, block and cluster size; with ``lanes`` of 32, a warp a row.
 
     Its arguments: addresses of student, teacher, gradient (float or 16-bit), loss (float32), mask (bool, or 0), scale
     (float32, or 0); V, the stride of teacher rows, the widths over which either side has mass, chunks in a block's
-    slice; log2(e)/T, the factor of gradients (times scale), of losses, and beta. Without ``gradient`` it writes losses
+    slice (with ``lanes``: the number of rows); log2(e)/T, the factor of gradients (times scale), of losses, and beta. Without ``gradient`` it writes losses
     only, and g is not read.
     """
-    code, wide, pair, merge = codec(dtype), codec("f32"), PAIRS[divergence], merges(threads, cluster)
+    code, wide, pair, merge = (
+        codec(dtype),
+        codec("f32"),
+        PAIRS[divergence],
+        merges(lanes or threads, cluster, gradient and divergence != "forward"),
+    )
     size, forward = code.size, divergence == "forward"
+    # vectors of shared memory for a chunk: its logits, or two float32 results in their place
+    planes, second = (2 * code.vectors if forward else 4), code.vectors * PLANE
     writes, means = forward and gradient, gradient and not forward
+    replaces = means and staged
     decode, encode = code.decode, code.encode
     put, put_edge, fetch_edge, stage, unstage = (
         code.put,
@@ -86,7 +111,8 @@ def rows_kernel(
         code.stage,
         code.unstage,
     )
-    steps = walk(code, threads)
+    team = lanes or threads  # of the threads that share a row
+    steps = walk(code, team, planes)
     whole_of, edges, edge, mine, element_of = (
         steps.whole_of,
         steps.edges,
@@ -94,149 +120,183 @@ def rows_kernel(
         steps.mine,
         steps.element_of,
     )
-    clear_row, stride = steps.clear_row, steps.stride
+    clear_row, cell, stride, jump = steps.clear_row, steps.cell, steps.stride, steps.jump
     fetch, fetch_last = code.fetch if staged else code.fetch_kept, code.fetch
-    encode_wide, decode_wide, stage_wide, unstage_wide = wide.encode, wide.decode, wide.stage, wide.unstage
+    decode_wide, unstage_wide, word = wide.decode, wide.unstage, ptx.float_as_word
     softmax_two, sum_two = merge.softmax_two, merge.sum_two
-    geometry = row_geometry(size, code.group)
-    eight, factors = eight_pairs(pair), FACTORS[divergence]
+    geometry = row_geometry(size, sectors=not lanes)
+    eight, row_known = eight_pairs(pair), KNOWN[divergence]
 
     @device
-    def take(words, slot, span, sa, sb, ta, tb, k2, state):
+    def take(words, home, sa, sb, ta, tb, k2, state):
         if staged:
-            stage(words, I32(0), span, slot, sa, sb)
-            stage(words, I32(1), span, slot, ta, tb)
+            stage(words, home, sa, sb)
+            stage(words, I32(home + second), ta, tb)
         ct, dt = absorb(decode(ta, tb), k2, state[0], state[1])
         cs, ds = absorb(decode(sa, sb), k2, state[2], state[3])
         return ct, dt, cs, ds
 
     @device
-    def absorb_row(words, span, s_row, t_row, s_width, t_width, chunks, k2):
+    def absorb_row(words, s_row, t_row, s_width, t_width, chunks, k2):
         """First pass: read both rows, keep them, and this thread's (C, D) of each."""
         state = (LOWEST, ZERO, LOWEST, ZERO)
-        slot, stop, at = whole_of(chunks)
+        slot, stop, at, home = whole_of(chunks)
         while slot < stop:
-            sa, sb = fetch(s_row + at)
-            ta, tb = fetch(t_row + at)
-            state = take(words, slot, span, sa, sb, ta, tb, k2, state)
-            slot, at = I32(slot + threads), at + stride
-        j = chunks[6]
+            sa, sb = fetch(s_row + at, chunks[4])
+            ta, tb = fetch(t_row + at, chunks[4])
+            state = take(words, home, sa, sb, ta, tb, k2, state)
+            slot, at, home = ptx.uncounted(slot + team), at + stride, I32(home + jump)
+        j = chunks[7]
         while j < edges(chunks):
             chunk = edge(j, chunks)
             if mine(chunk, chunks):
                 e = element_of(chunk, chunks)
-                sa, sb = fetch_edge(s_row, e, s_width)
-                ta, tb = fetch_edge(t_row, e, t_width)
-                state = take(words, I32(chunk - chunks[4]), span, sa, sb, ta, tb, k2, state)
-            j = I32(j + threads)
+                sa, sb = fetch_edge(s_row, e, s_width, chunks[4])
+                ta, tb = fetch_edge(t_row, e, t_width, chunks[4])
+                state = take(words, cell(I32(chunk - chunks[5]), chunks), sa, sb, ta, tb, k2, state)
+            j = I32(j + team)
         return state
 
     @device
-    def staged_pair(words, slot, span):
-        sa, sb = unstage(words, I32(0), span, slot)
-        ta, tb = unstage(words, I32(1), span, slot)
+    def staged_pair(words, home):
+        sa, sb = unstage(words, home)
+        ta, tb = unstage(words, I32(home + second))
         return decode(sa, sb), decode(ta, tb)
 
     @device
-    def whole_pair(words, slot, span, s_row, t_row, at):
+    def whole_pair(words, home, s_row, t_row, at, apart):
         if staged:
-            return staged_pair(words, slot, span)
-        sa, sb = fetch_last(s_row + at)
-        ta, tb = fetch_last(t_row + at)
+            return staged_pair(words, home)
+        sa, sb = fetch_last(s_row + at, apart)
+        ta, tb = fetch_last(t_row + at, apart)
         return decode(sa, sb), decode(ta, tb)
 
     @device
-    def edge_pair(words, slot, span, s_row, t_row, s_width, t_width, e):
+    def edge_pair(words, home, s_row, t_row, s_width, t_width, e, apart):
         if staged:
-            return staged_pair(words, slot, span)
-        sa, sb = fetch_edge(s_row, e, s_width)
-        ta, tb = fetch_edge(t_row, e, t_width)
+            return staged_pair(words, home)
+        sa, sb = fetch_edge(s_row, e, s_width, apart)
+        ta, tb = fetch_edge(t_row, e, t_width, apart)
         return decode(sa, sb), decode(ta, tb)
 
     @device
-    def keep(words, slot, span, p, w):
-        """Probabilities and weighted logarithms stay in float32, whatever the dtype of the logits."""
-        pa, pb = encode_wide(p)
-        wa, wb = encode_wide(w)
-        stage_wide(words, I32(0), span, slot, pa, pb)
-        stage_wide(words, I32(1), span, slot, wa, wb)
+    def four(words, at, xs, xt, known):
+        """(sums of losses and of third results); the second and third stay in float32, whatever the logits' dtype."""
+        a0, b0, c0 = pair(xt[0], xs[0], known)
+        a1, b1, c1 = pair(xt[1], xs[1], known)
+        a2, b2, c2 = pair(xt[2], xs[2], known)
+        a3, b3, c3 = pair(xt[3], xs[3], known)
+        ptx.shared_store_words(words, at, word(b0), word(b1), word(b2), word(b3))
+        ptx.shared_store_words(words, I32(at + 2 * PLANE), word(c0), word(c1), word(c2), word(c3))
+        return (a0 + a1) + (a2 + a3), (c0 + c1) + (c2 + c3)
 
     @device
-    def kept(words, slot, span):
-        pa, pb = unstage_wide(words, I32(0), span, slot)
-        wa, wb = unstage_wide(words, I32(1), span, slot)
+    def replace(words, home, known):
+        """A staged chunk's logits by what its gradient is made of; four by four, or registers run out."""
+        if size == 4:
+            xs, xt = ptx.shared_load_words(words, home), ptx.shared_load_words(words, I32(home + second))
+            a0, c0 = four(words, home, floats(xs), floats(xt), known)
+            other = I32(home + PLANE)
+            xs, xt = ptx.shared_load_words(words, other), ptx.shared_load_words(words, I32(other + second))
+            a1, c1 = four(words, other, floats(xs), floats(xt), known)
+        else:
+            xs, xt = staged_pair(words, home)
+            a0, c0 = four(words, home, xs[:4], xt[:4], known)
+            a1, c1 = four(words, I32(home + PLANE), xs[4:], xt[4:], known)
+        return a0 + a1, c0 + c1
+
+    @device
+    def kept(words, home):
+        pa, pb = unstage_wide(words, home)
+        wa, wb = unstage_wide(words, I32(home + 2 * PLANE))
         return decode_wide(pa, pb), decode_wide(wa, wb)
 
     @device
-    def resolve_row(words, span, s_row, t_row, g_row, v, s_width, t_width, chunks, known, grad_scale):
+    def replace_row(words, chunks, known):
+        """Second pass over a staged row whose gradient needs a mean: no edges here, and barriers before and after."""
+        total, mean, slot = ZERO, ZERO, chunks[7]
+        home = cell(slot, chunks)
+        while slot < I32(chunks[6] - chunks[5]):
+            a, c = replace(words, home, known)
+            total, mean = total + a, mean + c
+            slot, home = ptx.uncounted(slot + team), I32(home + jump)
+        return total, mean
+
+    @device
+    def resolve_row(words, s_row, t_row, g_row, v, s_width, t_width, chunks, known, grad_scale):
         """Second pass: the loss, and the gradient (forward) or what the gradient is made of (the others)."""
         total, mean = ZERO, ZERO
-        slot, stop, at = whole_of(chunks)
+        slot, stop, at, home = whole_of(chunks)
         while slot < stop:
-            xs, xt = whole_pair(words, slot, span, s_row, t_row, at)
+            xs, xt = whole_pair(words, home, s_row, t_row, at, chunks[4])
             a, b, c = eight(xs, xt, known)
             total = total + a
             if writes:
                 ga, gb = encode(scaled(b, grad_scale))
-                put(g_row + at, ga, gb)
+                put(g_row + at, chunks[4], ga, gb)
             if means:
                 mean = mean + sum8(c)
-                if staged:
-                    keep(words, slot, span, b, c)
-            slot, at = I32(slot + threads), at + stride
-        j = chunks[6]
+            slot, at, home = ptx.uncounted(slot + team), at + stride, I32(home + jump)
+        j = chunks[7]
         while j < edges(chunks):
             chunk = edge(j, chunks)
             if mine(chunk, chunks):
-                e = element_of(chunk, chunks)
-                xs, xt = edge_pair(words, I32(chunk - chunks[4]), span, s_row, t_row, s_width, t_width, e)
+                e, home = element_of(chunk, chunks), cell(I32(chunk - chunks[5]), chunks)
+                xs, xt = edge_pair(words, home, s_row, t_row, s_width, t_width, e, chunks[4])
                 a, b, c = eight(xs, xt, known)
                 total = total + a
                 if writes:
                     ga, gb = encode(scaled(b, grad_scale))
-                    put_edge(g_row, e, v, ga, gb)
+                    put_edge(g_row, e, v, chunks[4], ga, gb)
                 if means:
                     mean = mean + sum8(c)
-                    if staged:
-                        keep(words, I32(chunk - chunks[4]), span, b, c)
-            j = I32(j + threads)
+            j = I32(j + team)
         return total, mean
 
     @device
-    def write_row(words, span, s_row, t_row, g_row, v, s_width, t_width, chunks, known, mean, grad_scale):
+    def write_row(words, s_row, t_row, g_row, v, s_width, t_width, chunks, known, mean, grad_scale):
         """Third pass of the divergences whose gradient needs a mean over the row."""
-        slot, stop, at = whole_of(chunks)
+        slot, stop, at, home = whole_of(chunks)
         while slot < stop:
             if staged:
-                b, c = kept(words, slot, span)
+                b, c = kept(words, home)
             else:
-                xs, xt = whole_pair(words, slot, span, s_row, t_row, at)
+                xs, xt = whole_pair(words, home, s_row, t_row, at, chunks[4])
                 a, b, c = eight(xs, xt, known)
             ga, gb = encode(centred(b, c, mean, grad_scale))
-            put(g_row + at, ga, gb)
-            slot, at = I32(slot + threads), at + stride
-        j = chunks[6]
+            put(g_row + at, chunks[4], ga, gb)
+            slot, at, home = ptx.uncounted(slot + team), at + stride, I32(home + jump)
+        j = chunks[7]
         while j < edges(chunks):
             chunk = edge(j, chunks)
             if mine(chunk, chunks):
-                e = element_of(chunk, chunks)
+                e, home = element_of(chunk, chunks), cell(I32(chunk - chunks[5]), chunks)
                 if staged:
-                    b, c = kept(words, I32(chunk - chunks[4]), span)
+                    b, c = kept(words, home)
                 else:
-                    xs, xt = edge_pair(words, I32(chunk - chunks[4]), span, s_row, t_row, s_width, t_width, e)
+                    xs, xt = edge_pair(words, home, s_row, t_row, s_width, t_width, e, chunks[4])
                     a, b, c = eight(xs, xt, known)
                 ga, gb = encode(centred(b, c, mean, grad_scale))
-                put_edge(g_row, e, v, ga, gb)
-            j = I32(j + threads)
+                put_edge(g_row, e, v, chunks[4], ga, gb)
+            j = I32(j + team)
 
     def kernel(
-        s, t, g, loss, mask, scale, v, t_stride, s_width, t_width, span, k2, grad_factor, loss_factor, beta
-    ):
+        s, t, g, loss, mask, scale, v, t_stride, s_width, t_width, span, k2, grad_factor, loss_factor,
+        odds, log_odds, log_t, log_s, c2, c3, c4, c5,
+    ):  # fmt: skip
+        coin = (odds, log_odds, log_t, log_s, c2, c3, c4, c5)
         words = cuda.shared.array(0, types.uint32, alignment=ALIGNMENT)
         scratch = cuda.shared.array(SCRATCH, np.float32)
         tid = I32(cuda.threadIdx.x)
         row = I32(I32(cuda.blockIdx.x) // I32(cluster))
-        rank = I32(0)
+        rank, base = I32(0), I32(0)
+        if lanes:
+            row, rows = I32(I32(row * (threads // lanes)) + (tid >> I32(5))), span
+            if row >= rows:
+                return
+            span = warp_span(max(v, max(s_width, t_width)))
+            base = I32((tid >> I32(5)) * span * (4 * planes))
+            tid = tid & I32(31)
         if cluster > 1:
             ptx.cluster_arrive()  # no block may be written to before it has started: waited for before the merge
             rank = ptx.cluster_rank()
@@ -244,9 +304,11 @@ def rows_kernel(
         t_row = t + I64(row) * t_stride * size
         g_row = g + I64(row) * v * size
         whole = min(v, min(s_width, t_width))
-        origin, first, last, count = geometry(s_row, t_row, g_row, max(v, max(s_width, t_width)), whole)
+        origin, first, last, count, apart = geometry(
+            s_row, t_row, g_row, max(v, max(s_width, t_width)), whole
+        )
         lo = I32(rank * span)
-        chunks = (origin, first, last, count, lo, min(I32(lo + span), count), tid)
+        chunks = (origin, first, last, count, apart, lo, min(I32(lo + span), count), tid, base)
         leader = rank == I32(0) and tid == I32(0)
         if not is_kept(mask, row):
             if cluster > 1:
@@ -257,23 +319,30 @@ def rows_kernel(
                 ptx.store_f32(loss + I64(row) * 4, ZERO)
             return
 
-        ct, dt, cs, ds = absorb_row(words, span, s_row, t_row, s_width, t_width, chunks, k2)
+        ct, dt, cs, ds = absorb_row(words, s_row, t_row, s_width, t_width, chunks, k2)
         if cluster > 1:
             ptx.cluster_wait()
         ct, dt, cs, ds = softmax_two(scratch, tid, rank, ct, dt, cs, ds)
-        known = row_known(k2, ct, dt, cs, ds, beta)
-        loss_factor, grad_scale = factors(loss_factor, row_scale(scale, row, grad_factor), beta)
-        total, mean = resolve_row(
-            words, span, s_row, t_row, g_row, v, s_width, t_width, chunks, known, grad_scale
-        )
+        known = row_known(k2, ct, dt, cs, ds, coin)
+        grad_scale = ZERO
+        if writes:
+            grad_scale = row_scale(scale, row, grad_factor) * known[3]
+        if replaces:
+            total, mean = replace_row(words, chunks, known)
+        else:
+            total, mean = resolve_row(
+                words, s_row, t_row, g_row, v, s_width, t_width, chunks, known, grad_scale
+            )
         total, mean = sum_two(scratch, tid, rank, total, mean)
         if leader:
-            ptx.store_f32(loss + I64(row) * 4, total * loss_factor)
+            ptx.store_f32(loss + I64(row) * 4, total * (loss_factor * known[3]))
         if not means:
             return
+        mean = mean * known[3]
+        grad_scale = row_scale(scale, row, grad_factor) * known[3]  # not before, for want of registers
         if mean > HUGE:  # the teacher rules out what the student believes in: loss inf, and no gradient
             clear_row(g_row, v, chunks)
         else:
-            write_row(words, span, s_row, t_row, g_row, v, s_width, t_width, chunks, known, mean, grad_scale)
+            write_row(words, s_row, t_row, g_row, v, s_width, t_width, chunks, known, mean, grad_scale)
 
     return kernel

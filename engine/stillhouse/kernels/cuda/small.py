@@ -1,4 +1,4 @@
-"""Kernels for dense teachers and V <= 1,024: several rows a block, eight lanes or a warp for each.
+"""Kernels for dense teachers and V <= 64: several rows a block, eight lanes for each.
 
 The rows of a block lie side by side in memory, so the block moves them as one stretch of 128-bit accesses whatever V
 is, and keeps them in shared memory as float32; the lanes of a row then stride over it. The gradient takes the place
@@ -17,13 +17,12 @@ from numba import cuda, types
 
 from stillhouse.kernels.cuda import intrinsics as ptx
 from stillhouse.kernels.cuda.arithmetic import (
-    FACTORS,
+    KNOWN,
     LOWEST,
     PAIRS,
     ZERO,
     butterflies,
     device,
-    row_known,
 )  # fmt: skip
 from stillhouse.kernels.cuda.chunks import is_kept, row_scale
 from stillhouse.kernels.cuda.rows import HUGE, SIGNATURE
@@ -113,9 +112,9 @@ def stretches(dtype: str, threads: int) -> SimpleNamespace:
 
 def small_kernel(dtype: str, divergence: str, threads: int, lanes: int, gradient: bool = True) -> Callable:
     """The kernel (undecorated) with ``threads / lanes`` rows a block; arguments as in rows, ``rows`` for the slice."""
-    pair, factors, stretch, size = (
+    pair, row_known, stretch, size = (
         PAIRS[divergence],
-        FACTORS[divergence],
+        KNOWN[divergence],
         stretches(dtype, threads),
         codec(dtype).size,
     )
@@ -206,7 +205,7 @@ def small_kernel(dtype: str, divergence: str, threads: int, lanes: int, gradient
             if e < (v if forward else both):
                 leave(words, I32(s_base + e), I32(t_base + e), b, c, grad_scale)
             e = I32(e + lanes)
-        return group_sum(total), group_sum(mean)
+        return group_sum(total), group_sum(mean) * known[3] if means else ZERO
 
     @device
     def write(words, s_base, t_base, v, s_width, t_width, both, lane, known, mean, grad_scale):
@@ -229,8 +228,10 @@ def small_kernel(dtype: str, divergence: str, threads: int, lanes: int, gradient
             e = I32(e + lanes)
 
     def kernel(
-        s, t, g, loss, mask, scale, v, t_stride, s_width, t_width, rows, k2, grad_factor, loss_factor, beta
-    ):
+        s, t, g, loss, mask, scale, v, t_stride, s_width, t_width, rows, k2, grad_factor, loss_factor,
+        odds, log_odds, log_t, log_s, c2, c3, c4, c5,
+    ):  # fmt: skip
+        coin = (odds, log_odds, log_t, log_s, c2, c3, c4, c5)
         words = cuda.shared.array(0, types.uint32, alignment=ALIGNMENT)
         tid = I32(cuda.threadIdx.x)
         first = I32(I32(cuda.blockIdx.x) * rows_per_block)
@@ -260,13 +261,13 @@ def small_kernel(dtype: str, divergence: str, threads: int, lanes: int, gradient
         )  # all lanes take part in the shuffles
         cs, ds = row_softmax(words, s_row, mine_s, lane, k2)
         ct, dt = row_softmax(words, t_row, mine_t, lane, k2)
-        known = row_known(k2, ct, dt, cs, ds, beta)
+        known = row_known(k2, ct, dt, cs, ds, coin)
         all_width = max(v, max(mine_s, mine_t)) if kept else I32(0)
         both = min(v, t_stride)
         grad_scale = grad_factor
         if kept:
             grad_scale = row_scale(scale, row, grad_factor)
-        loss_factor, grad_scale = factors(loss_factor, grad_scale, beta)
+        loss_factor, grad_scale = loss_factor * known[3], grad_scale * known[3]
         total, mean = resolve(
             words, s_row, t_row, v, mine_s, mine_t, all_width, both, lane, known, grad_scale
         )  # fmt: skip

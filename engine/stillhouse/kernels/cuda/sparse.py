@@ -19,16 +19,14 @@ from numba import cuda, types
 from stillhouse.kernels.cuda import intrinsics as ptx
 from stillhouse.kernels.cuda.arguments import GHOST, SAMPLED, WITHIN
 from stillhouse.kernels.cuda.arithmetic import (
-    FACTORS,
     LN2,
     LOWEST,
-    ONE,
+    OF_LOGS,
     PAIRS,
     ZERO,
     absorb,
     device,
     log2_of,
-    mixture_known,
 )
 from stillhouse.kernels.cuda.chunks import is_kept, row_geometry, row_scale, walk
 from stillhouse.kernels.cuda.merge import SCRATCH, merges
@@ -40,7 +38,7 @@ LOG2E = F32(math.log2(math.e))
 MINUS_INFINITY = F32(-np.inf)
 HUGE = F32(3.0e38)
 
-SIGNATURE = (*[types.int64] * 8, *[types.int32] * 4, *[types.float32] * 4)
+SIGNATURE = (*[types.int64] * 8, *[types.int32] * 4, *[types.float32] * 11)
 
 
 @device
@@ -105,10 +103,10 @@ def sparse_kernel(
     (float32, or 0), gradient, loss, mask (or 0), scale (or 0); V, k, the mode, chunks in a block's slice; then the
     same factors as for dense teachers. Without ``gradient`` it writes losses only.
     """
-    code, pair, factors, merge = (
+    code, pair, of_logs, merge = (
         codec(dtype),
         PAIRS[divergence],
-        FACTORS[divergence],
+        OF_LOGS[divergence],
         merges(threads, cluster),
     )
     size, forward, marks_at = code.size, divergence == "forward", 4 * code.vectors if staged else 0
@@ -127,8 +125,8 @@ def sparse_kernel(
         code.store_one,
     )
     fetch, fetch_last = code.fetch if staged else code.fetch_kept, code.fetch
-    softmax_two, sum_two, geometry = merge.softmax_two, merge.sum_two, row_geometry(size, code.group)
-    steps = walk(code, threads)
+    softmax_two, sum_two, geometry = merge.softmax_two, merge.sum_two, row_geometry(size)
+    steps = walk(code, threads, code.vectors)
     whole_of, edges, edge, mine, element_of = (
         steps.whole_of,
         steps.edges,
@@ -136,16 +134,16 @@ def sparse_kernel(
         steps.mine,
         steps.element_of,
     )
-    clear_row, stride = steps.clear_row, steps.stride
+    clear_row, cell, stride, jump = steps.clear_row, steps.cell, steps.stride, steps.jump
 
     @device
     def mark(words, span, indices, k, chunks):
         """Set the bit of every entry in this block's slice. An or of bits is the same in whatever order."""
-        origin, lo, hi, tid = chunks[0], chunks[4], chunks[5], chunks[6]
+        origin, apart, lo, hi, tid = chunks[0], chunks[4], chunks[5], chunks[6], chunks[7]
         base = I32(span * marks_at)
         i = tid
         while i < k:
-            bit = I32(place(I32(index_at(indices, i) - origin)) - lo * 8)
+            bit = I32(place(I32(index_at(indices, i) - origin), apart) - lo * 8)
             if bit >= I32(0) and bit < I32((hi - lo) * 8):
                 cuda.atomic.or_(words, U32(base + (bit >> I32(5))), U32(1) << U32(bit & I32(31)))
             i = I32(i + threads)
@@ -164,26 +162,27 @@ def sparse_kernel(
         return U32((word >> U32((slot & I32(3)) << I32(3))) & U32(255))
 
     @device
-    def take(words, span, slot, a, b, k2, c, d):
+    def take(words, span, slot, home, a, b, k2, c, d):
         if staged:
-            stage(words, I32(0), span, slot, a, b)
+            stage(words, home, a, b)
         return absorb(others_only(decode(a, b), marks_of(words, span, slot)), k2, c, d)
 
     @device
     def absorb_row(words, span, s_row, v, chunks, k2):
         """Keep the row, and (C, D) of what is not marked."""
         c, d = LOWEST, ZERO
-        slot, stop, at = whole_of(chunks)
+        slot, stop, at, home = whole_of(chunks)
         while slot < stop:
-            a, b = fetch(s_row + at)
-            c, d = take(words, span, slot, a, b, k2, c, d)
-            slot, at = I32(slot + threads), at + stride
-        j = chunks[6]
+            a, b = fetch(s_row + at, chunks[4])
+            c, d = take(words, span, slot, home, a, b, k2, c, d)
+            slot, at, home = ptx.uncounted(slot + threads), at + stride, I32(home + jump)
+        j = chunks[7]
         while j < edges(chunks):
             chunk = edge(j, chunks)
             if mine(chunk, chunks):
-                a, b = fetch_edge(s_row, element_of(chunk, chunks), v)
-                c, d = take(words, span, I32(chunk - chunks[4]), a, b, k2, c, d)
+                a, b = fetch_edge(s_row, element_of(chunk, chunks), v, chunks[4])
+                slot = I32(chunk - chunks[5])
+                c, d = take(words, span, slot, cell(slot, chunks), a, b, k2, c, d)
             j = I32(j + threads)
         return c, d
 
@@ -201,12 +200,14 @@ def sparse_kernel(
         return c, d
 
     @device
-    def outcome(log_p, log_q, beta):
+    def outcome(log_p, log_q, coin):
         """The pair function of two log2-probabilities."""
-        return pair(log_p, log_q, (ONE, ZERO, ZERO, ONE, ONE, ZERO, ZERO, beta, *mixture_known(beta)))
+        known = of_logs(coin)
+        a, b, c = pair(log_p, log_q, known)
+        return a * known[3], b * known[3], c * known[3]
 
     @device
-    def entry_sums(s_row, indices, values, k, mode, k2, n, log_d, beta, shift, tid):
+    def entry_sums(s_row, indices, values, k, mode, k2, n, log_d, coin, shift, tid):
         total, mean = ZERO, ZERO
         i = tid
         while i < k:
@@ -215,7 +216,7 @@ def sparse_kernel(
             if mode == I32(SAMPLED):
                 total, mean = total - value * log_q * LN2, mean + value
             else:
-                a, b, c = outcome(value * LOG2E, log_q, beta)
+                a, b, c = outcome(value * LOG2E, log_q, coin)
                 total, mean = total + a, mean + ptx.fma(b, -shift, c)
             i = I32(i + threads)
         return total, mean
@@ -234,11 +235,11 @@ def sparse_kernel(
         return first, weight
 
     @device
-    def write_entries(s_row, g_row, indices, values, k, mode, k2, n, log_d, beta, mean, grad_scale, chunks):
-        i = chunks[6]
+    def write_entries(s_row, g_row, indices, values, k, mode, k2, n, log_d, coin, mean, grad_scale, chunks):
+        i = chunks[7]
         while i < k:
             index = index_at(indices, i)
-            bit = place(I32(index - chunks[0]))
+            bit = place(I32(index - chunks[0]), chunks[4])
             if mine(bit >> I32(3), chunks):
                 first, weight = True, ZERO
                 if mode == I32(SAMPLED):
@@ -248,7 +249,7 @@ def sparse_kernel(
                     if mode == I32(SAMPLED):
                         gradient = mean * ptx.exp2(log_q) - weight
                     else:
-                        a, b, c = outcome(value_at(values, i) * LOG2E, log_q, beta)
+                        a, b, c = outcome(value_at(values, i) * LOG2E, log_q, coin)
                         gradient = b if forward else ptx.fma(b, -mean, c)
                     store_one(g_row + I64(index) * size, gradient * grad_scale)
             i = I32(i + threads)
@@ -256,35 +257,35 @@ def sparse_kernel(
     @device
     def write_row(words, span, s_row, g_row, v, chunks, k2, n, f):
         """Write f 2^(k2 x - C) everywhere but at the marked elements, which have their gradient already."""
-        slot, stop, at = whole_of(chunks)
+        slot, stop, at, home = whole_of(chunks)
         while slot < stop:
             if staged:
-                a, b = unstage(words, I32(0), span, slot)
+                a, b = unstage(words, home)
             else:
-                a, b = fetch_last(s_row + at)
+                a, b = fetch_last(s_row + at, chunks[4])
             gradient, marks = scaled_powers(decode(a, b), k2, n, f), marks_of(words, span, slot)
             if marks != U32(0):
-                a, b = fetch_last(g_row + at)
+                a, b = fetch_last(g_row + at, chunks[4])
                 gradient = keep_marked(gradient, decode(a, b), marks)
             a, b = encode(gradient)
-            put(g_row + at, a, b)
-            slot, at = I32(slot + threads), at + stride
-        j = chunks[6]
+            put(g_row + at, chunks[4], a, b)
+            slot, at, home = ptx.uncounted(slot + threads), at + stride, I32(home + jump)
+        j = chunks[7]
         while j < edges(chunks):
             chunk = edge(j, chunks)
             if mine(chunk, chunks):
                 e = element_of(chunk, chunks)
-                slot = I32(chunk - chunks[4])
+                slot = I32(chunk - chunks[5])
                 if staged:
-                    a, b = unstage(words, I32(0), span, slot)
+                    a, b = unstage(words, cell(slot, chunks))
                 else:
-                    a, b = fetch_edge(s_row, e, v)
+                    a, b = fetch_edge(s_row, e, v, chunks[4])
                 gradient, marks = scaled_powers(decode(a, b), k2, n, f), marks_of(words, span, slot)
                 if marks != U32(0):
-                    a, b = fetch_edge(g_row, e, v)
+                    a, b = fetch_edge(g_row, e, v, chunks[4])
                     gradient = keep_marked(gradient, decode(a, b), marks)
                 a, b = encode(gradient)
-                put_edge(g_row, e, v, a, b)
+                put_edge(g_row, e, v, chunks[4], a, b)
             j = I32(j + threads)
 
     @device
@@ -301,8 +302,10 @@ def sparse_kernel(
         return c, log_d, (co - c) + log2_of(do) - log_d
 
     def kernel(
-        s, indices, values, outside, g, loss, mask, scale, v, k, mode, span, k2, grad_factor, loss_factor, beta
+        s, indices, values, outside, g, loss, mask, scale, v, k, mode, span, k2, grad_factor, loss_factor,
+        odds, log_odds, log_t, log_s, c2, c3, c4, c5,
     ):  # fmt: skip
+        coin = (odds, log_odds, log_t, log_s, c2, c3, c4, c5)
         words = cuda.shared.array(0, types.uint32, alignment=ALIGNMENT)
         scratch = cuda.shared.array(SCRATCH, np.float32)
         tid = I32(cuda.threadIdx.x)
@@ -313,9 +316,9 @@ def sparse_kernel(
             rank = ptx.cluster_rank()
         s_row, g_row = s + I64(row) * v * size, g + I64(row) * v * size
         indices, values = indices + I64(row) * k * 8, values + I64(row) * k * 4
-        origin, first, last, count = geometry(s_row, s_row, g_row, v, v)
+        origin, first, last, count, apart = geometry(s_row, s_row, g_row, v, v)
         lo = I32(rank * span)
-        chunks = (origin, first, last, count, lo, min(I32(lo + span), count), tid)
+        chunks = (origin, first, last, count, apart, lo, min(I32(lo + span), count), tid, I32(0))
         leader = rank == I32(0) and tid == I32(0)
         if not is_kept(mask, row):
             if cluster > 1:
@@ -349,29 +352,29 @@ def sparse_kernel(
             log_p = MINUS_INFINITY
             if mode == I32(GHOST):
                 log_p = log2_of(ptx.load_f32(outside + I64(row) * 4))
-            rest_loss, rest_second, rest_third = outcome(log_p, log_rest, beta)
+            rest_loss, rest_second, rest_third = outcome(log_p, log_rest, coin)
             if log_rest > F32(-120.0):
                 over = ptx.exp2(-log_rest)
                 if not forward and rest_third < HUGE:
                     shift = rest_third * over
         total, mean = ZERO, ZERO
         if rank == I32(0):
-            total, mean = entry_sums(s_row, indices, values, k, mode, k2, n, log_d, beta, shift, tid)
+            total, mean = entry_sums(s_row, indices, values, k, mode, k2, n, log_d, coin, shift, tid)
             if leader and rest:
                 total = total + rest_loss
                 if shift == ZERO and not forward:
                     mean = mean + rest_third
         total, mean = sum_two(scratch, tid, rank, total, mean)
-        loss_scale, grad_scale = factors(loss_factor, row_scale(scale, row, grad_factor), beta)
+        grad_scale = row_scale(scale, row, grad_factor)
         share = rest_second * over if forward else -mean  # of its probability that an unmarked gradient is
         if shift == ZERO and not forward:
             share = ptx.fma(rest_third, over, -mean)
         if mode == I32(SAMPLED):
-            loss_scale, grad_scale, share = loss_factor, row_scale(scale, row, grad_factor), mean
+            share = mean
         elif mode == I32(WITHIN):
             share = ZERO
         if leader:
-            ptx.store_f32(loss + I64(row) * 4, total * loss_scale)
+            ptx.store_f32(loss + I64(row) * 4, total * loss_factor)
         if not gradient:
             return
 
@@ -379,7 +382,7 @@ def sparse_kernel(
             clear_row(g_row, v, chunks)
             return
         centre = mean if mode == I32(SAMPLED) else mean + shift
-        write_entries(s_row, g_row, indices, values, k, mode, k2, n, log_d, beta, centre, grad_scale, chunks)
+        write_entries(s_row, g_row, indices, values, k, mode, k2, n, log_d, coin, centre, grad_scale, chunks)
         if mode == I32(SAMPLED):
             mark(words, span, indices, k, chunks)
         cuda.syncthreads()

@@ -4,8 +4,11 @@ A row is cut into chunks of eight elements whose first byte is 16-byte aligned, 
 128-bit accesses whatever V is. A chunk that hangs over the start or the end of the row is an *edge*: it moves
 element by element, and what lies outside the row reads as -inf.
 
-16-bit: a chunk is one 128-bit vector. float32: a chunk is two vectors 512 bytes apart, so that the 32 lanes of a
-warp still read 512 contiguous bytes with each instruction; chunks then come in groups of 32 (256 elements).
+16-bit: a chunk is one 128-bit vector. float32: a chunk is two vectors, one from either half of the row and ``apart``
+elements from each other, so that the 32 lanes of a warp still read 512 contiguous bytes with each instruction.
+
+In shared memory the vectors of 32 chunks lie side by side, plane after plane: one address then serves all of a
+chunk's vectors, at constant distances from it.
 """
 
 # mypy: ignore-errors
@@ -21,8 +24,9 @@ from stillhouse.kernels.cuda import intrinsics as ptx
 device = ptx.device
 
 DTYPES = ("bf16", "f16", "f32")
-I32, F32, U32 = np.int32, np.float32, np.uint32
+I32, I64, F32, U32 = np.int32, np.int64, np.float32, np.uint32
 CHUNK = 8  # elements
+PLANE = 128  # words from one vector of a chunk to its next in shared memory
 
 
 def _sixteen_bit(low, high, pack, minus_infinity):
@@ -34,17 +38,17 @@ def _sixteen_bit(low, high, pack, minus_infinity):
         return I32(chunk * 8)
 
     @device
-    def place(element):
+    def place(element, apart):
         """The number of an element in the order of chunks, eight to each."""
         return element
 
     @device
-    def fetch(address):
+    def fetch(address, apart):
         a = ptx.load_words(address)
         return a, a
 
     @device
-    def fetch_kept(address):
+    def fetch_kept(address, apart):
         a = ptx.load_words_kept(address)
         return a, a
 
@@ -58,7 +62,7 @@ def _sixteen_bit(low, high, pack, minus_infinity):
         return a, a
 
     @device
-    def put(address, a, b):
+    def put(address, apart, a, b):
         ptx.store_words(address, a[0], a[1], a[2], a[3])
 
     @device
@@ -73,7 +77,7 @@ def _sixteen_bit(low, high, pack, minus_infinity):
         return U32(element(row, e, n) | (element(row, I32(e + 1), n) << U32(16)))
 
     @device
-    def fetch_edge(row, e, n):
+    def fetch_edge(row, e, n, apart):
         a = (pair(row, e, n), pair(row, I32(e + 2), n), pair(row, I32(e + 4), n), pair(row, I32(e + 6), n))
         return a, a
 
@@ -85,7 +89,7 @@ def _sixteen_bit(low, high, pack, minus_infinity):
             ptx.store_u16(row + np.int64(e) * 2 + 2, U32(word >> U32(16)))
 
     @device
-    def put_edge(row, e, n, a, b):
+    def put_edge(row, e, n, apart, a, b):
         put_pair(row, e, n, a[0])
         put_pair(row, I32(e + 2), n, a[1])
         put_pair(row, I32(e + 4), n, a[2])
@@ -100,15 +104,15 @@ def _sixteen_bit(low, high, pack, minus_infinity):
         ptx.store_u16(address, pack(x, x))
 
     @device
-    def stage(words, plane, span, slot, a, b):
-        ptx.shared_store_words(words, I32((plane * span + slot) * 4), a[0], a[1], a[2], a[3])
+    def stage(words, at, a, b):
+        ptx.shared_store_words(words, at, a[0], a[1], a[2], a[3])
 
     @device
-    def unstage(words, plane, span, slot):
-        a = ptx.shared_load_words(words, I32((plane * span + slot) * 4))
+    def unstage(words, at):
+        a = ptx.shared_load_words(words, at)
         return a, a
 
-    return SimpleNamespace(size=2, vectors=1, group=1, **_methods(locals()))
+    return SimpleNamespace(size=2, vectors=1, **_methods(locals()))
 
 
 def _single():
@@ -119,21 +123,22 @@ def _single():
 
     @device
     def first_element(chunk):
-        return I32((chunk >> I32(5)) * 256 + (chunk & I32(31)) * 4)
+        return I32(chunk * 4)
 
     @device
-    def place(element):
-        group, half = element >> I32(8), (element >> I32(7)) & I32(1)
-        quad, i = (element >> I32(2)) & I32(31), element & I32(3)
-        return I32((group << I32(8)) + (quad << I32(3)) + (half << I32(2)) + i)
+    def place(element, apart):
+        second = I32(element - apart)
+        half = I32(0) if second < I32(0) else I32(4)
+        element = element if second < I32(0) else second
+        return I32(((element >> I32(2)) << I32(3)) + half + (element & I32(3)))
 
     @device
-    def fetch(address):
-        return ptx.load_words(address), ptx.load_words(address + 512)
+    def fetch(address, apart):
+        return ptx.load_words(address), ptx.load_words(address + I64(apart) * 4)
 
     @device
-    def fetch_kept(address):
-        return ptx.load_words_kept(address), ptx.load_words_kept(address + 512)
+    def fetch_kept(address, apart):
+        return ptx.load_words_kept(address), ptx.load_words_kept(address + I64(apart) * 4)
 
     @device
     def decode(a, b):
@@ -150,9 +155,9 @@ def _single():
         )
 
     @device
-    def put(address, a, b):
+    def put(address, apart, a, b):
         ptx.store_words(address, a[0], a[1], a[2], a[3])
-        ptx.store_words(address + 512, b[0], b[1], b[2], b[3])
+        ptx.store_words(address + I64(apart) * 4, b[0], b[1], b[2], b[3])
 
     @device
     def element(row, e, n):
@@ -171,8 +176,8 @@ def _single():
         )
 
     @device
-    def fetch_edge(row, e, n):
-        return quad(row, e, n), quad(row, I32(e + 128), n)
+    def fetch_edge(row, e, n, apart):
+        return quad(row, e, n), quad(row, I32(e + apart), n)
 
     @device
     def put_element(row, e, n, word):
@@ -187,9 +192,9 @@ def _single():
         put_element(row, I32(e + 3), n, a[3])
 
     @device
-    def put_edge(row, e, n, a, b):
+    def put_edge(row, e, n, apart, a, b):
         put_quad(row, e, n, a)
-        put_quad(row, I32(e + 128), n, b)
+        put_quad(row, I32(e + apart), n, b)
 
     @device
     def load_one(address):
@@ -200,16 +205,15 @@ def _single():
         ptx.store_f32(address, x)
 
     @device
-    def stage(words, plane, span, slot, a, b):
-        ptx.shared_store_words(words, I32((plane * 2 * span + slot) * 4), a[0], a[1], a[2], a[3])
-        ptx.shared_store_words(words, I32(((plane * 2 + 1) * span + slot) * 4), b[0], b[1], b[2], b[3])
+    def stage(words, at, a, b):
+        ptx.shared_store_words(words, at, a[0], a[1], a[2], a[3])
+        ptx.shared_store_words(words, I32(at + PLANE), b[0], b[1], b[2], b[3])
 
     @device
-    def unstage(words, plane, span, slot):
-        a = ptx.shared_load_words(words, I32((plane * 2 * span + slot) * 4))
-        return a, ptx.shared_load_words(words, I32(((plane * 2 + 1) * span + slot) * 4))
+    def unstage(words, at):
+        return ptx.shared_load_words(words, at), ptx.shared_load_words(words, I32(at + PLANE))
 
-    return SimpleNamespace(size=4, vectors=2, group=32, **_methods(locals()))
+    return SimpleNamespace(size=4, vectors=2, **_methods(locals()))
 
 
 def _methods(scope):
