@@ -269,3 +269,32 @@ def test_repeated_draws_add_up_in_place():
     loss, grad = expected(student, target, temperature=0.5)
     assert relative(got.loss, loss) < LOSS
     assert relative(got.grad, grad) < 2e-6
+
+
+BAD = [-1, -(2**33), "V", 2**32 + 5, 2**40]
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize(
+    ("v", "dtype", "divergence", "kind"),
+    [
+        (100, "bf16", "reverse", "renormalise"),
+        (4096, "f32", "forward", "ghost"),
+        (4096, "f32", "reverse", "ghost"),
+        (4096, "f32", "jsd", "ghost"),
+        (4096, "f32", "forward", "sampled"),
+        pytest.param(50257, "f32", "reverse", "ghost", marks=pytest.mark.slow),  # a cluster
+    ],
+)
+def test_an_index_out_of_range_makes_its_row_nan_and_touches_nothing(v, dtype, divergence, kind, bad):
+    """Nobody looks at the indices of a trusted target on the host; the interpreter stops at an access out of bounds."""
+    student, teacher = logits(3, v, dtype)
+    target = target_of(kind, teacher, 1.0)
+    right = run(student, target, divergence=divergence)
+    target.indices[1, 3] = v if bad == "V" else bad
+    got = run(student, target, divergence=divergence, inplace=True)
+    assert got.loss.isnan().tolist() == [False, True, False]
+    assert (got.grad[1] == 0).all(), "no gradient for that row"
+    assert torch.equal(got.loss[::2], right.loss[::2])
+    assert torch.equal(got.grad[::2], right.grad[::2])
+    assert run(student, target, divergence=divergence, gradient=False).loss.isnan()[1]
