@@ -25,6 +25,9 @@ class TopK:
             cannot be moved to another temperature, because that needs the entries it stands for.
         trusted: skip the checks that read the values (indices in range and distinct, log-probabilities valid).
             They cost a pass over (..., k), and a host synchronisation on a GPU.
+        log_rest: floating, the leading shape of ``indices`` without its last axis: the natural logarithm of the mass
+            outside the k entries, which a ghost has. None: it is taken from one minus the sum of theirs, of which
+            nothing is left where they hold nearly all of it.
     """
 
     indices: Tensor
@@ -32,6 +35,7 @@ class TopK:
     rest: Rest = "ghost"
     temperature: float = 1.0
     trusted: bool = False
+    log_rest: Tensor | None = None
 
     @classmethod
     def from_logits(cls, logits: Tensor, k: int, *, temperature: float = 1.0, rest: Rest = "ghost") -> TopK:

@@ -54,7 +54,8 @@ def softmax_kl_fwd_bwd(
 
     Args:
         student: logits (N, V), float32, bfloat16 or float16, on a CUDA device.
-        target: teacher logits (N, Vt) of the student's dtype, or a ``TopK`` or ``Sampled`` with (N, k) tensors.
+        target: teacher logits (N, Vt) of the student's dtype, or a ``TopK`` or ``Sampled`` with (N, k) tensors
+            (``log_rest``: (N,), taken for a ghost's log-probability as it is).
         temperature: divides the logits; the loss is multiplied by its square.
         divergence: "forward", "reverse" or "jsd"; ``beta`` is the teacher's share in the latter's mixture.
         beta: between 0 and 1, exclusive.

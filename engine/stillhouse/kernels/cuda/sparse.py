@@ -101,8 +101,8 @@ def sparse_kernel(
 ) -> Callable:
     """The kernel (undecorated) of one dtype, divergence, block and cluster size.
 
-    Its arguments: addresses of student, indices (int64), log-probabilities or weights (float32), mass outside
-    (float32, or 0), gradient, loss, mask (or 0), scale (or 0); V, k, the mode, chunks in a block's slice; then the
+    Its arguments: addresses of student, indices (int64), log-probabilities or weights (float32), logarithm
+    of the mass outside (float32, or 0), gradient, loss, mask (or 0), scale (or 0); V, k, the mode, chunks in a block's slice; then the
     same factors as for dense teachers. Without ``gradient`` it writes losses only.
     """
     code, pair, of_logs, merge = (
@@ -363,7 +363,7 @@ def sparse_kernel(
         if rest:
             log_p = MINUS_INFINITY
             if mode == I32(GHOST):
-                log_p = log2_of(ptx.load_f32(outside + I64(row) * 4))
+                log_p = value_at(outside, row) * LOG2E
             rest_loss, rest_second, rest_third = outcome(log_p, log_rest, coin)
             if log_rest > F32(-120.0):
                 over = ptx.exp2(-log_rest)
