@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
+from stillhouse.kernels.reference import _divergence
 from stillhouse.kernels.targets import Sampled, TopK
 
 from .harness import expected, logits, relative, run
@@ -269,3 +273,73 @@ def test_repeated_draws_add_up_in_place():
     loss, grad = expected(student, target, temperature=0.5)
     assert relative(got.loss, loss) < LOSS
     assert relative(got.grad, grad) < 2e-6
+
+
+BAD = [-1, -(2**33), "V", 2**32 + 5, 2**40]
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize(
+    ("v", "dtype", "divergence", "kind"),
+    [
+        (100, "bf16", "reverse", "renormalise"),
+        (4096, "f32", "forward", "ghost"),
+        (4096, "f32", "reverse", "ghost"),
+        (4096, "f32", "jsd", "ghost"),
+        (4096, "f32", "forward", "sampled"),
+        pytest.param(50257, "f32", "reverse", "ghost", marks=pytest.mark.slow),  # a cluster
+    ],
+)
+def test_an_index_out_of_range_makes_its_row_nan_and_touches_nothing(v, dtype, divergence, kind, bad):
+    """Nobody looks at the indices of a trusted target on the host; the interpreter stops at an access out of bounds."""
+    student, teacher = logits(3, v, dtype)
+    target = target_of(kind, teacher, 1.0)
+    right = run(student, target, divergence=divergence)
+    target.indices[1, 3] = v if bad == "V" else bad
+    got = run(student, target, divergence=divergence, inplace=True)
+    assert got.loss.isnan().tolist() == [False, True, False]
+    assert (got.grad[1] == 0).all(), "no gradient for that row"
+    assert torch.equal(got.loss[::2], right.loss[::2])
+    assert torch.equal(got.grad[::2], right.grad[::2])
+    assert run(student, target, divergence=divergence, gradient=False).loss.isnan()[1]
+
+
+def with_a_faint_ghost(rows, k, log_rest, seed=2):
+    """A teacher whose top k hold all of the mass but exp(log_rest)."""
+    made = torch.Generator().manual_seed(seed)
+    log_probs = (3 * torch.randn(rows, k, generator=made)).log_softmax(-1)
+    indices = torch.stack([torch.randperm(4096, generator=made)[:k] for _ in range(rows)])
+    return TopK(indices, log_probs, trusted=True, temperature=2.0, log_rest=torch.full((rows,), log_rest))
+
+
+@pytest.mark.parametrize("log_rest", [math.log(1e-12), -200.0])  # exp(-200) is zero in float32
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+def test_a_ghost_has_the_logarithm_it_is_given(divergence, log_rest, figure):
+    student, _ = logits(2, 4096)
+    target = with_a_faint_ghost(2, 16, log_rest)
+    got = run(student, target, temperature=2.0, divergence=divergence, beta=0.3)
+
+    wide = student.double().requires_grad_()
+    log_s = (wide / 2).log_softmax(-1)
+    others = log_s.scatter(-1, target.indices, -float("inf")).logsumexp(-1, keepdim=True)
+    outcomes = torch.cat([log_s.gather(-1, target.indices), others], -1)
+    log_t = torch.cat([target.log_probs, target.log_rest[:, None]], -1).double()
+    loss = 4 * _divergence(outcomes, log_t, divergence, 0.3)
+    loss.sum().backward()
+    figure(
+        f"ghost of exp({log_rest:.0f}) {divergence:7} f32 V=4096: loss {relative(got.loss, loss.detach()):.1e}, "
+        f"gradient {relative(got.grad, wide.grad):.1e} off float64"
+    )
+    assert got.loss.isfinite().all()
+    assert relative(got.loss, loss.detach()) < LOSS
+    assert relative(got.grad, wide.grad) < 1e-6
+
+
+def test_a_ghost_without_a_logarithm_has_what_the_entries_leave():
+    student, teacher = logits(2, 4096)
+    target = TopK.from_logits(teacher, 16)
+    rest = (1 - target.log_probs.double().exp().sum(-1)).log()
+    given = run(student, replace(target, log_rest=rest), divergence="reverse")
+    taken = run(student, target, divergence="reverse")
+    assert torch.equal(given.loss, taken.loss)
+    assert torch.equal(given.grad, taken.grad)

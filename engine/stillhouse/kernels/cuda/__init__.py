@@ -49,11 +49,13 @@ def softmax_kl_fwd_bwd(
     """Loss of every row, float32 (N,); the gradient of ``sum(loss * scale)`` by the logits goes to ``out_grad``.
 
     Runs on torch's current stream and never waits for the device, so it can be captured into a CUDA graph once the
-    kernel has run outside of one (which loads it).
+    kernel has run outside of one (which loads it). For the same reason it does not look at the indices of a ``TopK`` or
+    ``Sampled``: one outside of [0, V) makes the loss of its row NaN, with a gradient of zero.
 
     Args:
         student: logits (N, V), float32, bfloat16 or float16, on a CUDA device.
-        target: teacher logits (N, Vt) of the student's dtype, or a ``TopK`` or ``Sampled`` with (N, k) tensors.
+        target: teacher logits (N, Vt) of the student's dtype, or a ``TopK`` or ``Sampled`` with (N, k) tensors
+            (``log_rest``: (N,), taken for a ghost's log-probability as it is).
         temperature: divides the logits; the loss is multiplied by its square.
         divergence: "forward", "reverse" or "jsd"; ``beta`` is the teacher's share in the latter's mixture.
         beta: between 0 and 1, exclusive.

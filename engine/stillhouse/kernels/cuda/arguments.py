@@ -33,14 +33,20 @@ def widths(v: int, target: Target, divergence: str) -> tuple[int, int, int]:
 
 
 def flatten(target: Target, temperature: float) -> list[Tensor]:
-    """The tensors a kernel reads of a target: logits, or indices (int64), values (float32) and log-mass outside."""
+    """The tensors a kernel reads of a target: logits, or indices (int64), values and a ghost's logarithm (float32)."""
     if isinstance(target, Tensor):
         return [target]
     if isinstance(target, Sampled):
         return [target.indices.contiguous(), target.weights.float().contiguous()]
     log_probs = top_k_at(target, temperature).float().contiguous()
-    rest = 1 - log_probs.double().exp().sum(-1)  # 1 - sum cancels: float64 or nothing is left
-    return [target.indices.contiguous(), log_probs, rest.clamp(min=0).float()]
+    read = [target.indices.contiguous(), log_probs]
+    if target.rest != "ghost":
+        return read
+    log_rest = target.log_rest
+    if log_rest is None:
+        rest = 1 - log_probs.double().exp().sum(-1)  # 1 - sum cancels: float64 or nothing is left
+        log_rest = rest.clamp(min=0).log()
+    return [*read, log_rest.float().contiguous()]
 
 
 def sparse_mode(target: TopK | Sampled, divergence: str) -> int:

@@ -35,7 +35,7 @@ from stillhouse.kernels.cuda.vectors import codec
 ALIGNMENT = ptx.SHARED_ALIGNMENT
 I32, I64, F32, U32 = np.int32, np.int64, np.float32, np.uint32
 LOG2E = F32(math.log2(math.e))
-MINUS_INFINITY = F32(-np.inf)
+MINUS_INFINITY, INFINITY, NAN = F32(-np.inf), F32(np.inf), F32(np.nan)
 HUGE = F32(3.0e38)
 
 SIGNATURE = (*[types.int64] * 8, *[types.int32] * 4, *[types.float32] * 11)
@@ -85,8 +85,10 @@ def scaled_powers(x, k2, n, f):
 
 
 @device
-def index_at(indices, i):
-    return I32(ptx.load_i64(indices + I64(i) * 8))
+def index_at(indices, i, v):
+    """The i-th index, or -1 where it is none of the row's: those of a trusted target nobody has looked at."""
+    index = ptx.load_i64(indices + I64(i) * 8)
+    return I32(index) if index >= I64(0) and index < I64(v) else I32(-1)
 
 
 @device
@@ -99,8 +101,8 @@ def sparse_kernel(
 ) -> Callable:
     """The kernel (undecorated) of one dtype, divergence, block and cluster size.
 
-    Its arguments: addresses of student, indices (int64), log-probabilities or weights (float32), mass outside
-    (float32, or 0), gradient, loss, mask (or 0), scale (or 0); V, k, the mode, chunks in a block's slice; then the
+    Its arguments: addresses of student, indices (int64), log-probabilities or weights (float32), logarithm
+    of the mass outside (float32, or 0), gradient, loss, mask (or 0), scale (or 0); V, k, the mode, chunks in a block's slice; then the
     same factors as for dense teachers. Without ``gradient`` it writes losses only.
     """
     code, pair, of_logs, merge = (
@@ -137,14 +139,15 @@ def sparse_kernel(
     clear_row, cell, stride, jump = steps.clear_row, steps.cell, steps.stride, steps.jump
 
     @device
-    def mark(words, span, indices, k, chunks):
+    def mark(words, span, indices, k, v, chunks):
         """Set the bit of every entry in this block's slice. An or of bits is the same in whatever order."""
         origin, apart, lo, hi, tid = chunks[0], chunks[4], chunks[5], chunks[6], chunks[7]
         base = I32(span * marks_at)
         i = tid
         while i < k:
-            bit = I32(place(I32(index_at(indices, i) - origin), apart) - lo * 8)
-            if bit >= I32(0) and bit < I32((hi - lo) * 8):
+            index = index_at(indices, i, v)
+            bit = I32(place(I32(index - origin), apart) - lo * 8)
+            if index >= I32(0) and bit >= I32(0) and bit < I32((hi - lo) * 8):
                 cuda.atomic.or_(words, U32(base + (bit >> I32(5))), U32(1) << U32(bit & I32(31)))
             i = I32(i + threads)
 
@@ -187,15 +190,17 @@ def sparse_kernel(
         return c, d
 
     @device
-    def absorb_entries(s_row, indices, k, k2, tid):
+    def absorb_entries(s_row, indices, k, v, k2, tid):
         """(C, D) of the k entries alone."""
         c, d = LOWEST, ZERO
         i = tid
         while i < k:
-            x = load_one(s_row + I64(index_at(indices, i)) * size)
-            higher = ptx.fmax(x * k2, c)
-            d = ptx.fma(d, ptx.exp2(c - higher), ptx.exp2(ptx.fma(x, k2, -higher)))
-            c = higher
+            index = index_at(indices, i, v)
+            if index >= I32(0):
+                x = load_one(s_row + I64(index) * size)
+                higher = ptx.fmax(x * k2, c)
+                d = ptx.fma(d, ptx.exp2(c - higher), ptx.exp2(ptx.fma(x, k2, -higher)))
+                c = higher
             i = I32(i + threads)
         return c, d
 
@@ -207,13 +212,18 @@ def sparse_kernel(
         return a * known[3], b * known[3], c * known[3]
 
     @device
-    def entry_sums(s_row, indices, values, k, mode, k2, n, log_d, coin, shift, tid):
+    def entry_sums(s_row, indices, values, k, v, mode, k2, n, log_d, coin, shift, tid):
+        """(loss, mean) over the entries; an index that is none of the row's makes them NaN and infinite."""
         total, mean = ZERO, ZERO
         i = tid
         while i < k:
-            x = load_one(s_row + I64(index_at(indices, i)) * size)
+            index, x = index_at(indices, i, v), ZERO
+            if index >= I32(0):
+                x = load_one(s_row + I64(index) * size)
             log_q, value = ptx.fma(x, k2, n) - log_d, value_at(values, i)
-            if mode == I32(SAMPLED):
+            if index < I32(0):
+                total, mean = NAN, INFINITY
+            elif mode == I32(SAMPLED):
                 total, mean = total - value * log_q * LN2, mean + value
             else:
                 a, b, c = outcome(value * LOG2E, log_q, coin)
@@ -222,12 +232,12 @@ def sparse_kernel(
         return total, mean
 
     @device
-    def weight_of(indices, values, k, i, index):
+    def weight_of(indices, values, k, v, i, index):
         """(Is this the first draw of that index?, the weight of all of its draws)."""
         first, weight = True, ZERO
         j = I32(0)
         while j < k:
-            if index_at(indices, j) == index:
+            if index_at(indices, j, v) == index:
                 weight = weight + value_at(values, j)
                 if j < i:
                     first = False
@@ -235,15 +245,17 @@ def sparse_kernel(
         return first, weight
 
     @device
-    def write_entries(s_row, g_row, indices, values, k, mode, k2, n, log_d, coin, mean, grad_scale, chunks):
+    def write_entries(
+        s_row, g_row, indices, values, k, v, mode, k2, n, log_d, coin, mean, grad_scale, chunks
+    ):
         i = chunks[7]
         while i < k:
-            index = index_at(indices, i)
+            index = index_at(indices, i, v)
             bit = place(I32(index - chunks[0]), chunks[4])
-            if mine(bit >> I32(3), chunks):
+            if index >= I32(0) and mine(bit >> I32(3), chunks):
                 first, weight = True, ZERO
                 if mode == I32(SAMPLED):
-                    first, weight = weight_of(indices, values, k, i, index)
+                    first, weight = weight_of(indices, values, k, v, i, index)
                 if first:  # the others must not read what the first one overwrites
                     log_q = ptx.fma(load_one(s_row + I64(index) * size), k2, n) - log_d
                     if mode == I32(SAMPLED):
@@ -332,12 +344,12 @@ def sparse_kernel(
         clear_marks(words, span, tid)
         cuda.syncthreads()
         if mode != I32(SAMPLED):
-            mark(words, span, indices, k, chunks)
+            mark(words, span, indices, k, v, chunks)
             cuda.syncthreads()
         co, do = absorb_row(words, span, s_row, v, chunks, k2)
         ck, dk = LOWEST, ZERO
         if rank == I32(0) and mode != I32(SAMPLED):
-            ck, dk = absorb_entries(s_row, indices, k, k2, tid)
+            ck, dk = absorb_entries(s_row, indices, k, v, k2, tid)
         if cluster > 1:
             ptx.cluster_wait()
         ck, dk, co, do = softmax_two(scratch, tid, rank, ck, dk, co, do)
@@ -351,7 +363,7 @@ def sparse_kernel(
         if rest:
             log_p = MINUS_INFINITY
             if mode == I32(GHOST):
-                log_p = log2_of(ptx.load_f32(outside + I64(row) * 4))
+                log_p = value_at(outside, row) * LOG2E
             rest_loss, rest_second, rest_third = outcome(log_p, log_rest, coin)
             if log_rest > F32(-120.0):
                 over = ptx.exp2(-log_rest)
@@ -359,7 +371,7 @@ def sparse_kernel(
                     shift = rest_third * over
         total, mean = ZERO, ZERO
         if rank == I32(0):
-            total, mean = entry_sums(s_row, indices, values, k, mode, k2, n, log_d, coin, shift, tid)
+            total, mean = entry_sums(s_row, indices, values, k, v, mode, k2, n, log_d, coin, shift, tid)
             if leader and rest:
                 total = total + rest_loss
                 if shift == ZERO and not forward:
@@ -378,13 +390,15 @@ def sparse_kernel(
         if not gradient:
             return
 
-        if mode != I32(SAMPLED) and mean > HUGE:  # as for dense teachers: loss inf, and no gradient
+        if mean > HUGE:  # as for dense teachers: loss inf, or NaN for an index out of range, and no gradient
             clear_row(g_row, v, chunks)
             return
         centre = mean if mode == I32(SAMPLED) else mean + shift
-        write_entries(s_row, g_row, indices, values, k, mode, k2, n, log_d, coin, centre, grad_scale, chunks)
+        write_entries(
+            s_row, g_row, indices, values, k, v, mode, k2, n, log_d, coin, centre, grad_scale, chunks
+        )
         if mode == I32(SAMPLED):
-            mark(words, span, indices, k, chunks)
+            mark(words, span, indices, k, v, chunks)
         cuda.syncthreads()
         if mode == I32(WITHIN):
             n = LOWEST  # logits outside may lie above the maximum of the k: zero, not zero times infinity
