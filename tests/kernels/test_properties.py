@@ -118,8 +118,10 @@ def test_the_mean_over_samples_is_the_loss_plus_the_teachers_entropy():
 def test_top_k_of_the_whole_vocabulary_is_dense(pair, divergence):
     width = pair[0].shape[1]
     rows, gradient = fused(*pair, divergence=divergence)
+    _, of_gradient = rounding(*pair, divergence, 1.0)  # log-probabilities are float32, and known to as much
     for rest in ("ghost", "renormalise"):
         target = TopK.from_logits(pair[1].double(), width, rest=rest)
         rows_k, gradient_k = fused(pair[0], target, divergence=divergence)
         assert torch.allclose(rows, rows_k, rtol=2e-6, atol=1e-9)
-        assert torch.allclose(gradient, gradient_k, rtol=1e-5, atol=1e-7)
+        allowed = 1e-7 + 1e-5 * gradient.abs() + of_gradient / len(rows)
+        assert ((gradient - gradient_k).abs() <= allowed).all()

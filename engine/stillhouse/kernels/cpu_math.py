@@ -31,6 +31,7 @@ from stillhouse.kernels.cpu_lanes import (
     encode_bf16_bits,
     encode_f16_bits,
     floats,
+    function,
     where,
 )
 
@@ -64,6 +65,18 @@ def fetch_add(typingctx: Any, address: Any, value: Any) -> Any:
         return builder.atomic_rmw("add", builder.inttoptr(args[0], I64.as_pointer()), args[1], "monotonic")
 
     return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def prefetch(typingctx: Any, address: Any) -> Any:
+    """Ask for the cache line of an address, soon to be read. Any address will do: one that is not mapped is no fault."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+        called = function(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer.type, I32, I32, I32])
+        builder.call(called, [pointer, I32(0), I32(3), I32(1)])  # to read; into every cache; data
+
+    return types.void(types.int64), codegen
 
 
 fma = floats(3, call("llvm.fma", 3))

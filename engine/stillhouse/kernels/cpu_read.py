@@ -37,12 +37,22 @@ from stillhouse.kernels.cpu_math import (
     f32_at,
     gap,
     maximum_of,
+    prefetch,
     u16_at,
 )
 
 FIRST = 64  # columns whose maximum is the first reference
 ROOM = f32(8.0)  # how far, in powers of two, an exponential may exceed its reference: rounding grows with it
+# bytes that are asked for before they are read: the processor's own prefetching ends where a page does, and a page's first
+# line and its translation take longer than what it looks ahead. Half of the time at large shapes went there
+AHEAD = 4096
 LOG2E = 1.4426950408889634
+
+
+@njit(inline="always")
+def look_ahead(address, dtype, i):
+    """Before :func:`take` of these columns, where a row is read for the first time."""
+    prefetch(address + (4 if dtype == 0 else 2) * i + AHEAD)
 
 
 @njit(inline="always")
@@ -126,6 +136,8 @@ def any_exponentials(s, t, sd, td, vs, vt, first, last, es, et, diff, rs, rt, k,
     least = LEAST / k
     offset = rs - rt
     for i in range(first, last, LANES):
+        look_ahead(s, sd, i)
+        look_ahead(t, td, i)
         a = take(s, sd, i, vs)
         b = take(t, td, i, vt)
         a = where(a < FLOOR, FLOOR, a)

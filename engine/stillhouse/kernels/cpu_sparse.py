@@ -34,6 +34,7 @@ from stillhouse.kernels.cpu_math import (
 from stillhouse.kernels.cpu_read import (
     LOG2E,
     ROOM,
+    look_ahead,
     maximum,
     put,
     reference_of,
@@ -62,6 +63,7 @@ def student_exponentials(s, dtype, v, first, last, es, rs, k, k_low):
     highest = fill(FLOOR)
     least = LEAST / k
     for i in range(first, last, LANES):
+        look_ahead(s, dtype, i)
         a = take(s, dtype, i, v) - rs
         a = where(a < least, least, a)
         x = exp2_of_product(a, k, k_low)
