@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import mmap
+import sys
 
 import pytest
 import torch
@@ -68,3 +71,30 @@ def call(student, target, divergence, gradient) -> torch.Tensor:
         student, target, temperature=4.0, divergence=divergence, beta=0.3, mask=None, scale=1 / ROWS,
         out_grad=gradient,
     )  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects pages of memory as Linux does")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["dense", "top-k", "sampled"])
+def test_nothing_beyond_a_row_is_touched(kind, dtype):
+    """Logits and gradient end where the page after is out of bounds; what is asked for ahead must be no access."""
+    draw = torch.Generator().manual_seed(5)
+    for width in (1, 15, 16, 17, 1000, 2049):
+        student = torch.randn(3, width, generator=draw).to(dtype)
+        log_p, at = torch.randn(3, width, generator=draw).log_softmax(-1).topk(min(K, width))
+        teacher = at_a_border(torch.randn(3, width, generator=draw).to(dtype))
+        target = {"dense": teacher, "top-k": TopK(at, log_p), "sampled": Sampled(at, log_p.softmax(-1))}[kind]
+        mine, gradient = at_a_border(student), at_a_border(torch.empty_like(student))
+        assert call(mine, target, "forward", gradient).isfinite().all()
+        assert gradient.isfinite().all()
+
+
+def at_a_border(x: torch.Tensor) -> torch.Tensor:
+    """A copy whose last byte is the last before a page that must not be touched."""
+    page, size = mmap.PAGESIZE, x.numel() * x.element_size()
+    memory = mmap.mmap(-1, (-(-size // page) + 1) * page)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    border = len(memory) - page
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    assert protect(ctypes.c_void_p(whole.data_ptr() + border), ctypes.c_size_t(page), 0) == 0
+    return whole[border - size : border].view(x.dtype).view(x.shape).copy_(x)

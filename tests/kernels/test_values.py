@@ -107,13 +107,24 @@ def test_nearly_equal_distributions_keep_their_loss_and_gradient(width, divergen
     assert relative(gradient_fused, gradient_exact) <= 1e-4
 
 
-@pytest.mark.parametrize("noise", [1.0, 1e-4])
+PAIRS = {  # logits of the teacher from the student's, from noise, and from the temperature
+    "apart": lambda s, noise, t: noise,
+    "half apart": lambda s, noise, t: s + t * noise / 6,
+    "near": lambda s, noise, t: s + t * noise / 30,
+    "nearly equal": lambda s, noise, t: s + noise * 1e-4,
+    "opposed": lambda s, noise, t: -s,
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("temperature", [0.5, 4.0, 100.0])
 @pytest.mark.parametrize("beta", [0.01, 0.1, 0.5, 0.9, 0.99])
-def test_jsd_at_other_mixtures(beta, noise):
-    teacher = logits(16, 1000, 2)
-    student = logits(16, 1000, 1) if noise == 1.0 else teacher + noise * logits(16, 1000, 1)
-    rows_exact, gradient_exact = exact(student, teacher, divergence="jsd", beta=beta)
-    rows_fused, gradient_fused = fused(student, teacher, divergence="jsd", beta=beta)
+def test_jsd_at_other_mixtures(beta, temperature, pair):
+    student = logits(16, 1000, 1)
+    teacher = PAIRS[pair](student, logits(16, 1000, 2), temperature)
+    settings = {"divergence": "jsd", "beta": beta, "temperature": temperature}
+    rows_exact, gradient_exact = exact(student, teacher, **settings)
+    rows_fused, gradient_fused = fused(student, teacher, **settings)
     assert relative(rows_fused, rows_exact) <= 1e-6
     assert relative(gradient_fused, gradient_exact) <= 1e-6
 

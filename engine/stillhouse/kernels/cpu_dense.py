@@ -17,7 +17,7 @@ def coefficients(address):
     x = f32_at(address)
     return (
         x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9],
-        x[10], x[11], x[12], x[13], x[14], x[15], x[16], x[17], x[18], x[19],
+        x[10], x[11], x[12], x[13], x[14], x[15], x[16], x[17], x[18],
     )  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def dense_rows(call):
                 continue
             loss[r] = loss_scale * dense_row(
                 divergence, student + r * student_stride, teacher + r * teacher_stride, out, dtype,
-                teacher_dtype, dtype, vs, vt, v, wide, it, k, f32(scale * inverse_t), f32(beta), terms,
+                teacher_dtype, dtype, vs, vt, v, wide, it, k, f32(scale * inverse_t), beta, terms,
                 scratch, scratch_stride,
             )  # fmt: skip
         first = fetch_add(call + 8 * NEXT, step)

@@ -22,7 +22,10 @@ import llvmlite
 import llvmlite.binding as llvm
 
 BLOCK = 2048  # columns at a time: what they are summed in, and redone where a reference has to rise
-SOURCES = tuple(f"cpu_{name}.py" for name in ("jit", "lanes", "math", "read", "rows", "dense", "sparse"))
+SOURCES = (
+    "series.py",
+    *(f"cpu_{name}.py" for name in ("jit", "lanes", "math", "read", "rows", "dense", "sparse")),
+)
 ENTRIES = {"dense_rows": "cpu_dense", "sparse_rows": "cpu_sparse"}  # function and module
 SYMBOL = "stillhouse_rows"
 # what every call begins with: the next row, the next part of the scratch, rows, rows to take at a time, scratch, size

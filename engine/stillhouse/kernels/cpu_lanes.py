@@ -129,6 +129,7 @@ def _operators() -> None:
         operator.add: floats(2, lambda b, x: b.fadd(*x)),
         operator.sub: floats(2, lambda b, x: b.fsub(*x)),
         operator.mul: floats(2, lambda b, x: b.fmul(*x)),
+        operator.truediv: floats(2, lambda b, x: b.fdiv(*x)),
         operator.lt: floats(2, lambda b, x: b.fcmp_ordered("<", *x), mask),
         operator.gt: floats(2, lambda b, x: b.fcmp_ordered(">", *x), mask),
     }

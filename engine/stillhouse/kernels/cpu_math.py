@@ -34,6 +34,7 @@ from stillhouse.kernels.cpu_lanes import (
     function,
     where,
 )
+from stillhouse.kernels.series import RADIUS
 
 f32 = np.float32
 FLOOR = f32(-1e30)  # stands for -inf where arithmetic on -inf would give NaN
@@ -82,6 +83,7 @@ def prefetch(typingctx: Any, address: Any) -> Any:
 fma = floats(3, call("llvm.fma", 3))
 absolute = floats(1, call("llvm.fabs", 1))
 maximum_of = floats(2, call("llvm.maxnum", 2, fastmath=("nnan", "nsz")))
+minimum_of = floats(2, call("llvm.minnum", 2, fastmath=("nnan", "nsz")))
 
 
 def _shifted(builder: Any, args: Any) -> Any:
@@ -92,8 +94,10 @@ def _shifted(builder: Any, args: Any) -> Any:
 shifted = floats(1, _shifted)  # 2^n, where n is the low mantissa bits of a float that had MAGIC added
 MAGIC = f32(1.5 * 2**23 + 127)
 LEAST = f32(-127.0)  # the exponent that stands for a probability of zero
-LN2 = f32(0.6931471805599453)
-NEAR = f32(0.75)  # |log(p/q)| below which a KL's term is summed as a series, because its closed form cancels
+LEAST_MASS = f32(2.0**-126)  # what divides a probability, where that may be zero
+NEAR = f32(
+    RADIUS
+)  # |log(p/q)| below which a KL's term is summed as a series, because its closed form cancels
 
 
 def _doubles(arity: int, emit: Callable[[Any, Any], Any]) -> Any:
@@ -153,26 +157,6 @@ def log1p_of_ratio(r):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
-def log_cosh_half(square):  # type: ignore[no-untyped-def]
-    """log(cosh(x / 2)) from x^2, for |x| < NEAR, to 4e-8 relative. Taylor series."""
-    y = square * f32(0.25)
-    q = fma(f32(31 / 14175), y, f32(-17 / 2520))
-    q = fma(q, y, f32(1 / 45))
-    q = fma(q, y, f32(-1 / 12))
-    return fma(q, y, f32(0.5)) * y
-
-
-@njit(inline="always")  # type: ignore[untyped-decorator]
-def even_jsd(d):  # type: ignore[no-untyped-def]
-    """The JSD (beta 1/2) of an entry of 1 and e^-d, over d^2, for 0 <= d < NEAR, to 9e-8 relative. Minimax polynomial."""
-    q = fma(f32(-6.15940489565e-05), d, f32(0.000412321237685))
-    q = fma(q, d, f32(-0.0025955316905))
-    q = fma(q, d, f32(0.0156234374467))
-    q = fma(q, d, f32(-0.0624998955258))
-    return fma(q, d, f32(0.124999998849))
-
-
-@njit(inline="always")  # type: ignore[untyped-decorator]
 def phi_over_square(x):  # type: ignore[no-untyped-def]
     """(exp(x) - 1 - x) / x^2 for |x| < NEAR, to 9e-8 relative. Minimax polynomial."""
     q = fma(f32(2.48915265149e-05), x, f32(0.000201131610344))
@@ -208,37 +192,6 @@ def exp_wide(x):  # type: ignore[no-untyped-def]
     p = 1.0 + p * (r * (1.0 / 3.0))
     p = 1.0 + p * (r * 0.5)
     return (1.0 + p * r) * shifted_wide(biased)
-
-
-def _mantissa(builder: Any, args: Any) -> Any:
-    shift = builder.sub(convert(builder, "bitcast", args[0], I32), constant(I32, ROOT_HALF, args[0]))
-    bits = builder.add(builder.and_(shift, constant(I32, 0x7FFFFF, shift)), constant(I32, ROOT_HALF, shift))
-    return convert(builder, "bitcast", bits, FLOAT)
-
-
-def _exponent(builder: Any, args: Any) -> Any:
-    shift = builder.sub(convert(builder, "bitcast", args[0], I32), constant(I32, ROOT_HALF, args[0]))
-    return convert(builder, "sitofp", builder.ashr(shift, constant(I32, 23, shift)), FLOAT)
-
-
-ROOT_HALF = 0x3F3504F3  # the bits of sqrt(1/2)
-mantissa = floats(1, _mantissa)  # in [sqrt(1/2), sqrt(2)), of a normal positive float
-exponent = floats(1, _exponent)  # as a float
-
-
-@njit(inline="always")  # type: ignore[untyped-decorator]
-def log(x):  # type: ignore[no-untyped-def]
-    """Natural logarithm of a normal positive float32, to 1e-7 of max(1, |log x|)."""
-    y = mantissa(x) - f32(1.0)
-    p = fma(f32(-0.0806465626557), y, f32(0.12917868511))
-    p = fma(p, y, f32(-0.130725529095))
-    p = fma(p, y, f32(0.141734549123))
-    p = fma(p, y, f32(-0.166289202867))
-    p = fma(p, y, f32(0.200026955249))
-    p = fma(p, y, f32(-0.250007512126))
-    p = fma(p, y, f32(0.333333129418))
-    p = fma(p, y, f32(-0.499999977333))
-    return fma(exponent(x), f32(0.6931471805599453), fma(p * y, y, y))
 
 
 def _scalar(decode: Callable[[Any, Any], Any], encode: Callable[[Any, Any], Any]) -> tuple[Any, Any]:

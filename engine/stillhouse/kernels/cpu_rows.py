@@ -24,17 +24,16 @@ from numba import njit
 from stillhouse.kernels.cpu_jit import BLOCK
 from stillhouse.kernels.cpu_lanes import LANES, fill, load, store, total, where
 from stillhouse.kernels.cpu_math import (
-    LN2,
+    LEAST_MASS,
     NEAR,
     absolute,
-    even_jsd,
     exp2,
     f32,
     f32_at,
     fma,
-    log,
     log1p_of_ratio,
-    log_cosh_half,
+    maximum_of,
+    minimum_of,
     phi_over_square,
 )
 from stillhouse.kernels.cpu_read import LOG2E, pass_a, put, zero
@@ -97,66 +96,34 @@ def reverse_block(es, et, diff, g, gd, m, n, it, high, low, centre, zs, zt, scal
 
 
 @njit(error_model="numpy")
-def jsd_block(es, et, diff, n, it, high, low, izs, izt, beta, series, constant):
-    """Loss, and the mean of w = log(s/m) + log(1 - beta), which replaces the teacher in the scratch row.
+def jsd_block(es, et, diff, n, it, high, low, to_a, to_b, series, constant):
+    """Loss, and the sum of b w with w = log(s/m) + log(1 - beta), which replaces the teacher in the scratch row.
 
-    Where the two sides share little, log(s/m) is log 1/(1 - beta) nearly everywhere, and only w tells entries apart.
-    Where they nearly agree it is near 0, and only without that constant are entries told apart: ``constant`` is 0 if
-    all entries of the row are near, else log(1 - beta).
+    With a = beta t and b = (1 - beta) s, whose factors are ``to_a`` and ``to_b``, log(a / (a + b)) and log(b / (a + b))
+    are had from the ratio of the smaller to the larger, and from x. Where the two sides share little, log(s/m) is log 1/(1 - beta) nearly everywhere, and only
+    w tells entries apart. Where they nearly agree it is near 0, and only without that constant are entries told apart:
+    ``constant`` is 0 if all entries of the row are near, else log(1 - beta).
     """
     loss = fill(f32(0.0))
-    mean = fill(f32(0.0))
-    b1, b2, b3, b4, b5, b6, b7, b8, l2, l3, l4, l5, l6, l7, l8, l9, log_beta, log_rest, odds, inverse = series
-    rest = f32(1.0) - beta
+    weighted = fill(f32(0.0))
+    s0, s1, s2, s3, s4, s5, s6, s7, l0, l1, l2, l3, l4, l5, l6, l7, log_beta, log_rest, log_odds = series
     for i in range(0, n, LANES):
-        ps = load(es + i * 4) * izs
-        pt = load(et + i * 4) * izt
+        a = load(et + i * 4) * to_a
+        b = load(es + i * 4) * to_b
         x = fma(load(diff + i * 4), it, -high) - low
-        swap = x < f32(0.0)
-        more = where(swap, pt, ps)  # the lesser side is had from it and x, to the last bit as x has it
-        ratio = exp2(absolute(x) * f32(-LOG2E))
-        q = where(swap, inverse, odds) * ratio
-        u = q + f32(1.0)
-        grown = log(u) + (q - (u - f32(1.0)))  # log(1 + q)
-        base = where(swap, log_beta, log_rest) + grown
-        of_less = where(swap, rest, beta) * ratio * (base + absolute(x))
-        term = -more * fma(where(swap, beta, rest), base, of_less)
-        poly = fma(fma(fma(fma(fma(fma(fma(b8, x, b7), x, b6), x, b5), x, b4), x, b3), x, b2), x, b1) * x
-        close = fma(fma(fma(fma(fma(fma(fma(l9, x, l8), x, l7), x, l6), x, l5), x, l4), x, l3), x, l2) * x
-        close = close * (x * pt)
-        near = absolute(x) < f32(0.4)
-        far = where(swap, (log_beta - log_rest) - x, f32(0.0)) + grown
-        to_s = where(near, poly - constant, far)
-        loss = loss + where(near, close, term)
-        mean = mean - ps * to_s
-        store(et + i * 4, -to_s)
-    return total(loss), total(mean)
-
-
-@njit(error_model="numpy")
-def even_jsd_block(es, et, diff, n, it, high, low, izs, izt, constant):
-    """:func:`jsd_block` for beta 1/2, where the two sides change places and half of the arithmetic goes."""
-    loss = fill(f32(0.0))
-    mean = fill(f32(0.0))
-    half = f32(0.5)
-    for i in range(0, n, LANES):
-        ps = load(es + i * 4) * izs
-        pt = load(et + i * 4) * izt
-        x = fma(load(diff + i * 4), it, -high) - low
-        swap = x < f32(0.0)
-        more = where(swap, pt, ps)
-        d = absolute(x)
-        ratio = exp2(d * f32(-LOG2E))
-        grown = log1p_of_ratio(ratio)
-        term = fma(ratio + f32(1.0), LN2 - grown, -ratio * d) * half
-        near = d < NEAR
-        square = d * d
-        loss = fma(more, where(near, even_jsd(d) * square, term), loss)
-        close = fma(half, x, -log_cosh_half(square)) + constant
-        w = where(near, close, -grown - where(swap, d, f32(0.0)))
-        mean = fma(ps, w, mean)
+        more = maximum_of(maximum_of(a, b), LEAST_MASS)  # neither side may have any
+        grown = log1p_of_ratio(minimum_of(a, b) / more)
+        w = minimum_of(x - log_odds, f32(0.0)) - grown
+        t_over_m = minimum_of(-log_rest - x, -log_beta) - grown
+        apart = fma(a, t_over_m, b * (w - log_rest))
+        close = fma(fma(fma(fma(fma(fma(fma(l7, x, l6), x, l5), x, l4), x, l3), x, l2), x, l1), x, l0)
+        near = absolute(x) < NEAR
+        loss = loss + where(near, a * x * (x * close), apart)
+        s_over_m = fma(fma(fma(fma(fma(fma(fma(s7, x, s6), x, s5), x, s4), x, s3), x, s2), x, s1), x, s0)
+        w = where(near, fma(s_over_m, x, constant), w)
+        weighted = fma(b, w, weighted)
         store(et + i * 4, w)
-    return total(loss), total(mean)
+    return total(loss), total(weighted)
 
 
 @njit(error_model="numpy")
@@ -208,8 +175,8 @@ def normaliser_error(v, es_at, diff_at, zs, it, high, low):
 @njit(error_model="numpy")
 def row_loss(divergence, v, es_at, et_at, diff_at, zs, zt, high, low, it, beta, series, constant):
     """The passes over the scratch that come before a gradient can be written: (loss so far, centre)."""
-    izs = f32(1.0 / zs)
-    izt = f32(1.0 / zt)
+    to_a = f32(beta / zt)
+    to_b = f32((1.0 - beta) / zs)
     loss = 0.0
     centre = 0.0
     if divergence == FORWARD:
@@ -221,16 +188,11 @@ def row_loss(divergence, v, es_at, et_at, diff_at, zs, zt, high, low, it, beta, 
         diff = diff_at + j * 4
         if divergence == REVERSE:
             centre += weighted_sum(es, diff, n, it, high, low)
-        elif beta == f32(0.5):
-            part, mean = even_jsd_block(es, et, diff, n, it, high, low, izs, izt, constant)
-            loss += part
-            centre += mean
         else:
-            part, mean = jsd_block(es, et, diff, n, it, high, low, izs, izt, beta, series, constant)
+            part, weighted = jsd_block(es, et, diff, n, it, high, low, to_a, to_b, series, constant)
             loss += part
-            centre += mean
-    if divergence == REVERSE:
-        centre /= zs
+            centre += weighted
+    centre /= zs if divergence == REVERSE else 1.0 - beta
     return loss, f32(centre)
 
 
@@ -300,7 +262,7 @@ def dense_row(
             if out != 0:
                 zero(out, gd, 0, wide)
             return np.inf
-    all_near = far * it + abs(high) < f32(0.4)
+    all_near = far * it + abs(high) < NEAR
     constant = f32(0.0) if all_near else f32(math.log(1.0 - beta))
     loss, centre = row_loss(
         divergence, v, es_at, et_at, diff_at, zs, zt, high, low, it, beta, series, constant
@@ -314,9 +276,7 @@ def dense_row(
             centre_gradient(f32_at(es_at), f32_at(out), min(v, vs), f32(-summed / zs * scale))
     if 0.0 < loss < TINY:
         off = normaliser_error(v, es_at, diff_at, zs, it, high, low)
-        loss = max(
-            loss - (beta * (f32(1.0) - beta) if divergence == JSD else f32(1.0)) * off * off / 2.0, 0.0
-        )
+        loss = max(loss - (beta * (1.0 - beta) if divergence == JSD else 1.0) * off * off / 2.0, 0.0)
     if out != 0 and wide > vs:
         zero(out, gd, vs, wide)
     return np.inf if bad else loss

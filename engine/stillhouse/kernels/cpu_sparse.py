@@ -14,6 +14,7 @@ from stillhouse.kernels.cpu_lanes import LANES, fill, load, store, top, total, w
 from stillhouse.kernels.cpu_math import (
     FLOOR,
     LEAST,
+    NEAR,
     absolute,
     bool_at,
     decode_bf16,
@@ -273,16 +274,32 @@ def top_k_row(
         return np.inf
     one = f32(1.0)
     none = f32(0.0)
-    b = f32(beta)
-    constant = none if far < f32(0.4) else f32(math.log(1.0 - beta))
-    part, centre = row_loss(divergence, k, kept_at, pt_at, x_at, z, 1.0, none, none, one, b, series, constant)
+    constant = none if far < NEAR else f32(math.log(1.0 - beta))
+    part, centre = row_loss(
+        divergence, k, kept_at, pt_at, x_at, z, 1.0, none, none, one, beta, series, constant
+    )
     loss += part
     if divergence == JSD:  # its mean is of log(s/m) + constant, times 1 - beta
         d_ghost = d_ghost / (1.0 - beta) + constant
     ghost_s = math.exp(log_ghost_s)
     middle = centre + (ghost_s * d_ghost if ghost_s > 0.0 else 0.0)
     part, summed, size = write_row(
-        divergence, g_at, 0, k, k, kept_at, pt_at, x_at, z, 1.0, none, none, f32(middle), one, b, f32(scale)
+        divergence,
+        g_at,
+        0,
+        k,
+        k,
+        kept_at,
+        pt_at,
+        x_at,
+        z,
+        1.0,
+        none,
+        none,
+        f32(middle),
+        one,
+        beta,
+        f32(scale),
     )
     loss += part
     if out != 0:
