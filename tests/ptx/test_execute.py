@@ -335,6 +335,23 @@ def test_a_ghost_has_the_logarithm_it_is_given(divergence, log_rest, figure):
     assert relative(got.grad, wide.grad) < 1e-6
 
 
+@pytest.mark.parametrize("rest", ["ghost", "renormalise"])
+@pytest.mark.parametrize("v", [1000, 4096])
+def test_a_top_k_gradient_sums_to_zero(v, rest, figure):
+    """Where both sides are nearly flat and agree, a normaliser's error is as large as the gradient."""
+    other, teacher = logits(2, v)
+    student = teacher + 0.1 * other
+    target = target_of(rest, teacher, 100.0)
+    got = run(student, target, temperature=100.0)
+    _, grad = expected(student, target, temperature=100.0)
+    off = float((got.grad.double().sum(-1).abs() / got.grad.double().abs().sum(-1)).max())
+    figure(
+        f"top-k {rest} at T = 100, V={v}: gradient sums to {off:.1e} of its size, {relative(got.grad, grad):.1e} off float64"
+    )
+    assert off < 1e-6
+    assert relative(got.grad, grad) < 2e-4
+
+
 def test_a_ghost_without_a_logarithm_has_what_the_entries_leave():
     student, teacher = logits(2, 4096)
     target = TopK.from_logits(teacher, 16)

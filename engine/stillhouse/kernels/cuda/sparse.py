@@ -105,38 +105,23 @@ def sparse_kernel(
     of the mass outside (float32, or 0), gradient, loss, mask (or 0), scale (or 0); V, k, the mode, chunks in a block's slice; then the
     same factors as for dense teachers. Without ``gradient`` it writes losses only.
     """
-    code, pair, of_logs, merge = (
-        codec(dtype),
-        PAIRS[divergence],
-        OF_LOGS[divergence],
+    code, pair, of_logs = codec(dtype), PAIRS[divergence], OF_LOGS[divergence]
+    merge, geometry, steps = (
         merges(threads, cluster),
+        row_geometry(code.size),
+        walk(code, threads, code.vectors),
     )
     size, forward, marks_at = code.size, divergence == "forward", 4 * code.vectors if staged else 0
-    decode, encode, put, put_edge, fetch_edge = (
-        code.decode,
-        code.encode,
-        code.put,
-        code.put_edge,
-        code.fetch_edge,
-    )
-    stage, unstage, place, load_one, store_one = (
-        code.stage,
-        code.unstage,
-        code.place,
-        code.load_one,
-        code.store_one,
-    )
+    decode, encode, put, put_edge, fetch_edge, stage, unstage, place, load_one, store_one = (
+        code.decode, code.encode, code.put, code.put_edge, code.fetch_edge, code.stage, code.unstage, code.place,
+        code.load_one, code.store_one,
+    )  # fmt: skip
     fetch, fetch_last = code.fetch if staged else code.fetch_kept, code.fetch
-    softmax_two, sum_two, geometry = merge.softmax_two, merge.sum_two, row_geometry(size)
-    steps = walk(code, threads, code.vectors)
-    whole_of, edges, edge, mine, element_of = (
-        steps.whole_of,
-        steps.edges,
-        steps.edge,
-        steps.mine,
-        steps.element_of,
-    )
-    clear_row, cell, stride, jump = steps.clear_row, steps.cell, steps.stride, steps.jump
+    softmax_two, sum_two = merge.softmax_two, merge.sum_two
+    whole_of, edges, edge, mine, element_of, clear_row, cell, stride, jump = (
+        steps.whole_of, steps.edges, steps.edge, steps.mine, steps.element_of, steps.clear_row, steps.cell,
+        steps.stride, steps.jump,
+    )  # fmt: skip
 
     @device
     def mark(words, span, indices, k, v, chunks):
@@ -213,7 +198,11 @@ def sparse_kernel(
 
     @device
     def entry_sums(s_row, indices, values, k, v, mode, k2, n, log_d, coin, shift, tid):
-        """(loss, mean) over the entries; an index that is none of the row's makes them NaN and infinite."""
+        """(loss, mean) over the entries; an index that is none of the row's makes them NaN and infinite.
+
+        Of forward, whose gradient needs no mean, what the gradient sums to: the error of a normaliser, or of a teacher
+        whose outcomes do not sum to one. It is spread as the softmax, so that the gradient sums to zero.
+        """
         total, mean = ZERO, ZERO
         i = tid
         while i < k:
@@ -227,7 +216,7 @@ def sparse_kernel(
                 total, mean = total - value * log_q * LN2, mean + value
             else:
                 a, b, c = outcome(value * LOG2E, log_q, coin)
-                total, mean = total + a, mean + ptx.fma(b, -shift, c)
+                total, mean = total + a, mean + (b if forward else ptx.fma(b, -shift, c))
             i = I32(i + threads)
         return total, mean
 
@@ -262,7 +251,7 @@ def sparse_kernel(
                         gradient = mean * ptx.exp2(log_q) - weight
                     else:
                         a, b, c = outcome(value_at(values, i) * LOG2E, log_q, coin)
-                        gradient = b if forward else ptx.fma(b, -mean, c)
+                        gradient = ptx.fma(ptx.exp2(log_q) if forward else b, -mean, b if forward else c)
                     store_one(g_row + I64(index) * size, gradient * grad_scale)
             i = I32(i + threads)
 
@@ -374,12 +363,16 @@ def sparse_kernel(
             total, mean = entry_sums(s_row, indices, values, k, v, mode, k2, n, log_d, coin, shift, tid)
             if leader and rest:
                 total = total + rest_loss
-                if shift == ZERO and not forward:
+                if forward:
+                    mean = mean + rest_second
+                elif shift == ZERO:
                     mean = mean + rest_third
         total, mean = sum_two(scratch, tid, rank, total, mean)
         grad_scale = row_scale(scale, row, grad_factor)
-        share = rest_second * over if forward else -mean  # of its probability that an unmarked gradient is
-        if shift == ZERO and not forward:
+        share = -mean  # of its probability that an unmarked gradient is
+        if forward:
+            share = ptx.fma(rest_second, over, -mean)
+        elif shift == ZERO:
             share = ptx.fma(rest_third, over, -mean)
         if mode == I32(SAMPLED):
             share = mean
