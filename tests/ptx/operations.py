@@ -59,29 +59,40 @@ def convert(value, to, source, parts):
 
 
 class Approximation:
-    """ex2, lg2 and rcp: exact then rounded, or also off by as much as the PTX manual allows (``jitter``)."""
+    """ex2, lg2 and rcp: exact then rounded, or also off by as much as the PTX manual allows (``jitter``).
+
+    What it is off by depends on the operand alone, as in a processor: an instruction is a function.
+    """
 
     def __init__(self, jitter: bool, seed: int = 0) -> None:
-        self.noise = np.random.default_rng(seed) if jitter else None
+        self.jitter, self.seed = jitter, np.uint64(seed + 1)
 
-    def _off(self, exact, relative):
-        if self.noise is None:
-            return exact
-        return exact * (1 + self.noise.uniform(-relative, relative, np.shape(exact)))
+    def _noise(self, x):
+        """From -1 to 1, by the bits of ``x``: those of splitmix64."""
+        if not self.jitter:
+            return 0.0
+        bits = np.asarray(x, np.float32).view(np.uint32).astype(np.uint64)
+        with np.errstate(over="ignore"):
+            bits = (bits + self.seed) * np.uint64(0x9E3779B97F4A7C15)
+            bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return (bits ^ (bits >> np.uint64(31))).astype(np.float64) / 2.0**63 - 1
+
+    def _off(self, exact, x, relative):
+        return exact * (1 + relative * self._noise(x))
 
     def __call__(self, name, x):
         wide = x.astype(np.float64)
         if name == "ex2":
-            got = np.where(wide == 0, 1.0, self._off(np.exp2(wide), 2.0**-22))
+            got = np.where(wide == 0, 1.0, self._off(np.exp2(wide), x, 2.0**-22))
         elif name == "lg2":
             exact = np.log2(wide)
             near = (wide > 0.5) & (wide < 2) & (wide != 1)
-            noise = 0 if self.noise is None else self.noise.uniform(-1, 1, np.shape(exact)) * 2.0**-22
-            got = np.where(near, exact + noise, self._off(exact, 2.0**-22))
+            got = np.where(near, exact + 2.0**-22 * self._noise(x), self._off(exact, x, 2.0**-22))
         elif name == "rcp":
-            got = self._off(1 / wide, 2.0**-23)
+            got = self._off(1 / wide, x, 2.0**-23)
         elif name == "sqrt":
-            got = self._off(np.sqrt(wide), 2.0**-23)
+            got = self._off(np.sqrt(wide), x, 2.0**-23)
         else:
             raise NotImplementedError(f"the interpreter does not know {name}")
         return flush(got.astype(np.float32))

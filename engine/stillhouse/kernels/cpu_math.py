@@ -17,6 +17,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from stillhouse.kernels import series
 from stillhouse.kernels.cpu_lanes import (
     F32,
     FLOAT,
@@ -34,7 +35,6 @@ from stillhouse.kernels.cpu_lanes import (
     function,
     where,
 )
-from stillhouse.kernels.series import RADIUS
 
 f32 = np.float32
 FLOOR = f32(-1e30)  # stands for -inf where arithmetic on -inf would give NaN
@@ -95,8 +95,9 @@ shifted = floats(1, _shifted)  # 2^n, where n is the low mantissa bits of a floa
 MAGIC = f32(1.5 * 2**23 + 127)
 LEAST = f32(-127.0)  # the exponent that stands for a probability of zero
 LEAST_MASS = f32(2.0**-126)  # what divides a probability, where that may be zero
+PHI = tuple(f32(c) for c in series.PHI)
 NEAR = f32(
-    RADIUS
+    series.RADIUS
 )  # |log(p/q)| below which a KL's term is summed as a series, because its closed form cancels
 
 
@@ -158,13 +159,13 @@ def log1p_of_ratio(r):  # type: ignore[no-untyped-def]
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
 def phi_over_square(x):  # type: ignore[no-untyped-def]
-    """(exp(x) - 1 - x) / x^2 for |x| < NEAR, to 9e-8 relative. Minimax polynomial."""
-    q = fma(f32(2.48915265149e-05), x, f32(0.000201131610344))
-    q = fma(q, x, f32(0.00138896581156))
-    q = fma(q, x, f32(0.0083325718641))
-    q = fma(q, x, f32(0.0416666398057))
-    q = fma(q, x, f32(0.166666719695))
-    return fma(q, x, f32(0.5))
+    """(exp(x) - 1 - x) / x^2 for |x| < NEAR."""
+    q = fma(PHI[6], x, PHI[5])
+    q = fma(q, x, PHI[4])
+    q = fma(q, x, PHI[3])
+    q = fma(q, x, PHI[2])
+    q = fma(q, x, PHI[1])
+    return fma(q, x, PHI[0])
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]

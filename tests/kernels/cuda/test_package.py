@@ -7,7 +7,8 @@ import importlib.util
 import pytest
 import torch
 
-from stillhouse.kernels import cuda
+from stillhouse.kernels import TopK, cuda
+from stillhouse.kernels.cuda import arguments
 from stillhouse.kernels.cuda.plan import opt_in_bytes, plan
 
 
@@ -34,6 +35,26 @@ def test_refuses_tensors_that_are_not_on_a_device():
         cuda.softmax_kl_fwd_bwd(
             torch.zeros(1, 2), torch.zeros(1, 2), temperature=1.0, divergence="forward", beta=0.5
         )
+
+
+@pytest.mark.parametrize("v", [10, 1000, 4096])
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+@pytest.mark.parametrize("divergence", ["forward", "jsd"])
+def test_a_launch_passes_what_the_kernel_takes(divergence, kind, v):
+    """By number and width: the driver looks at neither."""
+    pytest.importorskip("numba_cuda")
+    from stillhouse.kernels.cuda import build, launch
+
+    teacher = torch.zeros(3, v)
+    target = teacher if kind == "dense" else TopK.from_logits(teacher, 4)
+    chosen = plan(3, v, "f32", divergence, kind, (9, 0))
+    tensors = [0] * len(arguments.flatten(target, 1.0))
+    values = arguments.pack(
+        chosen, student_shape=(3, v), target=target, temperature=1.0, divergence=divergence, beta=0.3, factor=1.0,
+        student=0, tensors=tensors, grad=0, loss=0, mask=0, scale=0,
+    )  # fmt: skip
+    passed = [type(value).__name__ for value in launch._typed(chosen, values)]
+    assert passed == [str(kind) for kind in build.kernel_function(chosen.spec)[1]]
 
 
 @pytest.mark.parametrize(

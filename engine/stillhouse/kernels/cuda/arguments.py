@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stillhouse.kernels.cuda.plan import Plan
 from stillhouse.kernels.reference import top_k_at
+from stillhouse.kernels.series import TERMS, jsd_series
 from stillhouse.kernels.targets import Sampled, Target, TopK
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -65,19 +66,14 @@ def factors(divergence: str, beta: float) -> tuple[float, float]:
     return 1.0, math.log(2) if divergence == "reverse" else 1.0
 
 
-def coin(beta: float) -> tuple[float, ...]:
-    """What jsd needs of beta: its odds and their log2, log2 of beta and of 1 - beta, and the coefficients of a series.
+COIN = 4 + 2 * TERMS  # numbers that jsd needs of beta
+FLOATS = 3 + COIN  # numbers of a kernel's arguments, which come last
 
-    These are the cumulants of a coin of that bias, in log2 units, divided by ln 2: see ``arithmetic.jsd_pair``.
-    """
-    b, skew = beta * (1 - beta), 1 - 2 * beta
-    cumulants = (b, b * skew, b * (1 - 6 * b), b * skew * (1 - 12 * b))
-    series = [
-        -(math.log(2) ** (n - 1)) * (n - 1) / math.factorial(n) * cumulant
-        for n, cumulant in enumerate(cumulants, start=2)
-    ]
-    odds, log_t, log_s = beta / (1 - beta), math.log2(beta), math.log2(1 - beta)
-    return odds, log_t - log_s, log_t, log_s, *series
+
+def coin(beta: float) -> tuple[float, ...]:
+    """What jsd needs of beta: its odds and their log2, log2 of beta and of 1 - beta, and two polynomials' coefficients."""
+    log_t, log_s = math.log2(beta), math.log2(1 - beta)
+    return beta / (1 - beta), log_t - log_s, log_t, log_s, *jsd_series(beta)[: 2 * TERMS]
 
 
 def pack(
@@ -91,7 +87,7 @@ def pack(
         math.log2(math.e) / temperature,
         temperature * factor * of_grad,
         temperature * temperature * of_loss,
-        *(coin(beta) if divergence == "jsd" else [0.0] * 8),
+        *(coin(beta) if divergence == "jsd" else [0.0] * COIN),
     )
     if isinstance(target, Tensor):
         _, s_width, t_width = widths(v, target, divergence)

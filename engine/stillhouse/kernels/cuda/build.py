@@ -15,16 +15,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from stillhouse.kernels import series
 from stillhouse.kernels.cuda.plan import Spec
 
 ENTRY = "stillhouse_softmax_kl"
 RESIDENT = 1024  # threads of a multiprocessor that registers must suffice for: 64 each
 SOURCES = (
+    "arguments",
     "arithmetic",
     "build",
     "chunks",
     "intrinsics",
     "merge",
+    "pairs",
     "plan",
     "rows",
     "small",
@@ -120,6 +123,7 @@ def fingerprint() -> str:
     digest = hashlib.sha256()
     for name in SOURCES:
         digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
+    digest.update(Path(series.__file__).read_bytes())
     for package in ("numba", "numba-cuda", "nvidia-nvvm", "nvidia-nvjitlink"):
         digest.update(f"{package} {_version(package)}".encode())
     return digest.hexdigest()[:16]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.kernels.cuda import build
-from stillhouse.kernels.cuda.arguments import DTYPES, flatten, pack, target_kind, widths
+from stillhouse.kernels.cuda.arguments import DTYPES, FLOATS, flatten, pack, target_kind, widths
 from stillhouse.kernels.cuda.plan import Plan, Spec, plan
 from stillhouse.kernels.targets import Target
 
@@ -107,8 +107,8 @@ def _start(launch: Plan, cc: tuple[int, int], device: torch.device, values: tupl
 def _typed(launch: Plan, values: tuple[int | float, ...]) -> list[Any]:
     """In the widths of the kernel's signature; a plain int would be passed in 64 bits, a float in double."""
     addresses = 8 if launch.spec.target == "sparse" else 6
-    floats = 11
-    kinds = [np.int64] * addresses + [np.int32] * (len(values) - addresses - floats) + [np.float32] * floats
+    integers = len(values) - addresses - FLOATS
+    kinds = [np.int64] * addresses + [np.int32] * integers + [np.float32] * FLOATS
     return [kind(value) for kind, value in zip(kinds, values, strict=True)]
 
 

@@ -17,18 +17,18 @@ from stillhouse.kernels.cuda import intrinsics as ptx
 from stillhouse.kernels.cuda.arithmetic import butterflies, device
 
 I32, F32 = np.int32, np.float32
-# float32 slots of the scratch array: per warp (C_t, D_t, C_s, D_s, two sums), then the same per block of the cluster
+# float32 slots of the scratch array: per warp (C_p, D_p, cross, C_q, D_q, two sums), then the same per block of the cluster
 WARP_SLOTS, RANK_SLOTS = 32, 16
-SUMS = 4 * WARP_SLOTS
-RANKS = 6 * WARP_SLOTS
-SCRATCH = RANKS + 6 * RANK_SLOTS
+SUMS = 5
+RANKS = (SUMS + 2) * WARP_SLOTS
+SCRATCH = RANKS + (SUMS + 2) * RANK_SLOTS
 
 
-def merges(threads: int, cluster: int, two_sums: bool = True) -> SimpleNamespace:
+def merges(threads: int, cluster: int, two_sums: bool = True, cross: bool = False) -> SimpleNamespace:
     """Device functions ``softmax_two`` and ``sum_two`` for this block and cluster size.
 
-    Without ``two_sums`` the second sum is zero, and nothing is shuffled for it. With them, or more than a warp to a row,
-    either is also a barrier.
+    Without ``two_sums`` the second sum is zero, and without ``cross`` what is summed beside the first softmax; nothing is
+    shuffled for them. With two sums, or more than a warp to a row, either function is also a barrier.
     """
     warps = threads // 32
     alone = threads * cluster == 32  # a warp has the row, and needs no memory to meet in
@@ -36,30 +36,36 @@ def merges(threads: int, cluster: int, two_sums: bool = True) -> SimpleNamespace
     warps_max, warps_sum = butterflies(warps)
     ranks_max, ranks_sum = butterflies(cluster)
 
-    @device
-    def warp_softmax(c, d):
-        top = warp_max(c)
-        return top, warp_sum(d * ptx.exp2(c - top))
+    def merger(top_of, sum_of):
+        """Device function: (C, D, x) of a group's lanes to that of the group, x as it belongs to its C."""
+
+        @device
+        def merge(c, d, x):
+            top = top_of(c)
+            share = ptx.exp2(c - top)
+            return top, sum_of(d * share), sum_of(x * share) if cross else x
+
+        @device
+        def merge_plain(c, d):
+            top = top_of(c)
+            return top, sum_of(d * ptx.exp2(c - top))
+
+        return merge, merge_plain
+
+    warp_merge, warp_plain = merger(warp_max, warp_sum)
+    warps_merge, warps_plain = merger(warps_max, warps_sum)
+    ranks_merge, ranks_plain = merger(ranks_max, ranks_sum)
 
     @device
-    def leave(scratch, tid, c, d, slot):
-        """The warp's (C, D) to shared memory; a barrier must follow."""
-        c, d = warp_softmax(c, d)
+    def leave(scratch, tid, slot, value):
+        """The warp's value to shared memory; a barrier must follow."""
         if (tid & I32(31)) == I32(0):
-            w = tid >> I32(5)
-            ptx.shared_store(scratch, I32(slot * WARP_SLOTS + w), c)
-            ptx.shared_store(scratch, I32((slot + 1) * WARP_SLOTS + w), d)
+            ptx.shared_store(scratch, I32(slot * WARP_SLOTS) + (tid >> I32(5)), value)
 
     @device
-    def gather(scratch, tid, slot):
-        """(C, D) over the warps: each group of as many lanes as there are warps merges all of them."""
-        w = tid & I32(warps - 1)
-        c, d = (
-            ptx.shared_load(scratch, I32(slot * WARP_SLOTS + w)),
-            ptx.shared_load(scratch, I32((slot + 1) * WARP_SLOTS + w)),
-        )
-        top = warps_max(c)
-        return top, warps_sum(d * ptx.exp2(c - top))
+    def left(scratch, tid, slot):
+        """A warp's value: each group of as many lanes as there are warps reads all of them."""
+        return ptx.shared_load(scratch, I32(slot * WARP_SLOTS) + (tid & I32(warps - 1)))
 
     @device
     def tell(scratch, tid, rank, slot, value):
@@ -68,14 +74,8 @@ def merges(threads: int, cluster: int, two_sums: bool = True) -> SimpleNamespace
             ptx.cluster_store(scratch, I32(RANKS + slot * RANK_SLOTS) + rank, tid, value)
 
     @device
-    def gather_ranks(scratch, tid, slot):
-        r = tid & I32(cluster - 1)
-        c, d = (
-            ptx.shared_load(scratch, I32(RANKS + slot * RANK_SLOTS + r)),
-            ptx.shared_load(scratch, I32(RANKS + (slot + 1) * RANK_SLOTS + r)),
-        )
-        top = ranks_max(c)
-        return top, ranks_sum(d * ptx.exp2(c - top))
+    def told(scratch, tid, slot):
+        return ptx.shared_load(scratch, I32(RANKS + slot * RANK_SLOTS) + (tid & I32(cluster - 1)))
 
     @device
     def meet():
@@ -86,28 +86,36 @@ def merges(threads: int, cluster: int, two_sums: bool = True) -> SimpleNamespace
             cuda.syncthreads()
 
     @device
-    def softmax_two(scratch, tid, rank, ct, dt, cs, ds):
-        """(C, D) of teacher and student over the whole row, to every thread."""
+    def softmax_two(scratch, tid, rank, cp, dp, x, cq, dq):
+        """(C, D, x) of one side of the whole row and (C, D) of the other, to every thread."""
+        if alone and two_sums:
+            ptx.warp_barrier()
+        cp, dp, x = warp_merge(cp, dp, x)
+        cq, dq = warp_plain(cq, dq)
         if alone:
-            if two_sums:
-                ptx.warp_barrier()
-            ct, dt = warp_softmax(ct, dt)
-            cs, ds = warp_softmax(cs, ds)
-            return ct, dt, cs, ds
-        leave(scratch, tid, ct, dt, 0)
-        leave(scratch, tid, cs, ds, 2)
+            return cp, dp, x, cq, dq
+        leave(scratch, tid, 0, cp)
+        leave(scratch, tid, 1, dp)
+        if cross:
+            leave(scratch, tid, 2, x)
+        leave(scratch, tid, 3, cq)
+        leave(scratch, tid, 4, dq)
         cuda.syncthreads()
-        ct, dt = gather(scratch, tid, 0)
-        cs, ds = gather(scratch, tid, 2)
+        x = left(scratch, tid, 2) if cross else x
+        cp, dp, x = warps_merge(left(scratch, tid, 0), left(scratch, tid, 1), x)
+        cq, dq = warps_plain(left(scratch, tid, 3), left(scratch, tid, 4))
         if cluster > 1:
-            tell(scratch, tid, rank, 0, ct)
-            tell(scratch, tid, rank, 1, dt)
-            tell(scratch, tid, rank, 2, cs)
-            tell(scratch, tid, rank, 3, ds)
+            tell(scratch, tid, rank, 0, cp)
+            tell(scratch, tid, rank, 1, dp)
+            if cross:
+                tell(scratch, tid, rank, 2, x)
+            tell(scratch, tid, rank, 3, cq)
+            tell(scratch, tid, rank, 4, dq)
             meet()
-            ct, dt = gather_ranks(scratch, tid, 0)
-            cs, ds = gather_ranks(scratch, tid, 2)
-        return ct, dt, cs, ds
+            x = told(scratch, tid, 2) if cross else x
+            cp, dp, x = ranks_merge(told(scratch, tid, 0), told(scratch, tid, 1), x)
+            cq, dq = ranks_plain(told(scratch, tid, 3), told(scratch, tid, 4))
+        return cp, dp, x, cq, dq
 
     @device
     def sum_two(scratch, tid, rank, a, b):
@@ -119,25 +127,21 @@ def merges(threads: int, cluster: int, two_sums: bool = True) -> SimpleNamespace
             if two_sums:
                 ptx.warp_barrier()
             return a, b
-        if (tid & I32(31)) == I32(0):
-            w = tid >> I32(5)
-            ptx.shared_store(scratch, I32(SUMS + w), a)
-            if two_sums:
-                ptx.shared_store(scratch, I32(SUMS + WARP_SLOTS + w), b)
-        cuda.syncthreads()
-        w = tid & I32(warps - 1)
-        a = warps_sum(ptx.shared_load(scratch, I32(SUMS + w)))
+        leave(scratch, tid, SUMS, a)
         if two_sums:
-            b = warps_sum(ptx.shared_load(scratch, I32(SUMS + WARP_SLOTS + w)))
+            leave(scratch, tid, SUMS + 1, b)
+        cuda.syncthreads()
+        a = warps_sum(left(scratch, tid, SUMS))
+        if two_sums:
+            b = warps_sum(left(scratch, tid, SUMS + 1))
         if cluster > 1:
-            tell(scratch, tid, rank, 4, a)
+            tell(scratch, tid, rank, SUMS, a)
             if two_sums:
-                tell(scratch, tid, rank, 5, b)
+                tell(scratch, tid, rank, SUMS + 1, b)
             meet()
-            r = tid & I32(cluster - 1)
-            a = ranks_sum(ptx.shared_load(scratch, I32(RANKS + 4 * RANK_SLOTS + r)))
+            a = ranks_sum(told(scratch, tid, SUMS))
             if two_sums:
-                b = ranks_sum(ptx.shared_load(scratch, I32(RANKS + 5 * RANK_SLOTS + r)))
+                b = ranks_sum(told(scratch, tid, SUMS + 1))
         return a, b
 
     return SimpleNamespace(softmax_two=softmax_two, sum_two=sum_two)

@@ -15,9 +15,11 @@ import numpy as np
 from numba import cuda, types
 
 from stillhouse.kernels.cuda import intrinsics as ptx
-from stillhouse.kernels.cuda.arithmetic import KNOWN, LOWEST, PAIRS, ZERO, absorb, device, sum8
+from stillhouse.kernels.cuda.arguments import FLOATS
+from stillhouse.kernels.cuda.arithmetic import LOWEST, ZERO, absorb, absorb_beside, device, sum8
 from stillhouse.kernels.cuda.chunks import is_kept, row_geometry, row_scale, walk
 from stillhouse.kernels.cuda.merge import SCRATCH, merges
+from stillhouse.kernels.cuda.pairs import KNOWN, NEAR_KNOWN, NEAR_PAIRS, PAIRS, compare, nearly_agree
 from stillhouse.kernels.cuda.vectors import PLANE, codec
 
 ALIGNMENT = ptx.SHARED_ALIGNMENT
@@ -73,7 +75,7 @@ def warp_span(width):
     return I32(I32(I32(width + 14) >> I32(3)) + 31) & I32(-32)
 
 
-SIGNATURE = (*[types.int64] * 6, *[types.int32] * 5, *[types.float32] * 11)
+SIGNATURE = (*[types.int64] * 6, *[types.int32] * 5, *[types.float32] * FLOATS)
 
 
 def rows_kernel(
@@ -92,54 +94,41 @@ def rows_kernel(
     slice (with ``lanes``: the number of rows); log2(e)/T, the factor of gradients (times scale), of losses, and beta. Without ``gradient`` it writes losses
     only, and g is not read.
     """
-    code, wide, pair, merge = (
-        codec(dtype),
-        codec("f32"),
-        PAIRS[divergence],
-        merges(lanes or threads, cluster, gradient and divergence != "forward"),
-    )
-    size, forward = code.size, divergence == "forward"
+    code, wide = codec(dtype), codec("f32")
+    merge = merges(lanes or threads, cluster, gradient, cross=True)
+    size, forward, of_student = code.size, divergence == "forward", divergence == "reverse"
     # vectors of shared memory for a chunk: its logits, or two float32 results in their place
     planes, second = (2 * code.vectors if forward else 4), code.vectors * PLANE
-    writes, means = forward and gradient, gradient and not forward
-    replaces = means and staged
-    decode, encode = code.decode, code.encode
-    put, put_edge, fetch_edge, stage, unstage = (
-        code.put,
-        code.put_edge,
-        code.fetch_edge,
-        code.stage,
-        code.unstage,
-    )
+    replaces = gradient and not forward and staged
+    decode, encode, put, put_edge, fetch_edge, stage, unstage, decode_wide, unstage_wide = (
+        code.decode, code.encode, code.put, code.put_edge, code.fetch_edge, code.stage, code.unstage, wide.decode,
+        wide.unstage,
+    )  # fmt: skip
     team = lanes or threads  # of the threads that share a row
     steps = walk(code, team, planes)
-    whole_of, edges, edge, mine, element_of = (
-        steps.whole_of,
-        steps.edges,
-        steps.edge,
-        steps.mine,
-        steps.element_of,
-    )
-    clear_row, cell, stride, jump = steps.clear_row, steps.cell, steps.stride, steps.jump
-    fetch, fetch_last = code.fetch if staged else code.fetch_kept, code.fetch
-    decode_wide, unstage_wide, word = wide.decode, wide.unstage, ptx.float_as_word
+    whole_of, edges, edge, mine, element_of, clear_row, cell, stride, jump = (
+        steps.whole_of, steps.edges, steps.edge, steps.mine, steps.element_of, steps.clear_row, steps.cell,
+        steps.stride, steps.jump,
+    )  # fmt: skip
+    fetch, fetch_last, word = code.fetch if staged else code.fetch_kept, code.fetch, ptx.float_as_word
     softmax_two, sum_two = merge.softmax_two, merge.sum_two
     geometry = row_geometry(size, sectors=not lanes)
-    eight, row_known = eight_pairs(pair), KNOWN[divergence]
 
     @device
     def take(words, home, sa, sb, ta, tb, k2, state):
         if staged:
             stage(words, home, sa, sb)
             stage(words, I32(home + second), ta, tb)
-        ct, dt = absorb(decode(ta, tb), k2, state[0], state[1])
-        cs, ds = absorb(decode(sa, sb), k2, state[2], state[3])
-        return ct, dt, cs, ds
+        xs, xt = decode(sa, sb), decode(ta, tb)
+        xp, xq = (xs, xt) if of_student else (xt, xs)
+        cp, dp, cross = absorb_beside(xp, xq, k2, state[0], state[1], state[2])
+        cq, dq = absorb(xq, k2, state[3], state[4])
+        return cp, dp, cross, cq, dq
 
     @device
     def absorb_row(words, s_row, t_row, s_width, t_width, chunks, k2):
-        """First pass: read both rows, keep them, and this thread's (C, D) of each."""
-        state = (LOWEST, ZERO, LOWEST, ZERO)
+        """First pass: read both rows, keep them, and this thread's (C, D) of each, with what tells whether they agree."""
+        state = (LOWEST, ZERO, ZERO, LOWEST, ZERO)
         slot, stop, at, home = whole_of(chunks)
         while slot < stop:
             sa, sb = fetch(s_row + at, chunks[4])
@@ -180,111 +169,134 @@ def rows_kernel(
         return decode(sa, sb), decode(ta, tb)
 
     @device
-    def four(words, at, xs, xt, known):
-        """(sums of losses and of third results); the second and third stay in float32, whatever the logits' dtype."""
-        a0, b0, c0 = pair(xt[0], xs[0], known)
-        a1, b1, c1 = pair(xt[1], xs[1], known)
-        a2, b2, c2 = pair(xt[2], xs[2], known)
-        a3, b3, c3 = pair(xt[3], xs[3], known)
-        ptx.shared_store_words(words, at, word(b0), word(b1), word(b2), word(b3))
-        ptx.shared_store_words(words, I32(at + 2 * PLANE), word(c0), word(c1), word(c2), word(c3))
-        return (a0 + a1) + (a2 + a3), (c0 + c1) + (c2 + c3)
-
-    @device
-    def replace(words, home, known):
-        """A staged chunk's logits by what its gradient is made of; four by four, or registers run out."""
-        if size == 4:
-            xs, xt = ptx.shared_load_words(words, home), ptx.shared_load_words(words, I32(home + second))
-            a0, c0 = four(words, home, floats(xs), floats(xt), known)
-            other = I32(home + PLANE)
-            xs, xt = ptx.shared_load_words(words, other), ptx.shared_load_words(words, I32(other + second))
-            a1, c1 = four(words, other, floats(xs), floats(xt), known)
-        else:
-            xs, xt = staged_pair(words, home)
-            a0, c0 = four(words, home, xs[:4], xt[:4], known)
-            a1, c1 = four(words, I32(home + PLANE), xs[4:], xt[4:], known)
-        return a0 + a1, c0 + c1
-
-    @device
     def kept(words, home):
         pa, pb = unstage_wide(words, home)
         wa, wb = unstage_wide(words, I32(home + 2 * PLANE))
         return decode_wide(pa, pb), decode_wide(wa, wb)
 
-    @device
-    def replace_row(words, chunks, known):
-        """Second pass over a staged row whose gradient needs a mean: no edges here, and barriers before and after."""
-        total, mean, slot = ZERO, ZERO, chunks[7]
-        home = cell(slot, chunks)
-        while slot < I32(chunks[6] - chunks[5]):
-            a, c = replace(words, home, known)
-            total, mean = total + a, mean + c
-            slot, home = ptx.uncounted(slot + team), I32(home + jump)
-        return total, mean
+    def passes(pair, known_of, writes, means):
+        """Device functions of the passes after the first, for one of the two ways to compare a pair of logits."""
+        eight = eight_pairs(pair)
 
-    @device
-    def resolve_row(words, s_row, t_row, g_row, v, s_width, t_width, chunks, known, grad_scale):
-        """Second pass: the loss, and the gradient (forward) or what the gradient is made of (the others)."""
-        total, mean = ZERO, ZERO
-        slot, stop, at, home = whole_of(chunks)
-        while slot < stop:
-            xs, xt = whole_pair(words, home, s_row, t_row, at, chunks[4])
-            a, b, c = eight(xs, xt, known)
-            total = total + a
-            if writes:
-                ga, gb = encode(scaled(b, grad_scale))
-                put(g_row + at, chunks[4], ga, gb)
-            if means:
-                mean = mean + sum8(c)
-            slot, at, home = ptx.uncounted(slot + team), at + stride, I32(home + jump)
-        j = chunks[7]
-        while j < edges(chunks):
-            chunk = edge(j, chunks)
-            if mine(chunk, chunks):
-                e, home = element_of(chunk, chunks), cell(I32(chunk - chunks[5]), chunks)
-                xs, xt = edge_pair(words, home, s_row, t_row, s_width, t_width, e, chunks[4])
+        @device
+        def four(words, at, xs, xt, known):
+            """(sums of losses and of third results); the second and third stay in float32, whatever the logits' dtype."""
+            a0, b0, c0 = pair(xt[0], xs[0], known)
+            a1, b1, c1 = pair(xt[1], xs[1], known)
+            a2, b2, c2 = pair(xt[2], xs[2], known)
+            a3, b3, c3 = pair(xt[3], xs[3], known)
+            ptx.shared_store_words(words, at, word(b0), word(b1), word(b2), word(b3))
+            ptx.shared_store_words(words, I32(at + 2 * PLANE), word(c0), word(c1), word(c2), word(c3))
+            return (a0 + a1) + (a2 + a3), (c0 + c1) + (c2 + c3)
+
+        @device
+        def replace(words, home, known):
+            """A staged chunk's logits by what its gradient is made of; four by four, or registers run out."""
+            if size == 4:
+                xs, xt = ptx.shared_load_words(words, home), ptx.shared_load_words(words, I32(home + second))
+                a0, c0 = four(words, home, floats(xs), floats(xt), known)
+                other = I32(home + PLANE)
+                xs, xt = (
+                    ptx.shared_load_words(words, other),
+                    ptx.shared_load_words(words, I32(other + second)),
+                )
+                a1, c1 = four(words, other, floats(xs), floats(xt), known)
+            else:
+                xs, xt = staged_pair(words, home)
+                a0, c0 = four(words, home, xs[:4], xt[:4], known)
+                a1, c1 = four(words, I32(home + PLANE), xs[4:], xt[4:], known)
+            return a0 + a1, c0 + c1
+
+        @device
+        def replace_row(words, place, chunks, sides, coin, grad_scale):
+            """Second pass over a staged row whose gradient needs a mean: no edges here, and barriers before and after."""
+            known = known_of(sides, coin)
+            total, mean, slot = ZERO, ZERO, chunks[7]
+            home = cell(slot, chunks)
+            while slot < I32(chunks[6] - chunks[5]):
+                a, c = replace(words, home, known)
+                total, mean = total + a, mean + c
+                slot, home = ptx.uncounted(slot + team), I32(home + jump)
+            return total, mean, known[3]
+
+        @device
+        def resolve_row(words, place, chunks, sides, coin, grad_scale):
+            """Second pass: the loss, the gradient or the mean that it is taken relative to, and the factor of all of them."""
+            s_row, t_row, g_row, v, s_width, t_width = place
+            known = known_of(sides, coin)
+            total, mean, grad_scale = ZERO, ZERO, grad_scale * known[3]
+            slot, stop, at, home = whole_of(chunks)
+            while slot < stop:
+                xs, xt = whole_pair(words, home, s_row, t_row, at, chunks[4])
                 a, b, c = eight(xs, xt, known)
                 total = total + a
                 if writes:
                     ga, gb = encode(scaled(b, grad_scale))
-                    put_edge(g_row, e, v, chunks[4], ga, gb)
+                    put(g_row + at, chunks[4], ga, gb)
                 if means:
                     mean = mean + sum8(c)
-            j = I32(j + team)
-        return total, mean
-
-    @device
-    def write_row(words, s_row, t_row, g_row, v, s_width, t_width, chunks, known, mean, grad_scale):
-        """Third pass of the divergences whose gradient needs a mean over the row."""
-        slot, stop, at, home = whole_of(chunks)
-        while slot < stop:
-            if staged:
-                b, c = kept(words, home)
-            else:
-                xs, xt = whole_pair(words, home, s_row, t_row, at, chunks[4])
-                a, b, c = eight(xs, xt, known)
-            ga, gb = encode(centred(b, c, mean, grad_scale))
-            put(g_row + at, chunks[4], ga, gb)
-            slot, at, home = ptx.uncounted(slot + team), at + stride, I32(home + jump)
-        j = chunks[7]
-        while j < edges(chunks):
-            chunk = edge(j, chunks)
-            if mine(chunk, chunks):
-                e, home = element_of(chunk, chunks), cell(I32(chunk - chunks[5]), chunks)
-                if staged:
-                    b, c = kept(words, home)
-                else:
+                slot, at, home = ptx.uncounted(slot + team), at + stride, I32(home + jump)
+            j = chunks[7]
+            while j < edges(chunks):
+                chunk = edge(j, chunks)
+                if mine(chunk, chunks):
+                    e, home = element_of(chunk, chunks), cell(I32(chunk - chunks[5]), chunks)
                     xs, xt = edge_pair(words, home, s_row, t_row, s_width, t_width, e, chunks[4])
                     a, b, c = eight(xs, xt, known)
+                    total = total + a
+                    if writes:
+                        ga, gb = encode(scaled(b, grad_scale))
+                        put_edge(g_row, e, v, chunks[4], ga, gb)
+                    if means:
+                        mean = mean + sum8(c)
+                j = I32(j + team)
+            return total, mean, known[3]
+
+        @device
+        def write_row(words, place, chunks, sides, coin, mean, grad_scale):
+            """Third pass, of gradients that need a mean over the row."""
+            s_row, t_row, g_row, v, s_width, t_width = place
+            if not replaces:
+                known = known_of(sides, coin)
+            slot, stop, at, home = whole_of(chunks)
+            while slot < stop:
+                if replaces:
+                    b, c = kept(words, home)
+                else:
+                    xs, xt = whole_pair(words, home, s_row, t_row, at, chunks[4])
+                    a, b, c = eight(xs, xt, known)
                 ga, gb = encode(centred(b, c, mean, grad_scale))
-                put_edge(g_row, e, v, chunks[4], ga, gb)
-            j = I32(j + team)
+                put(g_row + at, chunks[4], ga, gb)
+                slot, at, home = ptx.uncounted(slot + team), at + stride, I32(home + jump)
+            j = chunks[7]
+            while j < edges(chunks):
+                chunk = edge(j, chunks)
+                if mine(chunk, chunks):
+                    e, home = element_of(chunk, chunks), cell(I32(chunk - chunks[5]), chunks)
+                    if replaces:
+                        b, c = kept(words, home)
+                    else:
+                        xs, xt = edge_pair(words, home, s_row, t_row, s_width, t_width, e, chunks[4])
+                        a, b, c = eight(xs, xt, known)
+                    ga, gb = encode(centred(b, c, mean, grad_scale))
+                    put_edge(g_row, e, v, chunks[4], ga, gb)
+                j = I32(j + team)
+
+        return (replace_row if replaces else resolve_row), write_row
+
+    # where the sides differ, the gradient of forward is written with the loss; the others take theirs relative to a mean
+    resolve, write = passes(
+        PAIRS[divergence], KNOWN[divergence], gradient and forward, gradient and not forward
+    )
+    resolve_near, write_near = passes(NEAR_PAIRS[divergence], NEAR_KNOWN[divergence], False, gradient)
 
     def kernel(
         s, t, g, loss, mask, scale, v, t_stride, s_width, t_width, span, k2, grad_factor, loss_factor,
-        odds, log_odds, log_t, log_s, c2, c3, c4, c5,
+        odds, log_odds, log_t, log_s, s0, s1, s2, s3, s4, s5, s6, s7, l0, l1, l2, l3, l4, l5, l6, l7,
     ):  # fmt: skip
-        coin = (odds, log_odds, log_t, log_s, c2, c3, c4, c5)
+        coin = (
+            odds, log_odds, log_t, log_s, s0, s1, s2, s3, s4, s5, s6, s7, l0, l1, l2, l3, l4, l5, l6, l7,
+        )  # fmt: skip
         words = cuda.shared.array(0, types.uint32, alignment=ALIGNMENT)
         scratch = cuda.shared.array(SCRATCH, np.float32)
         tid = I32(cuda.threadIdx.x)
@@ -319,30 +331,34 @@ def rows_kernel(
                 ptx.store_f32(loss + I64(row) * 4, ZERO)
             return
 
-        ct, dt, cs, ds = absorb_row(words, s_row, t_row, s_width, t_width, chunks, k2)
+        cp, dp, cross, cq, dq = absorb_row(words, s_row, t_row, s_width, t_width, chunks, k2)
         if cluster > 1:
             ptx.cluster_wait()
-        ct, dt, cs, ds = softmax_two(scratch, tid, rank, ct, dt, cs, ds)
-        known = row_known(k2, ct, dt, cs, ds, coin)
+        cp, dp, cross, cq, dq = softmax_two(scratch, tid, rank, cp, dp, cross, cq, dq)
+        sides = compare(k2, cp, dp, cq, dq)
+        near = nearly_agree(sides, cross)
+        place = (s_row, t_row, g_row, v, s_width, t_width)
         grad_scale = ZERO
-        if writes:
-            grad_scale = row_scale(scale, row, grad_factor) * known[3]
-        if replaces:
-            total, mean = replace_row(words, chunks, known)
+        if gradient and forward:
+            grad_scale = row_scale(scale, row, grad_factor)
+        if near:
+            total, mean, unit = resolve_near(words, place, chunks, sides, coin, grad_scale)
         else:
-            total, mean = resolve_row(
-                words, s_row, t_row, g_row, v, s_width, t_width, chunks, known, grad_scale
-            )
+            total, mean, unit = resolve(words, place, chunks, sides, coin, grad_scale)
         total, mean = sum_two(scratch, tid, rank, total, mean)
         if leader:
-            ptx.store_f32(loss + I64(row) * 4, total * (loss_factor * known[3]))
-        if not means:
+            ptx.store_f32(loss + I64(row) * 4, total * (loss_factor * unit))
+        if not gradient:
             return
-        mean = mean * known[3]
-        grad_scale = row_scale(scale, row, grad_factor) * known[3]  # not before, for want of registers
+        if forward and not near:
+            return
+        mean = mean * unit
+        grad_scale = row_scale(scale, row, grad_factor) * unit  # not before, for want of registers
         if mean > HUGE:  # the teacher rules out what the student believes in: loss inf, and no gradient
             clear_row(g_row, v, chunks)
-        else:
-            write_row(words, s_row, t_row, g_row, v, s_width, t_width, chunks, known, mean, grad_scale)
+        elif near:
+            write_near(words, place, chunks, sides, coin, mean, grad_scale)
+        elif not forward:
+            write(words, place, chunks, sides, coin, mean, grad_scale)
 
     return kernel

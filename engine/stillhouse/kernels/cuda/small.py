@@ -16,15 +16,15 @@ import numpy as np
 from numba import cuda, types
 
 from stillhouse.kernels.cuda import intrinsics as ptx
-from stillhouse.kernels.cuda.arithmetic import (
-    KNOWN,
-    LOWEST,
-    PAIRS,
-    ZERO,
-    butterflies,
-    device,
-)  # fmt: skip
+from stillhouse.kernels.cuda.arithmetic import LOWEST, ZERO, butterflies, device, difference
 from stillhouse.kernels.cuda.chunks import is_kept, row_scale
+from stillhouse.kernels.cuda.pairs import (
+    NEAR_KNOWN,
+    NEAR_PAIRS,
+    compare,
+    nearly_agree,
+    relative_to_constant,
+)
 from stillhouse.kernels.cuda.rows import HUGE, SIGNATURE
 from stillhouse.kernels.cuda.vectors import codec
 
@@ -113,14 +113,13 @@ def stretches(dtype: str, threads: int) -> SimpleNamespace:
 def small_kernel(dtype: str, divergence: str, threads: int, lanes: int, gradient: bool = True) -> Callable:
     """The kernel (undecorated) with ``threads / lanes`` rows a block; arguments as in rows, ``rows`` for the slice."""
     pair, row_known, stretch, size = (
-        PAIRS[divergence],
-        KNOWN[divergence],
+        NEAR_PAIRS[divergence],
+        NEAR_KNOWN[divergence],
         stretches(dtype, threads),
         codec(dtype).size,
     )
     aligned, load, store = stretch.aligned, stretch.load, stretch.store
-    forward, rows_per_block = divergence == "forward", threads // lanes
-    writes, means = forward and gradient, gradient and not forward
+    rows_per_block, of_student = threads // lanes, divergence == "reverse"
     group_max, group_sum = butterflies(lanes)
 
     @device
@@ -172,16 +171,25 @@ def small_kernel(dtype: str, divergence: str, threads: int, lanes: int, gradient
         return c, group_sum(d)
 
     @device
-    def leave(words, s_at, t_at, b, c, grad_scale):
-        """The gradient (forward), or what it is made of, in the place of the logits."""
-        if writes:
-            ptx.shared_store(words, s_at, b * grad_scale)
-        if means:
+    def agree(words, s_row, t_row, s_width, t_width, lane, sides):
+        """Does the row count as one whose sides nearly agree?"""
+        cross = ZERO
+        e = lane
+        while e < t_width:
+            xt, xs = value(words, t_row, e, t_width), value(words, s_row, e, s_width)
+            cross = ptx.fma(power(xt, sides[0], -sides[1]), difference(xt, xs), cross)
+            e = I32(e + lanes)
+        return nearly_agree(sides, group_sum(cross))
+
+    @device
+    def leave(words, s_at, t_at, b, c):
+        """What the gradient is made of, in the place of the logits."""
+        if gradient:
             ptx.shared_store(words, s_at, b)
             ptx.shared_store(words, t_at, c)
 
     @device
-    def resolve(words, s_base, t_base, v, s_width, t_width, all_width, both, lane, known, grad_scale):
+    def resolve(words, s_base, t_base, v, s_width, t_width, all_width, both, lane, known):
         """The loss and the mean over the row, and what ``leave`` leaves."""
         total, mean = ZERO, ZERO
         whole = min(s_width, t_width)
@@ -194,18 +202,18 @@ def small_kernel(dtype: str, divergence: str, threads: int, lanes: int, gradient
             a2, b2, c2 = pair(xt[2], xs[2], known)
             a3, b3, c3 = pair(xt[3], xs[3], known)
             total, mean = total + ((a0 + a1) + (a2 + a3)), mean + ((c0 + c1) + (c2 + c3))
-            leave(words, s_at, t_at, b0, c0, grad_scale)
-            leave(words, I32(s_at + lanes), I32(t_at + lanes), b1, c1, grad_scale)
-            leave(words, I32(s_at + 2 * lanes), I32(t_at + 2 * lanes), b2, c2, grad_scale)
-            leave(words, I32(s_at + 3 * lanes), I32(t_at + 3 * lanes), b3, c3, grad_scale)
+            leave(words, s_at, t_at, b0, c0)
+            leave(words, I32(s_at + lanes), I32(t_at + lanes), b1, c1)
+            leave(words, I32(s_at + 2 * lanes), I32(t_at + 2 * lanes), b2, c2)
+            leave(words, I32(s_at + 3 * lanes), I32(t_at + 3 * lanes), b3, c3)
             e = I32(e + 4 * lanes)
         while e < all_width:
             a, b, c = pair(value(words, t_base, e, t_width), value(words, s_base, e, s_width), known)
             total, mean = total + a, mean + c
-            if e < (v if forward else both):
-                leave(words, I32(s_base + e), I32(t_base + e), b, c, grad_scale)
+            if e < both:
+                leave(words, I32(s_base + e), I32(t_base + e), b, c)
             e = I32(e + lanes)
-        return group_sum(total), group_sum(mean) * known[3] if means else ZERO
+        return group_sum(total), group_sum(mean) * known[3] if gradient else ZERO
 
     @device
     def write(words, s_base, t_base, v, s_width, t_width, both, lane, known, mean, grad_scale):
@@ -229,9 +237,11 @@ def small_kernel(dtype: str, divergence: str, threads: int, lanes: int, gradient
 
     def kernel(
         s, t, g, loss, mask, scale, v, t_stride, s_width, t_width, rows, k2, grad_factor, loss_factor,
-        odds, log_odds, log_t, log_s, c2, c3, c4, c5,
+        odds, log_odds, log_t, log_s, s0, s1, s2, s3, s4, s5, s6, s7, l0, l1, l2, l3, l4, l5, l6, l7,
     ):  # fmt: skip
-        coin = (odds, log_odds, log_t, log_s, c2, c3, c4, c5)
+        coin = (
+            odds, log_odds, log_t, log_s, s0, s1, s2, s3, s4, s5, s6, s7, l0, l1, l2, l3, l4, l5, l6, l7,
+        )  # fmt: skip
         words = cuda.shared.array(0, types.uint32, alignment=ALIGNMENT)
         tid = I32(cuda.threadIdx.x)
         first = I32(I32(cuda.blockIdx.x) * rows_per_block)
@@ -261,16 +271,17 @@ def small_kernel(dtype: str, divergence: str, threads: int, lanes: int, gradient
         )  # all lanes take part in the shuffles
         cs, ds = row_softmax(words, s_row, mine_s, lane, k2)
         ct, dt = row_softmax(words, t_row, mine_t, lane, k2)
-        known = row_known(k2, ct, dt, cs, ds, coin)
+        sides = compare(k2, cs, ds, ct, dt) if of_student else compare(k2, ct, dt, cs, ds)
+        known = row_known(sides, coin)
+        if divergence == "jsd" and not agree(words, s_row, t_row, mine_s, mine_t, lane, sides):
+            known = relative_to_constant(known)
         all_width = max(v, max(mine_s, mine_t)) if kept else I32(0)
         both = min(v, t_stride)
         grad_scale = grad_factor
         if kept:
             grad_scale = row_scale(scale, row, grad_factor)
         loss_factor, grad_scale = loss_factor * known[3], grad_scale * known[3]
-        total, mean = resolve(
-            words, s_row, t_row, v, mine_s, mine_t, all_width, both, lane, known, grad_scale
-        )  # fmt: skip
+        total, mean = resolve(words, s_row, t_row, v, mine_s, mine_t, all_width, both, lane, known)
         if there and lane == I32(0):
             ptx.store_f32(loss + I64(row) * 4, total * loss_factor if kept else ZERO)
         if not gradient:
@@ -278,7 +289,7 @@ def small_kernel(dtype: str, divergence: str, threads: int, lanes: int, gradient
         if there:
             if not kept or mean > HUGE:
                 clear(words, s_row, v, lane)
-            elif means:
+            else:
                 write(words, s_row, t_row, v, mine_s, mine_t, both, lane, known, mean, grad_scale)
         cuda.syncthreads()
         g_head, g_vectors = s_head, s_vectors

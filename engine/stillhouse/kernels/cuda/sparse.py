@@ -17,12 +17,10 @@ import numpy as np
 from numba import cuda, types
 
 from stillhouse.kernels.cuda import intrinsics as ptx
-from stillhouse.kernels.cuda.arguments import GHOST, SAMPLED, WITHIN
+from stillhouse.kernels.cuda.arguments import FLOATS, GHOST, SAMPLED, WITHIN
 from stillhouse.kernels.cuda.arithmetic import (
     LN2,
     LOWEST,
-    OF_LOGS,
-    PAIRS,
     ZERO,
     absorb,
     device,
@@ -30,6 +28,7 @@ from stillhouse.kernels.cuda.arithmetic import (
 )
 from stillhouse.kernels.cuda.chunks import is_kept, row_geometry, row_scale, walk
 from stillhouse.kernels.cuda.merge import SCRATCH, merges
+from stillhouse.kernels.cuda.pairs import NEAR_PAIRS, OF_LOGS
 from stillhouse.kernels.cuda.vectors import codec
 
 ALIGNMENT = ptx.SHARED_ALIGNMENT
@@ -38,7 +37,7 @@ LOG2E = F32(math.log2(math.e))
 MINUS_INFINITY, INFINITY, NAN = F32(-np.inf), F32(np.inf), F32(np.nan)
 HUGE = F32(3.0e38)
 
-SIGNATURE = (*[types.int64] * 8, *[types.int32] * 4, *[types.float32] * 11)
+SIGNATURE = (*[types.int64] * 8, *[types.int32] * 4, *[types.float32] * FLOATS)
 
 
 @device
@@ -105,7 +104,7 @@ def sparse_kernel(
     of the mass outside (float32, or 0), gradient, loss, mask (or 0), scale (or 0); V, k, the mode, chunks in a block's slice; then the
     same factors as for dense teachers. Without ``gradient`` it writes losses only.
     """
-    code, pair, of_logs = codec(dtype), PAIRS[divergence], OF_LOGS[divergence]
+    code, pair, of_logs = codec(dtype), NEAR_PAIRS[divergence], OF_LOGS[divergence]
     merge, geometry, steps = (
         merges(threads, cluster),
         row_geometry(code.size),
@@ -200,8 +199,8 @@ def sparse_kernel(
     def entry_sums(s_row, indices, values, k, v, mode, k2, n, log_d, coin, shift, tid):
         """(loss, mean) over the entries; an index that is none of the row's makes them NaN and infinite.
 
-        Of forward, whose gradient needs no mean, what the gradient sums to: the error of a normaliser, or of a teacher
-        whose outcomes do not sum to one. It is spread as the softmax, so that the gradient sums to zero.
+        The mean of forward is what its gradient sums to: the error of a normaliser, or of a teacher whose outcomes do
+        not sum to one.
         """
         total, mean = ZERO, ZERO
         i = tid
@@ -216,7 +215,7 @@ def sparse_kernel(
                 total, mean = total - value * log_q * LN2, mean + value
             else:
                 a, b, c = outcome(value * LOG2E, log_q, coin)
-                total, mean = total + a, mean + (b if forward else ptx.fma(b, -shift, c))
+                total, mean = total + a, mean + ptx.fma(b, -shift, c)
             i = I32(i + threads)
         return total, mean
 
@@ -251,7 +250,7 @@ def sparse_kernel(
                         gradient = mean * ptx.exp2(log_q) - weight
                     else:
                         a, b, c = outcome(value_at(values, i) * LOG2E, log_q, coin)
-                        gradient = ptx.fma(ptx.exp2(log_q) if forward else b, -mean, b if forward else c)
+                        gradient = ptx.fma(b, -mean, c)
                     store_one(g_row + I64(index) * size, gradient * grad_scale)
             i = I32(i + threads)
 
@@ -304,9 +303,11 @@ def sparse_kernel(
 
     def kernel(
         s, indices, values, outside, g, loss, mask, scale, v, k, mode, span, k2, grad_factor, loss_factor,
-        odds, log_odds, log_t, log_s, c2, c3, c4, c5,
+        odds, log_odds, log_t, log_s, s0, s1, s2, s3, s4, s5, s6, s7, l0, l1, l2, l3, l4, l5, l6, l7,
     ):  # fmt: skip
-        coin = (odds, log_odds, log_t, log_s, c2, c3, c4, c5)
+        coin = (
+            odds, log_odds, log_t, log_s, s0, s1, s2, s3, s4, s5, s6, s7, l0, l1, l2, l3, l4, l5, l6, l7,
+        )  # fmt: skip
         words = cuda.shared.array(0, types.uint32, alignment=ALIGNMENT)
         scratch = cuda.shared.array(SCRATCH, np.float32)
         tid = I32(cuda.threadIdx.x)
@@ -341,7 +342,7 @@ def sparse_kernel(
             ck, dk = absorb_entries(s_row, indices, k, v, k2, tid)
         if cluster > 1:
             ptx.cluster_wait()
-        ck, dk, co, do = softmax_two(scratch, tid, rank, ck, dk, co, do)
+        ck, dk, _, co, do = softmax_two(scratch, tid, rank, ck, dk, ZERO, co, do)
         c, log_d, log_rest = row_sums(mode, ck, dk, co, do)
         n = -c
 
@@ -363,16 +364,12 @@ def sparse_kernel(
             total, mean = entry_sums(s_row, indices, values, k, v, mode, k2, n, log_d, coin, shift, tid)
             if leader and rest:
                 total = total + rest_loss
-                if forward:
-                    mean = mean + rest_second
-                elif shift == ZERO:
+                if shift == ZERO:
                     mean = mean + rest_third
         total, mean = sum_two(scratch, tid, rank, total, mean)
         grad_scale = row_scale(scale, row, grad_factor)
         share = -mean  # of its probability that an unmarked gradient is
-        if forward:
-            share = ptx.fma(rest_second, over, -mean)
-        elif shift == ZERO:
+        if shift == ZERO:
             share = ptx.fma(rest_third, over, -mean)
         if mode == I32(SAMPLED):
             share = mean

@@ -1,0 +1,248 @@
+"""The arithmetic of one pair of logits, for rows whose two sides differ and for those that nearly agree.
+
+Where a row's KL is not small its terms are summed as they are: what rounds off in one is small beside their sum. Where
+it is small, terms and gradients are differences of nearly equal numbers. There log2(p / q) is had from the
+difference of the logits, exactly (the rounding of either, scaled, would be as large as what is left), and the rest by
+series; the gradient is taken less its sum over the row, which is the error of a normaliser.
+
+p is the teacher's side, of reverse the student's. ``sides`` is what a row's first pass makes of both (``compare``), and
+``known`` what is made of that for a pair function, whose results lack the factor known[3], and what
+``arguments.factors`` has.
+"""
+
+# mypy: ignore-errors
+# Numba infers the types of device functions from their callers.
+from __future__ import annotations
+
+import numpy as np
+
+from stillhouse.kernels import series
+from stillhouse.kernels.cuda import intrinsics as ptx
+from stillhouse.kernels.cuda.arithmetic import (
+    LARGE,
+    LN2,
+    ONE,
+    ZERO,
+    device,
+    log2_of_normal,
+    log2_one_plus,
+    quotient,
+)
+
+F32 = np.float32
+FAR = F32(1.0e4)
+ROUNDER = F32(1.5 * 2**23)  # added and taken away, it leaves a float32 rounded to a whole number
+NEAR_ROW = F32(0.25)  # KL in bits, below which a row counts as one whose sides nearly agree
+PHI = tuple(F32(c) for c in series.PHI)
+NEAR = F32(series.RADIUS)
+
+
+@device
+def compare(k2, cp, dp, cq, dq):
+    """(k2, C_p, C_q, 1 / D_p, D_p / D_q, log2 of that): the logarithm is that of the very float, so that the two agree."""
+    ratio = quotient(dp, dq)
+    return k2, cp, cq, ptx.reciprocal(dp), ratio, log2_of_normal(ratio)
+
+
+@device
+def nearly_agree(sides, cross):
+    """Is KL(p || q), to some digits, small? ``cross`` is the sum of 2^(k2 x - C) (x - y); False for a NaN."""
+    k2, cp, cq, inverse, ratio, log_ratio = sides
+    return ptx.fma(k2, cross * inverse, cq - cp) - log_ratio < NEAR_ROW
+
+
+# -- KL, rows that differ
+
+
+@device
+def kl_known(sides, coin):
+    k2, cp, cq, inverse, ratio, log_ratio = sides
+    return k2, -cp, -cq, inverse, ratio, log_ratio
+
+
+@device
+def kl_pair(xp, xq, known):
+    """(p phi(log q/p), p, q - p, p log2(p / q)) with phi(x) = exp(x) - 1 - x."""
+    k2, n_p, n_q, base, ratio, log_ratio = known
+    zp, zq = ptx.fma(xp, k2, n_p), ptx.fma(xq, k2, n_q)
+    p = ptx.exp2(zp)
+    change = ptx.fma(ptx.exp2(zq), ratio, -p)
+    weighted = p * ((zp - zq) - log_ratio) if p > ZERO else ZERO
+    return ptx.fma(weighted, LN2, change), p, change, weighted
+
+
+@device
+def forward_pair(xt, xs, known):
+    """(loss, p_s - p_t, unused): the gradient needs no sum over the row."""
+    loss, p, change, weighted = kl_pair(xt, xs, known)
+    return loss, change, ZERO
+
+
+@device
+def reverse_pair(xt, xs, known):
+    """(loss, p_s, p_s log2(p_s / p_t)): the gradient is p_s (log(p_s / p_t) - its mean)."""
+    loss, p, change, weighted = kl_pair(xs, xt, known)
+    return loss, p, weighted
+
+
+# -- KL, rows that nearly agree
+
+
+@device
+def level(k2, cp, cq):
+    """(offset, rest): the logits' difference at which 2^(k2 x - C) of both are equal, and k2 times what it is off by."""
+    apart = cp - cq
+    back = apart - cp
+    rounded = (cp - (apart - back)) - (cq + back)
+    offset = apart * ptx.reciprocal(k2)
+    return offset, ptx.fma(k2, offset, -apart) - rounded
+
+
+@device
+def exact_gap(x, y, k2, offset, rest):
+    """K2 (x - y - offset) + rest; what rounds off in x - y is found and added back."""
+    apart = x - y
+    back = apart - x
+    rounded = (x - (apart - back)) - (y + back)
+    gap = ptx.fma((apart - offset) + rounded, k2, rest)
+    return apart if abs(apart) > LARGE else gap
+
+
+@device
+def kl_near_known(sides, coin):
+    k2, cp, cq, inverse, ratio, log_ratio = sides
+    offset, rest = level(k2, cp, cq)
+    return k2, -cp, -cq, inverse, ratio, offset, rest - log_ratio
+
+
+@device
+def kl_near_pair(xp, xq, known):
+    """(p phi(log q/p), p, q, q - p, p log2(p / q)), by series where p and q nearly agree."""
+    k2, n_p, n_q, base, ratio, offset, rest = known
+    p, q = ptx.exp2(ptx.fma(xp, k2, n_p)), ptx.exp2(ptx.fma(xq, k2, n_q)) * ratio
+    gap = exact_gap(xp, xq, k2, offset, rest)
+    weighted = p * gap if p > ZERO else ZERO
+    x, first = gap * -LN2, weighted * -LN2
+    phi = ptx.fma(x, ptx.fma(x, ptx.fma(x, ptx.fma(x, PHI[6], PHI[5]), PHI[4]), PHI[3]), PHI[2])
+    second = first * (x * ptx.fma(x, ptx.fma(x, phi, PHI[1]), PHI[0]))
+    near = abs(x) < NEAR
+    change = first + second if near else q - p
+    return second if near else change - first, p, q, change, weighted
+
+
+@device
+def forward_near_pair(xt, xs, known):
+    """(loss, p_s, p_s - p_t): the gradient is the last less p_s times its sum."""
+    loss, p, q, change, weighted = kl_near_pair(xt, xs, known)
+    return loss, q, change
+
+
+@device
+def reverse_near_pair(xt, xs, known):
+    """As ``reverse_pair``."""
+    loss, p, q, change, weighted = kl_near_pair(xs, xt, known)
+    return loss, p, weighted
+
+
+# -- the Jensen-Shannon divergence
+
+
+@device
+def jsd_known(sides, coin):
+    """(1 - beta) p_s over beta p_t / D_t, as a whole power of two and a rest near one, and logarithms of the odds.
+
+    The first goes to the student's maximum, where it is exact, so that the logarithm added to each has few digits.
+    """
+    k2, ct, cs, inverse, ratio, log_ratio = sides
+    shift = log_ratio - coin[1]
+    whole = (shift + ROUNDER) - ROUNDER
+    unit = coin[0] * (inverse + ZERO * ratio)  # NaN where the student has no logit above -inf
+    return k2, -ct, whole - cs, unit, shift - whole, coin[1], coin[2], coin[3]
+
+
+@device
+def jsd_apart(xt, xs, known):
+    """(loss, p_s, log2(m / p_s) + log2(1 - beta), P), for entries that differ.
+
+    With P = beta p_t and Q = (1 - beta) p_s, both in units of beta / D_t, from the larger and the ratio r <= 1 of the
+    smaller to it, so that nothing overflows and log2(1 + r) is the only logarithm. In units of the larger the loss is
+    -(1 + r) (log2(1 + r) + log2 w) - r gap, with w the weight of the larger side and gap = log2(p_t / p_s), or its
+    negative where Q is larger. Logarithms are clamped to finite ones; their probabilities are zero.
+    """
+    k2, nt, ns, base, shift, log_odds, log_t, log_s = known
+    zt = ptx.fmax(ptx.fma(xt, k2, nt), -FAR)
+    zs = ptx.fmax(ptx.fma(xs, k2, ns) + shift, -FAR)
+    weighted = zt - zs
+    gap = weighted - log_odds
+    teacher_larger = weighted > ZERO
+    larger, ratio = ptx.exp2(ptx.fmax(zt, zs)), ptx.exp2(-abs(weighted))
+    mixture = ONE + ratio
+    log_mixture = log2_one_plus(ratio)
+    known_log = log_t if teacher_larger else log_s
+    loss = larger * ptx.fma(mixture, log_mixture + known_log, ratio * (gap if teacher_larger else -gap))
+    pt, ps = larger * (ONE if teacher_larger else ratio), larger * (ratio if teacher_larger else ONE)
+    return loss, ps, ptx.fmax(weighted, ZERO) + log_mixture, pt
+
+
+@device
+def jsd_pair(xt, xs, known):
+    """(loss, p_s, p_s (log2(m / p_s) + log2(1 - beta))).
+
+    The gradient takes the last relative to its mean, so the constant is free, and it keeps the digits of what is
+    left where the student has nearly all of the mass.
+    """
+    loss, ps, log_m, pt = jsd_apart(xt, xs, known)
+    return loss, ps, ps * log_m
+
+
+@device
+def jsd_near_known(sides, coin):
+    """Besides: the level of the logits' difference, and what is added to log2(m / p_s) for entries apart and near."""
+    offset, rest = level(sides[0], sides[1], sides[2])
+    return *jsd_known(sides, coin), offset, rest - sides[5], coin[3], ZERO, *coin[4:]
+
+
+@device
+def relative_to_constant(known):
+    """The same for rows that differ, whose log2(m / p_s) is had less log2 1 / (1 - beta), as in ``jsd_pair``."""
+    return *known[:10], ZERO, -known[10], *known[12:]
+
+
+@device
+def polynomial(x, c):
+    high = ptx.fma(x, ptx.fma(x, ptx.fma(x, c[7], c[6]), c[5]), c[4])
+    return ptx.fma(x, ptx.fma(x, ptx.fma(x, ptx.fma(x, high, c[3]), c[2]), c[1]), c[0])
+
+
+@device
+def jsd_near_pair(xt, xs, known):
+    """(loss, p_s, p_s log2(m / p_s)), where p_t and p_s nearly agree by the polynomials of ``series.jsd_series``."""
+    apart, ps, log_m, pt = jsd_apart(xt, xs, known[:8])
+    offset, rest, add_apart, add_near = known[8:12]
+    gap = exact_gap(xt, xs, known[0], offset, rest)
+    x = gap * -LN2
+    near = abs(x) < NEAR
+    loss = pt * (gap * x) * polynomial(x, known[20:])
+    log_m = ptx.fma(gap, polynomial(x, known[12:20]), add_near) if near else log_m + add_apart
+    return loss if near else apart, ps, ps * log_m
+
+
+# -- log2-probabilities in the place of logits, near or not, with the constant of rows that differ
+
+
+@device
+def kl_of_logs(coin):
+    return ONE, ZERO, ZERO, ONE, ONE, ZERO, ZERO
+
+
+@device
+def jsd_of_logs(coin):
+    apart = (ONE, ZERO, ZERO, coin[0], -coin[1], coin[1], coin[2], coin[3])
+    return *apart, ZERO, ZERO, ZERO, -coin[3], *coin[4:]
+
+
+PAIRS = {"forward": forward_pair, "reverse": reverse_pair, "jsd": jsd_pair}
+KNOWN = {"forward": kl_known, "reverse": kl_known, "jsd": jsd_known}
+NEAR_PAIRS = {"forward": forward_near_pair, "reverse": reverse_near_pair, "jsd": jsd_near_pair}
+NEAR_KNOWN = {"forward": kl_near_known, "reverse": kl_near_known, "jsd": jsd_near_known}
+OF_LOGS = {"forward": kl_of_logs, "reverse": kl_of_logs, "jsd": jsd_of_logs}
