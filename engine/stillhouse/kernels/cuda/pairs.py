@@ -32,7 +32,7 @@ from stillhouse.kernels.cuda.arithmetic import (
 F32 = np.float32
 FAR = F32(1.0e4)
 ROUNDER = F32(1.5 * 2**23)  # added and taken away, it leaves a float32 rounded to a whole number
-NEAR_ROW = F32(0.25)  # KL in bits, below which a row counts as one whose sides nearly agree
+NEAR_ROW = {"forward": F32(0.125), "reverse": F32(0.125), "jsd": F32(0.25)}  # bits of KL(p || q)
 PHI = tuple(F32(c) for c in series.PHI)
 NEAR = F32(series.RADIUS)
 
@@ -44,11 +44,19 @@ def compare(k2, cp, dp, cq, dq):
     return k2, cp, cq, ptx.reciprocal(dp), ratio, log2_of_normal(ratio)
 
 
-@device
-def nearly_agree(sides, cross):
-    """Is KL(p || q), to some digits, small? ``cross`` is the sum of 2^(k2 x - C) (x - y); False for a NaN."""
-    k2, cp, cq, inverse, ratio, log_ratio = sides
-    return ptx.fma(k2, cross * inverse, cq - cp) - log_ratio < NEAR_ROW
+def agreement(divergence: str):
+    """Device function: is KL(p || q), to some digits, small? ``cross`` is the sum of 2^(k2 x - C) (x - y).
+
+    False for a NaN, and so for every row where q lacks an entry that p has.
+    """
+    limit = NEAR_ROW[divergence]
+
+    @device
+    def nearly_agree(sides, cross):
+        k2, cp, cq, inverse, ratio, log_ratio = sides
+        return ptx.fma(k2, cross * inverse, cq - cp) - log_ratio < limit
+
+    return nearly_agree
 
 
 # -- KL, rows that differ
@@ -99,13 +107,25 @@ def level(k2, cp, cq):
 
 
 @device
+def rounded_gap(x, y, k2, offset, rest):
+    """K2 (x - y - offset) + rest, for 16-bit logits, whose difference is exact."""
+    return ptx.fma((x - y) - offset, k2, rest)
+
+
+@device
 def exact_gap(x, y, k2, offset, rest):
-    """K2 (x - y - offset) + rest; what rounds off in x - y is found and added back."""
+    """The same for float32: what rounds off in x - y is found and added back."""
     apart = x - y
     back = apart - x
     rounded = (x - (apart - back)) - (y + back)
-    gap = ptx.fma((apart - offset) + rounded, k2, rest)
-    return apart if abs(apart) > LARGE else gap
+    return ptx.fma((apart - offset) + rounded, k2, rest)
+
+
+@device
+def any_gap(x, y, k2, offset, rest):
+    """The same where q may lack an entry that p has."""
+    apart = x - y
+    return apart if abs(apart) > LARGE else exact_gap(x, y, k2, offset, rest)
 
 
 @device
@@ -113,35 +133,6 @@ def kl_near_known(sides, coin):
     k2, cp, cq, inverse, ratio, log_ratio = sides
     offset, rest = level(k2, cp, cq)
     return k2, -cp, -cq, inverse, ratio, offset, rest - log_ratio
-
-
-@device
-def kl_near_pair(xp, xq, known):
-    """(p phi(log q/p), p, q, q - p, p log2(p / q)), by series where p and q nearly agree."""
-    k2, n_p, n_q, base, ratio, offset, rest = known
-    p, q = ptx.exp2(ptx.fma(xp, k2, n_p)), ptx.exp2(ptx.fma(xq, k2, n_q)) * ratio
-    gap = exact_gap(xp, xq, k2, offset, rest)
-    weighted = p * gap if p > ZERO else ZERO
-    x, first = gap * -LN2, weighted * -LN2
-    phi = ptx.fma(x, ptx.fma(x, ptx.fma(x, ptx.fma(x, PHI[6], PHI[5]), PHI[4]), PHI[3]), PHI[2])
-    second = first * (x * ptx.fma(x, ptx.fma(x, phi, PHI[1]), PHI[0]))
-    near = abs(x) < NEAR
-    change = first + second if near else q - p
-    return second if near else change - first, p, q, change, weighted
-
-
-@device
-def forward_near_pair(xt, xs, known):
-    """(loss, p_s, p_s - p_t): the gradient is the last less p_s times its sum."""
-    loss, p, q, change, weighted = kl_near_pair(xt, xs, known)
-    return loss, q, change
-
-
-@device
-def reverse_near_pair(xt, xs, known):
-    """As ``reverse_pair``."""
-    loss, p, q, change, weighted = kl_near_pair(xs, xt, known)
-    return loss, p, weighted
 
 
 # -- the Jensen-Shannon divergence
@@ -214,17 +205,53 @@ def polynomial(x, c):
     return ptx.fma(x, ptx.fma(x, ptx.fma(x, ptx.fma(x, high, c[3]), c[2]), c[1]), c[0])
 
 
-@device
-def jsd_near_pair(xt, xs, known):
-    """(loss, p_s, p_s log2(m / p_s)), where p_t and p_s nearly agree by the polynomials of ``series.jsd_series``."""
-    apart, ps, log_m, pt = jsd_apart(xt, xs, known[:8])
-    offset, rest, add_apart, add_near = known[8:12]
-    gap = exact_gap(xt, xs, known[0], offset, rest)
-    x = gap * -LN2
-    near = abs(x) < NEAR
-    loss = pt * (gap * x) * polynomial(x, known[20:])
-    log_m = ptx.fma(gap, polynomial(x, known[12:20]), add_near) if near else log_m + add_apart
-    return loss if near else apart, ps, ps * log_m
+# -- pair functions of rows that nearly agree, by how the gap is had
+
+
+def near_pair(divergence: str, gap_of, centred: bool = True):
+    """The pair function: (loss, p_s, what the gradient is made of), which is less p_s times its sum over the row.
+
+    That is p_s - p_t for forward, p_s log2(p_s / p_t) for reverse and p_s log2(m / p_s) for jsd. Without ``centred`` the
+    second result of forward is p_s - p_t.
+    """
+
+    @device
+    def kl(xp, xq, known):
+        """(p phi(log q/p), p, q, q - p, p log2(p / q)), by series where p and q nearly agree."""
+        k2, n_p, n_q, base, ratio, offset, rest = known
+        p, q = ptx.exp2(ptx.fma(xp, k2, n_p)), ptx.exp2(ptx.fma(xq, k2, n_q)) * ratio
+        gap = gap_of(xp, xq, k2, offset, rest)
+        weighted = p * gap if p > ZERO else ZERO
+        x, first = gap * -LN2, weighted * -LN2
+        phi = ptx.fma(x, ptx.fma(x, ptx.fma(x, ptx.fma(x, PHI[6], PHI[5]), PHI[4]), PHI[3]), PHI[2])
+        second = first * (x * ptx.fma(x, ptx.fma(x, phi, PHI[1]), PHI[0]))
+        near = abs(x) < NEAR
+        change = first + second if near else q - p
+        return second if near else change - first, p, q, change, weighted
+
+    @device
+    def forward(xt, xs, known):
+        loss, p, q, change, weighted = kl(xt, xs, known)
+        return loss, q if centred else change, change
+
+    @device
+    def reverse(xt, xs, known):
+        loss, p, q, change, weighted = kl(xs, xt, known)
+        return loss, p, weighted
+
+    @device
+    def jsd(xt, xs, known):
+        """By the polynomials of ``series.jsd_series`` where p_t and p_s nearly agree."""
+        apart, ps, log_m, pt = jsd_apart(xt, xs, known[:8])
+        offset, rest, add_apart, add_near = known[8:12]
+        gap = gap_of(xt, xs, known[0], offset, rest)
+        x = gap * -LN2
+        near = abs(x) < NEAR
+        loss = pt * (gap * x) * polynomial(x, known[20:])
+        log_m = ptx.fma(gap, polynomial(x, known[12:20]), add_near) if near else log_m + add_apart
+        return loss if near else apart, ps, ps * log_m
+
+    return {"forward": forward, "reverse": reverse, "jsd": jsd}[divergence]
 
 
 # -- log2-probabilities in the place of logits, near or not, with the constant of rows that differ
@@ -243,6 +270,5 @@ def jsd_of_logs(coin):
 
 PAIRS = {"forward": forward_pair, "reverse": reverse_pair, "jsd": jsd_pair}
 KNOWN = {"forward": kl_known, "reverse": kl_known, "jsd": jsd_known}
-NEAR_PAIRS = {"forward": forward_near_pair, "reverse": reverse_near_pair, "jsd": jsd_near_pair}
 NEAR_KNOWN = {"forward": kl_near_known, "reverse": kl_near_known, "jsd": jsd_near_known}
 OF_LOGS = {"forward": kl_of_logs, "reverse": kl_of_logs, "jsd": jsd_of_logs}

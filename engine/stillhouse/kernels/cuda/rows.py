@@ -19,7 +19,16 @@ from stillhouse.kernels.cuda.arguments import FLOATS
 from stillhouse.kernels.cuda.arithmetic import LOWEST, ZERO, absorb, absorb_beside, device, sum8
 from stillhouse.kernels.cuda.chunks import is_kept, row_geometry, row_scale, walk
 from stillhouse.kernels.cuda.merge import SCRATCH, merges
-from stillhouse.kernels.cuda.pairs import KNOWN, NEAR_KNOWN, NEAR_PAIRS, PAIRS, compare, nearly_agree
+from stillhouse.kernels.cuda.pairs import (
+    KNOWN,
+    NEAR_KNOWN,
+    PAIRS,
+    agreement,
+    compare,
+    exact_gap,
+    near_pair,
+    rounded_gap,
+)
 from stillhouse.kernels.cuda.vectors import PLANE, codec
 
 ALIGNMENT = ptx.SHARED_ALIGNMENT
@@ -99,7 +108,18 @@ def rows_kernel(
     size, forward, of_student = code.size, divergence == "forward", divergence == "reverse"
     # vectors of shared memory for a chunk: its logits, or two float32 results in their place
     planes, second = (2 * code.vectors if forward else 4), code.vectors * PLANE
-    replaces = gradient and not forward and staged
+    # how a gradient is written: with the loss, or relative to a mean over the row, from what has taken the logits' place or
+    # from the logits again; that of rows that nearly agree has its error of a normaliser taken out, unless 16 bits hide it
+    relative = "replace" if staged else "repeat"
+    how, how_near = (
+        ("at once" if forward else relative),
+        ("at once" if forward and size == 2 else relative),
+    )
+    if not gradient:
+        how = how_near = "loss"
+    done, near_done = how != relative, how_near != relative  # after the second pass
+    nearly_agree = agreement(divergence)
+    pair_near = near_pair(divergence, exact_gap if size == 4 else rounded_gap, not near_done)
     decode, encode, put, put_edge, fetch_edge, stage, unstage, decode_wide, unstage_wide = (
         code.decode, code.encode, code.put, code.put_edge, code.fetch_edge, code.stage, code.unstage, wide.decode,
         wide.unstage,
@@ -174,9 +194,14 @@ def rows_kernel(
         wa, wb = unstage_wide(words, I32(home + 2 * PLANE))
         return decode_wide(pa, pb), decode_wide(wa, wb)
 
-    def passes(pair, known_of, writes, means):
+    def passes(pair, known_of, how):
         """Device functions of the passes after the first, for one of the two ways to compare a pair of logits."""
-        eight = eight_pairs(pair)
+        eight, writes, means, replaces = (
+            eight_pairs(pair),
+            how == "at once",
+            how == "repeat",
+            how == "replace",
+        )
 
         @device
         def four(words, at, xs, xt, known):
@@ -284,11 +309,8 @@ def rows_kernel(
 
         return (replace_row if replaces else resolve_row), write_row
 
-    # where the sides differ, the gradient of forward is written with the loss; the others take theirs relative to a mean
-    resolve, write = passes(
-        PAIRS[divergence], KNOWN[divergence], gradient and forward, gradient and not forward
-    )
-    resolve_near, write_near = passes(NEAR_PAIRS[divergence], NEAR_KNOWN[divergence], False, gradient)
+    resolve, write = passes(PAIRS[divergence], KNOWN[divergence], how)
+    resolve_near, write_near = passes(pair_near, NEAR_KNOWN[divergence], how_near)
 
     def kernel(
         s, t, g, loss, mask, scale, v, t_stride, s_width, t_width, span, k2, grad_factor, loss_factor,
@@ -339,7 +361,7 @@ def rows_kernel(
         near = nearly_agree(sides, cross)
         place = (s_row, t_row, g_row, v, s_width, t_width)
         grad_scale = ZERO
-        if gradient and forward:
+        if how == "at once":
             grad_scale = row_scale(scale, row, grad_factor)
         if near:
             total, mean, unit = resolve_near(words, place, chunks, sides, coin, grad_scale)
@@ -348,17 +370,18 @@ def rows_kernel(
         total, mean = sum_two(scratch, tid, rank, total, mean)
         if leader:
             ptx.store_f32(loss + I64(row) * 4, total * (loss_factor * unit))
-        if not gradient:
+        if near and near_done:
             return
-        if forward and not near:
+        if not near and done:
             return
         mean = mean * unit
         grad_scale = row_scale(scale, row, grad_factor) * unit  # not before, for want of registers
         if mean > HUGE:  # the teacher rules out what the student believes in: loss inf, and no gradient
             clear_row(g_row, v, chunks)
         elif near:
-            write_near(words, place, chunks, sides, coin, mean, grad_scale)
-        elif not forward:
+            if not near_done:
+                write_near(words, place, chunks, sides, coin, mean, grad_scale)
+        elif not done:
             write(words, place, chunks, sides, coin, mean, grad_scale)
 
     return kernel

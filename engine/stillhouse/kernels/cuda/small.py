@@ -20,9 +20,10 @@ from stillhouse.kernels.cuda.arithmetic import LOWEST, ZERO, butterflies, device
 from stillhouse.kernels.cuda.chunks import is_kept, row_scale
 from stillhouse.kernels.cuda.pairs import (
     NEAR_KNOWN,
-    NEAR_PAIRS,
+    agreement,
+    any_gap,
     compare,
-    nearly_agree,
+    near_pair,
     relative_to_constant,
 )
 from stillhouse.kernels.cuda.rows import HUGE, SIGNATURE
@@ -113,13 +114,17 @@ def stretches(dtype: str, threads: int) -> SimpleNamespace:
 def small_kernel(dtype: str, divergence: str, threads: int, lanes: int, gradient: bool = True) -> Callable:
     """The kernel (undecorated) with ``threads / lanes`` rows a block; arguments as in rows, ``rows`` for the slice."""
     pair, row_known, stretch, size = (
-        NEAR_PAIRS[divergence],
+        near_pair(divergence, any_gap),
         NEAR_KNOWN[divergence],
         stretches(dtype, threads),
         codec(dtype).size,
     )
     aligned, load, store = stretch.aligned, stretch.load, stretch.store
-    rows_per_block, of_student = threads // lanes, divergence == "reverse"
+    rows_per_block, of_student, nearly_agree = (
+        threads // lanes,
+        divergence == "reverse",
+        agreement(divergence),
+    )
     group_max, group_sum = butterflies(lanes)
 
     @device
