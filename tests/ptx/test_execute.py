@@ -209,21 +209,34 @@ def test_approximations_off_by_their_bound_change_little(v, figure):
     assert relative(got.grad, grad) < 2e-6
 
 
-@pytest.mark.parametrize("v", [1000, 4096])
+@pytest.mark.parametrize("v", [10, 1000, 4096])
 def test_entries_of_minus_infinity(v):
     student, teacher = logits(2, v)
-    teacher[:, 3:9] = -float("inf")
+    teacher[:, 3:7] = -float("inf")
     student[0, 5:7] = teacher[0, 5:7]
     got = run(student, teacher)
     loss, grad = expected(student, teacher)
     assert relative(got.loss, loss) < LOSS
     assert relative(got.grad, grad) < 2e-6
-    student[1, 100] = -float(
-        "inf"
-    )  # the teacher has mass there: an infinite loss, and still a finite gradient
+    # the teacher has mass there: an infinite loss, and still a finite gradient
+    student[1, 8] = -float("inf")
     got = run(student, teacher)
     assert got.loss[1] == float("inf")
     assert got.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("rest", ["ghost", "renormalise"])
+@pytest.mark.parametrize("divergence", ["forward", "jsd"])
+def test_a_top_k_entry_that_the_student_lacks(divergence, rest):
+    student, teacher = logits(2, 4096)
+    target = target_of(rest, teacher, 1.0)
+    student[1, target.indices[1, 2]] = -float("inf")
+    got = run(student, target, divergence=divergence)
+    loss, grad = expected(student, target, divergence=divergence)
+    assert got.loss.isinf().tolist() == [False, divergence == "forward"]
+    assert relative(got.loss[loss.isfinite()], loss[loss.isfinite()]) < LOSS
+    assert got.grad.isfinite().all()
+    assert relative(got.grad, grad) < 2e-6
 
 
 @pytest.mark.parametrize("side", [0, 1])
