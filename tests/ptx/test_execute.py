@@ -200,6 +200,15 @@ def test_rows_near_and_apart_agree_alike(v, divergence, beta, figure):
     assert max(wrong) < 2e-6
 
 
+@pytest.mark.parametrize("v", [10, 1000])
+def test_what_is_left_of_a_saturated_jsd_keeps_its_digits(v):
+    """Each row's gradient, down to a millionth of the logits' scale, by its own size."""
+    student, teacher = logits(6, v)
+    got = run(student, teacher, divergence="jsd", temperature=0.3)
+    _, grad = expected(student, teacher, divergence="jsd", temperature=0.3)
+    assert max(relative(got.grad[i], grad[i]) for i in range(6)) < 4e-6
+
+
 @pytest.mark.parametrize("v", [1000, 4096])
 def test_approximations_off_by_their_bound_change_little(v, figure):
     student, teacher = logits(2, v)
