@@ -82,7 +82,7 @@ def _dense(
         entry("dense_rows"), student.shape[0], wide, 3 * stride,
         DIVERGENCES[divergence], student.data_ptr(), teacher.data_ptr(), _address(out_grad), losses.data_ptr(),
         _address(mask), student.stride(0) * student.element_size(), teacher.stride(0) * teacher.element_size(),
-        DTYPES[student.dtype], DTYPES[teacher.dtype], vs, vt, v, wide, stride * 4, _series(beta).ctypes.data,
+        DTYPES[student.dtype], DTYPES[teacher.dtype], vs, vt, v, wide, stride * 4, _series(beta)[1],
         1.0 / temperature, scales[0], float(beta), scales[1],
     )  # fmt: skip
 
@@ -103,7 +103,7 @@ def _sparse(
         entry("sparse_rows"), student.shape[0], v, v + 4 * k + 6 * LINE,
         DIVERGENCES[divergence], student.data_ptr(), _address(out_grad), losses.data_ptr(), _address(mask),
         student.stride(0) * student.element_size(), DTYPES[student.dtype], v, indices.data_ptr(),
-        values.data_ptr(), _address(rest), k, int(sampled), int(ghost), _series(beta).ctypes.data,
+        values.data_ptr(), _address(rest), k, int(sampled), int(ghost), _series(beta)[1],
         1.0 / temperature, scales[0], float(beta), scales[1],
     )  # fmt: skip
 
@@ -113,5 +113,7 @@ def _address(tensor: Tensor | None) -> int:
 
 
 @lru_cache(maxsize=64)
-def _series(beta: float) -> NDArray[np.float32]:
-    return np.array(jsd_series(beta), dtype=np.float32)
+def _series(beta: float) -> tuple[NDArray[np.float32], int]:
+    """The coefficients, and where they lie: an array's address costs as much to ask for as all the others together."""
+    series = np.array(jsd_series(beta), dtype=np.float32)
+    return series, series.ctypes.data
