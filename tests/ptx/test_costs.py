@@ -60,8 +60,8 @@ def test_one_pass_meets_every_target(v, dtype, divergence, figure):
 MISSES = [
     (100, "bf16", "forward", 6.1, 109),
     (1000, "f32", "reverse", 4.5, 46),
-    (1000, "f32", "jsd", 4.95, 62),
-    (128256, "f16", "jsd", 4.95, 62),
+    (1000, "f32", "jsd", 4.95, 63),
+    (128256, "f16", "jsd", 4.95, 63),
 ]
 
 

@@ -13,7 +13,7 @@ from stillhouse.kernels.targets import Sampled, Target, TopK
 DIVERGENCES = ("forward", "reverse", "jsd")
 REDUCTIONS = ("mean", "sum", "none")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-LARGEST_TEMPERATURE = 1e15
+LEAST_TEMPERATURE, LARGEST_TEMPERATURE = 1e-8, 1e15  # what stands for -inf over T, and T^2, are float32
 LEAST_BETA = (
     0.01  # nearer to 0 or 1 one of the two divergences of a jsd is rounding beside the other's weight
 )
@@ -28,10 +28,8 @@ def fail(what: str, got: object, expected: str, fix: str) -> ValueError:
 def check_settings(temperature: float, divergence: str, beta: float, reduction: str, count: object) -> None:
     """Refuse settings that have no meaning, before any tensor is looked at."""
     _check_positive("temperature", temperature, "pass a float such as 1.0")
-    if not 1 / LARGEST_TEMPERATURE <= temperature <= LARGEST_TEMPERATURE:
-        expected = (
-            f"a number from {1 / LARGEST_TEMPERATURE} to {LARGEST_TEMPERATURE}, as its square is a float32"
-        )
+    if not LEAST_TEMPERATURE <= temperature <= LARGEST_TEMPERATURE:
+        expected = f"a number from {LEAST_TEMPERATURE} to {LARGEST_TEMPERATURE}"
         raise fail("temperature", repr(temperature), expected, "pass a float such as 1.0")
     if divergence not in DIVERGENCES:
         raise fail(

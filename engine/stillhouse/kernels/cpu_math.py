@@ -170,10 +170,13 @@ def phi_over_square(x):  # type: ignore[no-untyped-def]
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
 def gap(a, b, offset):  # type: ignore[no-untyped-def]
-    """A - b - offset with one rounding where offset is near a - b: what rounds off a - b is found and added back."""
+    """A - b - offset with one rounding where offset is near a - b: what rounds off a - b is found and added back.
+
+    0 where both are FLOOR.
+    """
     d = a - b
     back = d - a
-    return (d - offset) + ((a - (d - back)) - (b + back))
+    return where(a > FLOOR, d - offset, d) + ((a - (d - back)) - (b + back))
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]

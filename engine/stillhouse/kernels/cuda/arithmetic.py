@@ -120,7 +120,7 @@ def log2_of(x):
 def log2_of_normal(x):
     """log2 of a normal float32 to its last bits, for what a whole row shares: exponent, and a series around one.
 
-    NaN for NaN and infinity; some number for zero.
+    Some number for zero, infinity and NaN.
     """
     bits = ptx.float_as_word(x)
     exponent = I32(bits >> U32(23)) - I32(127)
@@ -131,7 +131,7 @@ def log2_of_normal(x):
     u = (m - ONE) * ptx.reciprocal(m + ONE)
     v = u * u
     series = ptx.fma(v, ptx.fma(v, ptx.fma(v, ptx.fma(v, NINTH, SEVENTH), FIFTH), THIRD), ONE)
-    return ptx.fma(u * series, TWO_OVER_LN2, F32(exponent)) + ZERO * x
+    return ptx.fma(u * series, TWO_OVER_LN2, F32(exponent))
 
 
 @device

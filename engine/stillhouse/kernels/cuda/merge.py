@@ -24,11 +24,10 @@ RANKS = (SUMS + 2) * WARP_SLOTS
 SCRATCH = RANKS + (SUMS + 2) * RANK_SLOTS
 
 
-def merges(threads: int, cluster: int, two_sums: bool = True, cross: bool = False) -> SimpleNamespace:
+def merges(threads: int, cluster: int, cross: bool = False) -> SimpleNamespace:
     """Device functions ``softmax_two`` and ``sum_two`` for this block and cluster size.
 
-    Without ``two_sums`` the second sum is zero, and without ``cross`` what is summed beside the first softmax; nothing is
-    shuffled for them. With two sums, or more than a warp to a row, either function is also a barrier.
+    Without ``cross`` there is no sum beside the first softmax, and nothing is shuffled for it. Either is also a barrier.
     """
     warps = threads // 32
     alone = threads * cluster == 32  # a warp has the row, and needs no memory to meet in
@@ -88,7 +87,7 @@ def merges(threads: int, cluster: int, two_sums: bool = True, cross: bool = Fals
     @device
     def softmax_two(scratch, tid, rank, cp, dp, x, cq, dq):
         """(C, D, x) of one side of the whole row and (C, D) of the other, to every thread."""
-        if alone and two_sums:
+        if alone:
             ptx.warp_barrier()
         cp, dp, x = warp_merge(cp, dp, x)
         cq, dq = warp_plain(cq, dq)
@@ -120,28 +119,26 @@ def merges(threads: int, cluster: int, two_sums: bool = True, cross: bool = Fals
     @device
     def sum_two(scratch, tid, rank, a, b):
         """Two sums over the row, to every thread."""
-        a = warp_sum(a)
-        if two_sums:
-            b = warp_sum(b)
+        a, b = warp_sum(a), warp_sum(b)
         if alone:
-            if two_sums:
-                ptx.warp_barrier()
+            ptx.warp_barrier()
             return a, b
         leave(scratch, tid, SUMS, a)
-        if two_sums:
-            leave(scratch, tid, SUMS + 1, b)
+        leave(scratch, tid, SUMS + 1, b)
         cuda.syncthreads()
-        a = warps_sum(left(scratch, tid, SUMS))
-        if two_sums:
-            b = warps_sum(left(scratch, tid, SUMS + 1))
+        a, b = warps_sum(left(scratch, tid, SUMS)), warps_sum(left(scratch, tid, SUMS + 1))
         if cluster > 1:
             tell(scratch, tid, rank, SUMS, a)
-            if two_sums:
-                tell(scratch, tid, rank, SUMS + 1, b)
+            tell(scratch, tid, rank, SUMS + 1, b)
             meet()
-            a = ranks_sum(told(scratch, tid, SUMS))
-            if two_sums:
-                b = ranks_sum(told(scratch, tid, SUMS + 1))
+            a, b = ranks_sum(told(scratch, tid, SUMS)), ranks_sum(told(scratch, tid, SUMS + 1))
         return a, b
 
-    return SimpleNamespace(softmax_two=softmax_two, sum_two=sum_two)
+    @device
+    def barrier():
+        if alone:
+            ptx.warp_barrier()
+        else:
+            meet()
+
+    return SimpleNamespace(softmax_two=softmax_two, sum_two=sum_two, barrier=barrier)

@@ -1,6 +1,6 @@
 """The arithmetic of one pair of logits, for rows whose two sides differ and for those that nearly agree.
 
-Where a row's KL is not small its terms are summed as they are: what rounds off in one is small beside their sum. Where
+Where a row's loss is not small its terms are summed as they are: what rounds off in one is small beside their sum. Where
 it is small, terms and gradients are differences of nearly equal numbers. There log2(p / q) is had from the
 difference of the logits, exactly (the rounding of either, scaled, would be as large as what is left), and the rest by
 series; the gradient is taken less its sum over the row, which is the error of a normaliser.
@@ -33,6 +33,11 @@ F32 = np.float32
 FAR = F32(1.0e4)
 ROUNDER = F32(1.5 * 2**23)  # added and taken away, it leaves a float32 rounded to a whole number
 NEAR_ROW = {"forward": F32(0.125), "reverse": F32(0.125), "jsd": F32(0.25)}  # bits of KL(p || q)
+NEAR_JSD = F32(
+    0.125
+)  # bits of a JSD over beta (1 - beta), which is about a KL where that is small, and less elsewhere
+TINY = F32(1.0e-6)  # a loss below which a normaliser's error may show, up to 1e-13
+MANY = F32(4.0)
 PHI = tuple(F32(c) for c in series.PHI)
 NEAR = F32(series.RADIUS)
 
@@ -47,7 +52,8 @@ def compare(k2, cp, dp, cq, dq):
 def agreement(divergence: str):
     """Device function: is KL(p || q), to some digits, small? ``cross`` is the sum of 2^(k2 x - C) (x - y).
 
-    False for a NaN, and so for every row where q lacks an entry that p has.
+    False for a NaN, and so for every row where q lacks an entry that p has. Its JSD may be small all the same, which
+    ``near_after_all`` sees.
     """
     limit = NEAR_ROW[divergence]
 
@@ -108,7 +114,7 @@ def level(k2, cp, cq):
 
 @device
 def rounded_gap(x, y, k2, offset, rest):
-    """K2 (x - y - offset) + rest, for 16-bit logits, whose difference is exact."""
+    """K2 (x - y - offset) + rest, for 16-bit logits, which were rounded more than their difference is."""
     return ptx.fma((x - y) - offset, k2, rest)
 
 
@@ -140,7 +146,7 @@ def kl_near_known(sides, coin):
 
 @device
 def jsd_known(sides, coin):
-    """(1 - beta) p_s over beta p_t / D_t, as a whole power of two and a rest near one, and logarithms of the odds.
+    """What ``jsd_apart`` takes: (1 - beta) p_s over beta p_t / D_t, as a whole power of two and a rest near one, and logarithms of the odds.
 
     The first goes to the student's maximum, where it is exact, so that the logarithm added to each has few digits.
     """
@@ -153,7 +159,7 @@ def jsd_known(sides, coin):
 
 @device
 def jsd_apart(xt, xs, known):
-    """(loss, p_s, log2(m / p_s) + log2(1 - beta), P), for entries that differ.
+    """(loss, p_s, log2(m / p_s) - log2(1 - beta), P), for entries that differ.
 
     With P = beta p_t and Q = (1 - beta) p_s, both in units of beta / D_t, from the larger and the ratio r <= 1 of the
     smaller to it, so that nothing overflows and log2(1 + r) is the only logarithm. In units of the larger the loss is
@@ -177,7 +183,7 @@ def jsd_apart(xt, xs, known):
 
 @device
 def jsd_pair(xt, xs, known):
-    """(loss, p_s, p_s (log2(m / p_s) + log2(1 - beta))).
+    """(loss, p_s, p_s (log2(m / p_s) - log2(1 - beta))).
 
     The gradient takes the last relative to its mean, so the constant is free, and it keeps the digits of what is
     left where the student has nearly all of the mass.
@@ -195,7 +201,7 @@ def jsd_near_known(sides, coin):
 
 @device
 def relative_to_constant(known):
-    """The same for rows that differ, whose log2(m / p_s) is had less log2 1 / (1 - beta), as in ``jsd_pair``."""
+    """The same for rows that differ, whose log2(m / p_s) is had less log2(1 - beta), as in ``jsd_pair``."""
     return *known[:10], ZERO, -known[10], *known[12:]
 
 
@@ -254,6 +260,43 @@ def near_pair(divergence: str, gap_of, centred: bool = True):
     return {"forward": forward, "reverse": reverse, "jsd": jsd}[divergence]
 
 
+@device
+def near_after_all(total, coin):
+    """Is the JSD of a row that was taken for one that differs small? Then it is to be done again."""
+    return -total * (ONE + coin[0]) < NEAR_JSD * coin[0]
+
+
+@device
+def any_agreement(sides, xt, xs):
+    """An entry's part of KL(p_t || p_s) in bits, but no more than some for one that the student lacks."""
+    k2, ct, cs, inverse, ratio, log_ratio = sides
+    gap = ptx.fmin(ptx.fma(xt, k2, -ct) - ptx.fma(xs, k2, -cs) - log_ratio, MANY)
+    p = ptx.exp2(ptx.fma(xt, k2, -ct)) * inverse
+    return p * gap if p > ZERO else ZERO
+
+
+# -- the loss less half the square of what rounding added to log2(p / q), which is seen where a loss is tiny
+
+
+@device
+def forward_corrected(total, mean, coin):
+    return ptx.fmax(ptx.fma(mean * F32(-0.5), mean, total), ZERO) if total < TINY else total
+
+
+@device
+def reverse_corrected(total, mean, coin):
+    off = ptx.fma(mean, LN2, -total)
+    return ptx.fmax(ptx.fma(off * F32(-0.5), off, total), ZERO) if total < TINY else total
+
+
+@device
+def jsd_corrected(total, mean, coin):
+    """In units of (beta - 1) ln 2, so below zero; the mean is beta times the total but for beta times the error."""
+    beta = coin[0] * ptx.reciprocal(ONE + coin[0])
+    off = mean * ptx.reciprocal(beta) - total
+    return ptx.fmin(ptx.fma(beta * F32(0.5) * LN2 * off, off, total), ZERO) if -total < TINY else total
+
+
 # -- log2-probabilities in the place of logits, near or not, with the constant of rows that differ
 
 
@@ -271,4 +314,5 @@ def jsd_of_logs(coin):
 PAIRS = {"forward": forward_pair, "reverse": reverse_pair, "jsd": jsd_pair}
 KNOWN = {"forward": kl_known, "reverse": kl_known, "jsd": jsd_known}
 NEAR_KNOWN = {"forward": kl_near_known, "reverse": kl_near_known, "jsd": jsd_near_known}
+CORRECTED = {"forward": forward_corrected, "reverse": reverse_corrected, "jsd": jsd_corrected}
 OF_LOGS = {"forward": kl_of_logs, "reverse": kl_of_logs, "jsd": jsd_of_logs}

@@ -20,12 +20,14 @@ from stillhouse.kernels.cuda.arithmetic import LOWEST, ZERO, absorb, absorb_besi
 from stillhouse.kernels.cuda.chunks import is_kept, row_geometry, row_scale, walk
 from stillhouse.kernels.cuda.merge import SCRATCH, merges
 from stillhouse.kernels.cuda.pairs import (
+    CORRECTED,
     KNOWN,
     NEAR_KNOWN,
     PAIRS,
     agreement,
     compare,
     exact_gap,
+    near_after_all,
     near_pair,
     rounded_gap,
 )
@@ -104,7 +106,7 @@ def rows_kernel(
     only, and g is not read.
     """
     code, wide = codec(dtype), codec("f32")
-    merge = merges(lanes or threads, cluster, gradient, cross=True)
+    merge = merges(lanes or threads, cluster, cross=True)
     size, forward, of_student = code.size, divergence == "forward", divergence == "reverse"
     # vectors of shared memory for a chunk: its logits, or two float32 results in their place
     planes, second = (2 * code.vectors if forward else 4), code.vectors * PLANE
@@ -116,10 +118,10 @@ def rows_kernel(
         ("at once" if forward and size == 2 else relative),
     )
     if not gradient:
-        how = how_near = "loss"
+        how, how_near = "loss", "mean"
     done, near_done = how != relative, how_near != relative  # after the second pass
-    nearly_agree = agreement(divergence)
-    pair_near = near_pair(divergence, exact_gap if size == 4 else rounded_gap, not near_done)
+    nearly_agree, corrected = agreement(divergence), CORRECTED[divergence]
+    pair_near = near_pair(divergence, exact_gap if size == 4 else rounded_gap, how_near != "at once")
     decode, encode, put, put_edge, fetch_edge, stage, unstage, decode_wide, unstage_wide = (
         code.decode, code.encode, code.put, code.put_edge, code.fetch_edge, code.stage, code.unstage, wide.decode,
         wide.unstage,
@@ -131,7 +133,7 @@ def rows_kernel(
         steps.stride, steps.jump,
     )  # fmt: skip
     fetch, fetch_last, word = code.fetch if staged else code.fetch_kept, code.fetch, ptx.float_as_word
-    softmax_two, sum_two = merge.softmax_two, merge.sum_two
+    softmax_two, sum_two, barrier = merge.softmax_two, merge.sum_two, merge.barrier
     geometry = row_geometry(size, sectors=not lanes)
 
     @device
@@ -199,7 +201,7 @@ def rows_kernel(
         eight, writes, means, replaces = (
             eight_pairs(pair),
             how == "at once",
-            how == "repeat",
+            how in ("repeat", "mean"),
             how == "replace",
         )
 
@@ -368,13 +370,22 @@ def rows_kernel(
         else:
             total, mean, unit = resolve(words, place, chunks, sides, coin, grad_scale)
         total, mean = sum_two(scratch, tid, rank, total, mean)
+        if divergence == "jsd" and not near and near_after_all(total * unit, coin):
+            near = True
+            if how == "replace":  # by what the row's gradient is not made of: its logits once more
+                absorb_row(words, s_row, t_row, s_width, t_width, chunks, k2)
+            barrier()
+            total, mean, unit = resolve_near(words, place, chunks, sides, coin, grad_scale)
+            total, mean = sum_two(scratch, tid, rank, total, mean)
+        total, mean = total * unit, mean * unit
         if leader:
-            ptx.store_f32(loss + I64(row) * 4, total * (loss_factor * unit))
+            if near and how_near != "at once":
+                total = corrected(total, mean, coin)
+            ptx.store_f32(loss + I64(row) * 4, total * loss_factor)
         if near and near_done:
             return
         if not near and done:
             return
-        mean = mean * unit
         grad_scale = row_scale(scale, row, grad_factor) * unit  # not before, for want of registers
         if mean > HUGE:  # the teacher rules out what the student believes in: loss inf, and no gradient
             clear_row(g_row, v, chunks)

@@ -16,11 +16,13 @@ import numpy as np
 from numba import cuda, types
 
 from stillhouse.kernels.cuda import intrinsics as ptx
-from stillhouse.kernels.cuda.arithmetic import LOWEST, ZERO, butterflies, device, difference
+from stillhouse.kernels.cuda.arithmetic import LOWEST, ZERO, butterflies, device
 from stillhouse.kernels.cuda.chunks import is_kept, row_scale
 from stillhouse.kernels.cuda.pairs import (
+    CORRECTED,
     NEAR_KNOWN,
-    agreement,
+    NEAR_ROW,
+    any_agreement,
     any_gap,
     compare,
     near_pair,
@@ -120,10 +122,11 @@ def small_kernel(dtype: str, divergence: str, threads: int, lanes: int, gradient
         codec(dtype).size,
     )
     aligned, load, store = stretch.aligned, stretch.load, stretch.store
-    rows_per_block, of_student, nearly_agree = (
+    rows_per_block, of_student, limit, corrected = (
         threads // lanes,
         divergence == "reverse",
-        agreement(divergence),
+        NEAR_ROW[divergence],
+        CORRECTED[divergence],
     )
     group_max, group_sum = butterflies(lanes)
 
@@ -177,14 +180,14 @@ def small_kernel(dtype: str, divergence: str, threads: int, lanes: int, gradient
 
     @device
     def agree(words, s_row, t_row, s_width, t_width, lane, sides):
-        """Does the row count as one whose sides nearly agree?"""
-        cross = ZERO
+        """Does the row count as one whose sides nearly agree, also if the student lacks an entry?"""
+        apart = ZERO
         e = lane
         while e < t_width:
             xt, xs = value(words, t_row, e, t_width), value(words, s_row, e, s_width)
-            cross = ptx.fma(power(xt, sides[0], -sides[1]), difference(xt, xs), cross)
+            apart = apart + any_agreement(sides, xt, xs)
             e = I32(e + lanes)
-        return nearly_agree(sides, group_sum(cross))
+        return group_sum(apart) < limit
 
     @device
     def leave(words, s_at, t_at, b, c):
@@ -218,7 +221,7 @@ def small_kernel(dtype: str, divergence: str, threads: int, lanes: int, gradient
             if e < both:
                 leave(words, I32(s_base + e), I32(t_base + e), b, c)
             e = I32(e + lanes)
-        return group_sum(total), group_sum(mean) * known[3] if gradient else ZERO
+        return group_sum(total), group_sum(mean) * known[3]
 
     @device
     def write(words, s_base, t_base, v, s_width, t_width, both, lane, known, mean, grad_scale):
@@ -278,15 +281,19 @@ def small_kernel(dtype: str, divergence: str, threads: int, lanes: int, gradient
         ct, dt = row_softmax(words, t_row, mine_t, lane, k2)
         sides = compare(k2, cs, ds, ct, dt) if of_student else compare(k2, ct, dt, cs, ds)
         known = row_known(sides, coin)
+        near = True
         if divergence == "jsd" and not agree(words, s_row, t_row, mine_s, mine_t, lane, sides):
-            known = relative_to_constant(known)
+            known, near = relative_to_constant(known), False
         all_width = max(v, max(mine_s, mine_t)) if kept else I32(0)
         both = min(v, t_stride)
         grad_scale = grad_factor
         if kept:
             grad_scale = row_scale(scale, row, grad_factor)
-        loss_factor, grad_scale = loss_factor * known[3], grad_scale * known[3]
+        grad_scale = grad_scale * known[3]
         total, mean = resolve(words, s_row, t_row, v, mine_s, mine_t, all_width, both, lane, known)
+        total = total * known[3]
+        if near:
+            total = corrected(total, mean, coin)
         if there and lane == I32(0):
             ptx.store_f32(loss + I64(row) * 4, total * loss_factor if kept else ZERO)
         if not gradient:
