@@ -78,6 +78,9 @@ SHAPES = [
     (128256, "bf16", "forward", "dense", (8, 0)),
     (1000, "bf16", "forward", "dense", (9, 0)),
     (262144, "bf16", "forward", "dense", (10, 0)),
+    (1000, "f32", "jsd", "dense", (9, 0)),
+    (1000, "bf16", "jsd", "dense", (10, 0)),
+    (50257, "f32", "jsd", "dense", (8, 0)),
 ]
 EVERY = [
     (v, dtype, divergence, target, cc)

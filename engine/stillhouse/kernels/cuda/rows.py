@@ -120,6 +120,7 @@ def rows_kernel(
     if not gradient:
         how, how_near = "loss", "mean"
     done, near_done = how != relative, how_near != relative  # after the second pass
+    alike = how == how_near == "replace"
     nearly_agree, corrected = agreement(divergence), CORRECTED[divergence]
     pair_near = near_pair(divergence, exact_gap if size == 4 else rounded_gap, how_near != "at once")
     decode, encode, put, put_edge, fetch_edge, stage, unstage, decode_wide, unstage_wide = (
@@ -344,7 +345,8 @@ def rows_kernel(
             s_row, t_row, g_row, max(v, max(s_width, t_width)), whole
         )
         lo = I32(rank * span)
-        chunks = (origin, first, last, count, apart, lo, min(I32(lo + span), count), tid, base)
+        stop = count if lanes else min(I32(lo + span), count)
+        chunks = (origin, first, last, count, apart, lo, stop, tid, base)
         leader = rank == I32(0) and tid == I32(0)
         if not is_kept(mask, row):
             if cluster > 1:
@@ -355,28 +357,30 @@ def rows_kernel(
                 ptx.store_f32(loss + I64(row) * 4, ZERO)
             return
 
-        cp, dp, cross, cq, dq = absorb_row(words, s_row, t_row, s_width, t_width, chunks, k2)
-        if cluster > 1:
-            ptx.cluster_wait()
-        cp, dp, cross, cq, dq = softmax_two(scratch, tid, rank, cp, dp, cross, cq, dq)
-        sides = compare(k2, cp, dp, cq, dq)
-        near = nearly_agree(sides, cross)
-        place = (s_row, t_row, g_row, v, s_width, t_width)
         grad_scale = ZERO
         if how == "at once":
             grad_scale = row_scale(scale, row, grad_factor)
-        if near:
-            total, mean, unit = resolve_near(words, place, chunks, sides, coin, grad_scale)
-        else:
-            total, mean, unit = resolve(words, place, chunks, sides, coin, grad_scale)
-        total, mean = sum_two(scratch, tid, rank, total, mean)
-        if divergence == "jsd" and not near and near_after_all(total * unit, coin):
-            near = True
-            if how == "replace":  # by what the row's gradient is not made of: its logits once more
-                absorb_row(words, s_row, t_row, s_width, t_width, chunks, k2)
-            barrier()
-            total, mean, unit = resolve_near(words, place, chunks, sides, coin, grad_scale)
+        again, forced = True, False
+        while again:
+            if divergence == "jsd":
+                here = ptx.afresh(row)
+                s_row, t_row = s + I64(here) * v * size, t + I64(here) * t_stride * size
+            place = (s_row, t_row, g_row, v, s_width, t_width)
+            cp, dp, cross, cq, dq = absorb_row(words, s_row, t_row, s_width, t_width, chunks, k2)
+            if cluster > 1 and not forced:
+                ptx.cluster_wait()
+            cp, dp, cross, cq, dq = softmax_two(scratch, tid, rank, cp, dp, cross, cq, dq)
+            sides = compare(k2, cp, dp, cq, dq)
+            near = forced or nearly_agree(sides, cross)
+            if near:
+                total, mean, unit = resolve_near(words, place, chunks, sides, coin, grad_scale)
+            else:
+                total, mean, unit = resolve(words, place, chunks, sides, coin, grad_scale)
             total, mean = sum_two(scratch, tid, rank, total, mean)
+            again = divergence == "jsd" and not near and near_after_all(total * unit, coin)
+            if again:  # from the logits on, whose place results may have taken
+                forced = True
+                barrier()
         total, mean = total * unit, mean * unit
         if leader:
             if near and how_near != "at once":
@@ -389,7 +393,7 @@ def rows_kernel(
         grad_scale = row_scale(scale, row, grad_factor) * unit  # not before, for want of registers
         if mean > HUGE:  # the teacher rules out what the student believes in: loss inf, and no gradient
             clear_row(g_row, v, chunks)
-        elif near:
+        elif near and not alike:
             if not near_done:
                 write_near(words, place, chunks, sides, coin, mean, grad_scale)
         elif not done:
