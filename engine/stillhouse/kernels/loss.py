@@ -48,7 +48,7 @@ def softmax_kl(
         target: teacher logits (..., Vt), a :class:`TopK` or a :class:`Sampled` with the same leading shape.
             Differing widths share a prefix: an entry that one side lacks counts as -inf there, and entries that
             the second argument of a KL lacks are dropped from the first, which is renormalised.
-        temperature: T, finite and above 0.
+        temperature: T, from 1e-8 to 1e15.
         divergence: see above. ``Sampled`` is for ``forward`` only.
         beta: weight of the teacher in the mixture, from 0.01 to 0.99; read by ``jsd`` only.
         mask: (...) bool, True where a row counts. Other rows have loss and gradient exactly 0, whatever they hold.

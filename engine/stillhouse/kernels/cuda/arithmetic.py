@@ -41,6 +41,29 @@ def max8(x):
     return ptx.fmax(ab, ptx.fmax(ptx.fmax(x[4], x[5]), ptx.fmax(x[6], x[7])))
 
 
+@device
+def floats(a):
+    return ptx.word_as_float(a[0]), ptx.word_as_float(a[1]), ptx.word_as_float(a[2]), ptx.word_as_float(a[3])
+
+
+@device
+def scaled(x, f):
+    return x[0] * f, x[1] * f, x[2] * f, x[3] * f, x[4] * f, x[5] * f, x[6] * f, x[7] * f
+
+
+@device
+def centred(p, w, mean, f):
+    """F (w - p mean), from the second and third results of the pair function."""
+    n = -mean
+    return scaled(
+        (
+            ptx.fma(p[0], n, w[0]), ptx.fma(p[1], n, w[1]), ptx.fma(p[2], n, w[2]), ptx.fma(p[3], n, w[3]),
+            ptx.fma(p[4], n, w[4]), ptx.fma(p[5], n, w[5]), ptx.fma(p[6], n, w[6]), ptx.fma(p[7], n, w[7]),
+        ),
+        f,
+    )  # fmt: skip
+
+
 def butterflies(width: int):
     """Device functions (maximum, sum) over groups of ``width`` lanes, a power of two; every lane gets the result."""
 

@@ -20,6 +20,10 @@ from stillhouse.kernels.cuda.plan import Spec
 
 ENTRY = "stillhouse_softmax_kl"
 RESIDENT = 1024  # threads of a multiprocessor that registers must suffice for: 64 each
+RESIDENT_JSD = {
+    128: 768,
+    256: 512,
+}  # by threads of a block: of jsd's rows shared memory holds no more, or hardly
 SOURCES = (
     "arguments",
     "arithmetic",
@@ -78,7 +82,7 @@ def compile_ptx(spec: Spec, cc: tuple[int, int]) -> str:
             device=False,
             cc=cc,
             abi="numba",
-            launch_bounds=(spec.threads, RESIDENT // spec.threads),
+            launch_bounds=(spec.threads, _resident(spec) // spec.threads),
         )
     name = re.search(r"\.visible \.entry (\w+)\(", text)
     assert name is not None, "Numba's PTX has no entry point"
@@ -86,6 +90,10 @@ def compile_ptx(spec: Spec, cc: tuple[int, int]) -> str:
     text = re.sub(r"^\.common \.global[^\n]*NumbaEnv[^\n]*\n", "", text, flags=re.MULTILINE)
     # the assembler unrolls no loop either: see intrinsics.uncounted
     return text.replace("\n{", '\n.pragma "nounroll";\n{', 1)
+
+
+def _resident(spec: Spec) -> int:
+    return RESIDENT_JSD.get(spec.threads, RESIDENT) if spec.divergence == "jsd" else RESIDENT
 
 
 def cubin(spec: Spec, cc: tuple[int, int]) -> bytes:

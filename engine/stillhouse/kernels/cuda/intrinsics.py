@@ -116,8 +116,6 @@ else:
     # The same number, but the compiler cannot count a loop that steps by it, and so unrolls none. Each does eight
     # elements at a time; more of them spill registers.
     uncounted = _ptx("mov.b32 $0, $1;", "=r,r", _i32, _i32)
-    # The same number, but what is computed from it here is not had from elsewhere, where it would keep registers.
-    afresh = _ptx("mov.b32 $0, $1;", "=r,r", _i32, _i32, volatile=True)
 
     # a warp's memory in order; Numba's own takes lanes in a mask
     warp_barrier = _ptx("bar.warp.sync 0xffffffff;", "~{memory}", types.void, volatile=True)

@@ -16,7 +16,17 @@ from numba import cuda, types
 
 from stillhouse.kernels.cuda import intrinsics as ptx
 from stillhouse.kernels.cuda.arguments import FLOATS
-from stillhouse.kernels.cuda.arithmetic import LOWEST, ZERO, absorb, absorb_beside, device, sum8
+from stillhouse.kernels.cuda.arithmetic import (
+    LOWEST,
+    ZERO,
+    absorb,
+    absorb_beside,
+    centred,
+    device,
+    floats,
+    scaled,
+    sum8,
+)
 from stillhouse.kernels.cuda.chunks import is_kept, row_geometry, row_scale, walk
 from stillhouse.kernels.cuda.merge import SCRATCH, merges
 from stillhouse.kernels.cuda.pairs import (
@@ -58,29 +68,6 @@ def eight_pairs(pair):
 
 
 @device
-def floats(a):
-    return ptx.word_as_float(a[0]), ptx.word_as_float(a[1]), ptx.word_as_float(a[2]), ptx.word_as_float(a[3])
-
-
-@device
-def scaled(x, f):
-    return x[0] * f, x[1] * f, x[2] * f, x[3] * f, x[4] * f, x[5] * f, x[6] * f, x[7] * f
-
-
-@device
-def centred(p, w, mean, f):
-    """F (w - p mean), from the second and third results of the pair function."""
-    n = -mean
-    return scaled(
-        (
-            ptx.fma(p[0], n, w[0]), ptx.fma(p[1], n, w[1]), ptx.fma(p[2], n, w[2]), ptx.fma(p[3], n, w[3]),
-            ptx.fma(p[4], n, w[4]), ptx.fma(p[5], n, w[5]), ptx.fma(p[6], n, w[6]), ptx.fma(p[7], n, w[7]),
-        ),
-        f,
-    )  # fmt: skip
-
-
-@device
 def warp_span(width):
     """Slots for the chunks of a row that a warp has, as in plan."""
     return I32(I32(I32(width + 14) >> I32(3)) + 31) & I32(-32)
@@ -102,8 +89,8 @@ def rows_kernel(
 
     Its arguments: addresses of student, teacher, gradient (float or 16-bit), loss (float32), mask (bool, or 0), scale
     (float32, or 0); V, the stride of teacher rows, the widths over which either side has mass, chunks in a block's
-    slice (with ``lanes``: the number of rows); log2(e)/T, the factor of gradients (times scale), of losses, and beta. Without ``gradient`` it writes losses
-    only, and g is not read.
+    slice (with ``lanes``: the number of rows); log2(e)/T, the factors of gradients (times scale) and of losses, and what
+    ``arguments.coin`` has. Without ``gradient`` it writes losses only, and g is not read.
     """
     code, wide = codec(dtype), codec("f32")
     merge = merges(lanes or threads, cluster, cross=True)
@@ -149,8 +136,9 @@ def rows_kernel(
         return cp, dp, cross, cq, dq
 
     @device
-    def absorb_row(words, s_row, t_row, s_width, t_width, chunks, k2):
+    def absorb_row(words, place, chunks, k2):
         """First pass: read both rows, keep them, and this thread's (C, D) of each, with what tells whether they agree."""
+        s_row, t_row, g_row, v, s_width, t_width = place
         state = (LOWEST, ZERO, ZERO, LOWEST, ZERO)
         slot, stop, at, home = whole_of(chunks)
         while slot < stop:
@@ -345,8 +333,8 @@ def rows_kernel(
             s_row, t_row, g_row, max(v, max(s_width, t_width)), whole
         )
         lo = I32(rank * span)
-        stop = count if lanes else min(I32(lo + span), count)
-        chunks = (origin, first, last, count, apart, lo, stop, tid, base)
+        chunks = (origin, first, last, count, apart, lo, min(I32(lo + span), count), tid, base)
+        place = (s_row, t_row, g_row, v, s_width, t_width)
         leader = rank == I32(0) and tid == I32(0)
         if not is_kept(mask, row):
             if cluster > 1:
@@ -362,11 +350,7 @@ def rows_kernel(
             grad_scale = row_scale(scale, row, grad_factor)
         again, forced = True, False
         while again:
-            if divergence == "jsd":
-                here = ptx.afresh(row)
-                s_row, t_row = s + I64(here) * v * size, t + I64(here) * t_stride * size
-            place = (s_row, t_row, g_row, v, s_width, t_width)
-            cp, dp, cross, cq, dq = absorb_row(words, s_row, t_row, s_width, t_width, chunks, k2)
+            cp, dp, cross, cq, dq = absorb_row(words, place, chunks, k2)
             if cluster > 1 and not forced:
                 ptx.cluster_wait()
             cp, dp, cross, cq, dq = softmax_two(scratch, tid, rank, cp, dp, cross, cq, dq)

@@ -150,10 +150,6 @@ def uncounted(number):
     return number
 
 
-def afresh(number):
-    return number
-
-
 def warp_barrier():
     """The shuffles that follow are one here."""
 
