@@ -178,7 +178,8 @@ def _linear(rows: int, width: int, hidden: int, device: torch.device, rounds: in
     def step(loss: Callable[[], Tensor]) -> Step:
         def run() -> None:
             loss().backward()  # type: ignore[no-untyped-call]
-            states.grad = weight.grad = None  # at the end: whether the profiler sees last step's go is a matter of luck
+            # at the end, not at the start: whether the profiler sees the last step's go is a matter of luck
+            states.grad = weight.grad = None
 
         return run
 
