@@ -134,11 +134,4 @@ def merges(threads: int, cluster: int, cross: bool = False) -> SimpleNamespace:
             a, b = ranks_sum(told(scratch, tid, SUMS)), ranks_sum(told(scratch, tid, SUMS + 1))
         return a, b
 
-    @device
-    def barrier():
-        if alone:
-            ptx.warp_barrier()
-        else:
-            meet()
-
-    return SimpleNamespace(softmax_two=softmax_two, sum_two=sum_two, barrier=barrier)
+    return SimpleNamespace(softmax_two=softmax_two, sum_two=sum_two)

@@ -121,7 +121,7 @@ def rows_kernel(
         steps.stride, steps.jump,
     )  # fmt: skip
     fetch, fetch_last, word = code.fetch if staged else code.fetch_kept, code.fetch, ptx.float_as_word
-    softmax_two, sum_two, barrier = merge.softmax_two, merge.sum_two, merge.barrier
+    softmax_two, sum_two = merge.softmax_two, merge.sum_two
     geometry = row_geometry(size, sectors=not lanes)
 
     @device
@@ -362,9 +362,7 @@ def rows_kernel(
                 total, mean, unit = resolve(words, place, chunks, sides, coin, grad_scale)
             total, mean = sum_two(scratch, tid, rank, total, mean)
             again = divergence == "jsd" and not near and near_after_all(total * unit, coin)
-            if again:  # from the logits on, whose place results may have taken
-                forced = True
-                barrier()
+            forced = True  # from the logits on, whose place results may have taken; the sums were a barrier
         total, mean = total * unit, mean * unit
         if leader:
             if near and how_near != "at once":
