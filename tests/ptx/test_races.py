@@ -1,8 +1,8 @@
 """A proof, by a static verifier, that every order of execution of a block's threads gives the same result.
 
 sentryward cannot tell apart stores to addresses that are given as numbers, so the global stores, whose values nothing
-reads back, are left out of what it sees; the interpreter checks those. Branches on data occur only around arithmetic
-(``representative_branches``).
+reads back, are left out of what it sees; the interpreter checks those. Of a branch on data it sees one side
+(``representative_branches``): arithmetic, and one of the two ways in which a row is compared.
 """
 
 from __future__ import annotations

@@ -100,9 +100,10 @@ def jsd_block(es, et, diff, n, it, high, low, to_a, to_b, series, constant):
     """Loss, and the sum of b w with w = log(s/m) + log(1 - beta), which replaces the teacher in the scratch row.
 
     With a = beta t and b = (1 - beta) s, whose factors are ``to_a`` and ``to_b``, log(a / (a + b)) and log(b / (a + b))
-    are had from the ratio of the smaller to the larger, and from x. Where the two sides share little, log(s/m) is log 1/(1 - beta) nearly everywhere, and only
-    w tells entries apart. Where they nearly agree it is near 0, and only without that constant are entries told apart:
-    ``constant`` is 0 if all entries of the row are near, else log(1 - beta).
+    are had from the ratio of the smaller to the larger, and from x. Where the two sides share little, log(s/m) is
+    log 1/(1 - beta) nearly everywhere, and only w tells entries apart. Where they nearly agree it is near 0, and only
+    without that constant are entries told apart: ``constant`` is 0 if all entries of the row are near, else
+    log(1 - beta).
     """
     loss = fill(f32(0.0))
     weighted = fill(f32(0.0))

@@ -27,7 +27,7 @@ THIRD, FIFTH, SEVENTH, NINTH = F32(1 / 3), F32(1 / 5), F32(1 / 7), F32(1 / 9)
 ZERO, ONE, LARGE = F32(0.0), F32(1.0), F32(1.0e30)
 ONE_PLUS = tuple(F32((-1) ** n / (n + 1) / math.log(2)) for n in range(5))
 SMALL = F32(0.0625)
-RATIO_LOW, RATIO_HIGH = F32(0.7), F32(1.4)
+RATIO_HIGH = F32(1.4)
 
 
 @device

@@ -35,9 +35,9 @@ ROUNDER = F32(1.5 * 2**23)  # added and taken away, it leaves a float32 rounded 
 NEAR_ROW = {"forward": F32(0.125), "reverse": F32(0.125), "jsd": F32(0.25)}  # bits of KL(p || q)
 NEAR_JSD = F32(
     0.125
-)  # bits of a JSD over beta (1 - beta), which is about a KL where that is small, and less elsewhere
+)  # bits of a JSD over beta (1 - beta): about a KL where that is small, and less elsewhere
 TINY = F32(1.0e-6)  # a loss below which a normaliser's error may show, up to 1e-13
-MANY = F32(4.0)
+MANY = F32(4.0)  # bits that an entry which the student lacks counts for
 PHI = tuple(F32(c) for c in series.PHI)
 NEAR = F32(series.RADIUS)
 
@@ -146,7 +146,7 @@ def kl_near_known(sides, coin):
 
 @device
 def jsd_known(sides, coin):
-    """What ``jsd_apart`` takes: (1 - beta) p_s over beta p_t / D_t, as a whole power of two and a rest near one, and logarithms of the odds.
+    """What ``jsd_apart`` takes: (1 - beta) p_s over beta p_t / D_t, as a whole power of two and a rest near one, and logs.
 
     The first goes to the student's maximum, where it is exact, so that the logarithm added to each has few digits.
     """

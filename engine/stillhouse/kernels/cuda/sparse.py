@@ -349,12 +349,12 @@ def sparse_kernel(
         # What is outside is one outcome more, unless nothing is. Where it has most of the mass, the mean of the
         # logarithms is nearly its own: taking all of them relative to it keeps the digits of the difference.
         rest = mode != I32(SAMPLED) and mode != I32(WITHIN) and k < v
-        rest_loss, rest_second, rest_third, shift, over = ZERO, ZERO, ZERO, ZERO, ZERO
+        rest_loss, rest_third, shift, over = ZERO, ZERO, ZERO, ZERO
         if rest:
             log_p = MINUS_INFINITY
             if mode == I32(GHOST):
                 log_p = value_at(outside, row) * LOG2E
-            rest_loss, rest_second, rest_third = outcome(log_p, log_rest, coin)
+            rest_loss, _, rest_third = outcome(log_p, log_rest, coin)
             if log_rest > F32(-120.0):
                 over = ptx.exp2(-log_rest)
                 if not forward and rest_third < HUGE:
