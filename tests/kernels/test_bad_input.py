@@ -16,6 +16,11 @@ def indices(*row):
 
 
 CASES = {
+    "a top k of none": (lambda b: TopK.from_logits(T, 0), "TopK.from_logits k"),
+    "a top k of more than there are": (lambda b: TopK.from_logits(T, 6), "TopK.from_logits k: got 6"),
+    "a top k at temperature 0": (lambda b: TopK.from_logits(T, 2, temperature=0.0), "from_logits temperature"),
+    "no draws": (lambda b: Sampled.from_logits(T, 0), "Sampled.from_logits k"),
+    "draws from NaN": (lambda b: Sampled.from_logits(T * torch.nan, 2), "NaN.* in row 0"),
     "rows that differ": (lambda b: softmax_kl(S, torch.zeros(3, 5), backend=b), "target shape"),
     "a missing dimension": (lambda b: softmax_kl(S, torch.zeros(5), backend=b), "target shape"),
     "rows that would broadcast": (lambda b: softmax_kl(S, torch.zeros(1, 5), backend=b), "target shape"),
@@ -119,9 +124,33 @@ def test_refused_alike_on_every_backend(case):
     assert "Fix:" in message
 
 
-def test_a_trusted_index_out_of_range_is_still_an_error():
-    with pytest.raises(ValueError, match=r"row 0.*trusted"):
-        softmax_kl(S, TopK(indices(0, 5_000_000), LOG, trusted=True), backend="numba")
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+@pytest.mark.parametrize(("divergence", "rest"), [("forward", "ghost"), ("reverse", "renormalise")])
+def test_a_trusted_index_out_of_range_is_still_an_error(divergence, rest, backend):
+    target = TopK(indices(0, 5_000_000), LOG, rest, trusted=True)
+    why = r"row 0.*trusted" if backend == "numba" else r"TopK.indices: got 5000000; expected 0 to"
+    with pytest.raises(ValueError, match=why):
+        softmax_kl(S, target, divergence=divergence, backend=backend)
+    with pytest.raises(ValueError, match=why):
+        linear_softmax_kl(S, torch.eye(S.shape[1]), target, divergence=divergence, backend=backend)
+
+
+@pytest.mark.parametrize("beta", [1.0, -1.0, None])
+def test_a_beta_that_nothing_reads_is_not_looked_at(beta):
+    expected = softmax_kl(S, S + 1)
+    for divergence in ("forward", "reverse"):
+        assert softmax_kl(S, S + 1, divergence=divergence, beta=beta) == expected
+        assert (
+            linear_softmax_kl(S, torch.eye(S.shape[1]), S + 1, divergence=divergence, beta=beta) == expected
+        )
+
+
+def test_a_student_without_mass_at_the_k_entries_is_told_so():
+    student = torch.zeros(1, 5)
+    student[0, :2] = -torch.inf
+    target = TopK(torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]]).log(), "renormalise")
+    with pytest.raises(ValueError, match="logits at the k entries: got"):
+        softmax_kl(student, target, divergence="reverse", backend="numba")
 
 
 def test_an_index_out_of_range_is_told_beside_a_row_that_is_infinite_or_counts_for_nothing():

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 
 def test_writes_every_time_and_a_plot(cli, tmp_path):
     said = cli(
@@ -19,6 +21,25 @@ def test_writes_every_time_and_a_plot(cli, tmp_path):
     assert all(len(times) == 2 and min(times) > 0 for times in result["ms"].values())
     assert all(name in said.out for name in result["ms"])
     assert (tmp_path / "times.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--shapes", "10"),
+        ("--shapes", "0x10"),
+        ("--shapes", "8x10", "axb"),
+        ("--rounds", "0"),
+        ("--rounds=-1",),
+        ("--json", "no/such/folder/times.json"),
+        ("--plot", "."),
+    ],
+)
+def test_refuses_what_it_cannot_measure_or_write_before_it_starts(cli, words):
+    said = cli("bench", "kernels", *words)
+    assert said.code == 2
+    assert all(part in said.err for part in ("got", "expected", "Fix:"))
+    assert "backend" not in said.out
 
 
 def test_refuses_a_device_that_is_not_there(cli, monkeypatch):

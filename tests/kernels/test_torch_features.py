@@ -67,6 +67,19 @@ def test_values_are_refused_under_compile_as_without_it(what):
     assert len(messages) == 1
 
 
+@pytest.mark.parametrize("what", ["an index too large", "a repeated index"])
+def test_values_of_a_renormalised_reverse_are_refused_under_compile(what):
+    """It reads the student at the k entries alone, which must not happen before they are looked at."""
+    student, index = logits(2, 30, 1).requires_grad_(), 30 if what == "an index too large" else 0
+    indices = torch.tensor([[0, 2], [0, index]])
+
+    def step(s, i):
+        return softmax_kl(s, TopK(i, HALF.log(), "renormalise"), divergence="reverse")
+
+    with pytest.raises(ValueError, match=r"TopK.indices: got"):
+        torch.compile(step, fullgraph=True, backend="aot_eager")(student, indices)
+
+
 def test_a_count_is_looked_at_under_compile():
     student, teacher = logits(2, 30, 1).requires_grad_(), logits(2, 30, 2)
     program = torch.compile(

@@ -239,6 +239,68 @@ def test_rising_logits_move_the_reference(divergence):
     assert relative(gradient_fused, gradient_exact, 1e-6) <= 1e-6
 
 
+@pytest.mark.parametrize("masked", ["both", "student"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("filled", [-1e8, -1e9, -1e12])
+@pytest.mark.parametrize("temperature", [0.05, 1.0])
+def test_a_row_that_begins_with_a_large_number_for_minus_infinity(filled, temperature, dtype, masked):
+    """The first reference, which a float32 cannot be added to and keep the digits of a logit."""
+    student, teacher = logits(3, 5000, 1) + 20, logits(3, 5000, 2) + 20
+    for row, width in enumerate((64, 2048, 4500)):
+        student[row, :width] = filled
+        teacher[row, : width if masked == "both" else 0] = filled
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    targets = [teacher, TopK.from_logits(teacher, 8, temperature=temperature)]
+    if masked == "both":
+        targets.append(Sampled.from_logits(teacher, 8, temperature=temperature))
+    for target in targets:
+        rows_exact, gradient_exact = exact(student, target, temperature=temperature)
+        rows_fused, gradient_fused = fused(student, target, temperature=temperature)
+        assert relative(rows_fused, rows_exact) <= 1e-6
+        assert relative(gradient_fused, gradient_exact, 1e-6) <= (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("width", [10, 100, 3000])
+def test_rows_that_agree_but_for_an_unlikely_entry_keep_their_gradient(width, divergence, dtype):
+    """Everywhere else it is what a normaliser differs by, times a probability: less than a normaliser's rounding."""
+    student = logits(4, width, 1, dtype=dtype)
+    teacher = student.clone()
+    teacher.scatter_(1, student.argmin(-1, keepdim=True), student.amin(-1, keepdim=True) + 0.25)
+    _, gradient_exact = exact(student, teacher, divergence=divergence)
+    _, gradient_fused = fused(student, teacher, divergence=divergence)
+    for got, expected in zip(gradient_fused, gradient_exact, strict=True):
+        assert relative(got, expected) <= (1e-4 if dtype == torch.float32 else 1e-2)
+
+
+def test_a_mass_that_only_the_teacher_has_is_no_rounding():
+    student, teacher = torch.tensor([[100.0, 0.0]]), torch.tensor([[9.4, 0.0]])
+    rows_exact, _ = exact(student, teacher, divergence="jsd", beta=0.99)
+    rows_fused, _ = fused(student, teacher, divergence="jsd", beta=0.99)
+    assert relative(rows_fused, rows_exact) <= 1e-6
+
+
+def test_what_neither_side_has_mass_for_is_no_outcome():
+    """Its logarithm is finite on one side, and 0 times infinity was NaN."""
+    student, teacher = torch.tensor([[0.0, 0.5, 1.0, -1.0, -1000.0]]), torch.zeros(1, 5)
+    teacher[0, 4] = -torch.inf
+    rows_exact, gradient_exact = exact(student, teacher, divergence="reverse")
+    for target in (teacher, TopK.from_logits(teacher, 4)):
+        rows_fused, gradient_fused = fused(student, target, divergence="reverse")
+        assert relative(rows_fused, rows_exact) <= 1e-6
+        assert relative(gradient_fused, gradient_exact) <= 1e-6
+
+
+@pytest.mark.parametrize("draws", [64, 4096])
+def test_repeated_draws_add_up(draws):
+    student, teacher = logits(4, 2000, 1), logits(4, 2000, 2, scale=10.0)
+    target = Sampled.from_logits(teacher, draws, generator=torch.Generator().manual_seed(3))
+    _, gradient_exact = exact(student, target)
+    _, gradient_fused = fused(student, target)
+    assert relative(gradient_fused, gradient_exact) <= 1e-6
+
+
 @pytest.mark.parametrize("backend", ["numba", "torch"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_minus_infinity_is_an_entry_without_mass(backend, divergence):

@@ -36,14 +36,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", choices=("cpu", "cuda"), default="cpu", help="where to measure, default cpu"
     )
     parser.add_argument(
-        "--shapes", nargs="+", metavar="NxV", help=f"rows x vocabulary, default {' '.join(SHAPES)}"
+        "--shapes",
+        nargs="+",
+        type=_shape,
+        metavar="NxV",
+        help=f"rows x vocabulary, default {' '.join(SHAPES)}",
     )
     parser.add_argument("--quick", action="store_true", help="small shapes, few rounds")
-    parser.add_argument("--rounds", type=int, help="rounds of each shape, default 9 (3 with --quick)")
+    parser.add_argument("--rounds", type=_rounds, help="rounds of each shape, default 9 (3 with --quick)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-linear", action="store_true", help="leave the fused linear layer out")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write every measured time here")
-    parser.add_argument("--plot", type=Path, metavar="PATH", help="also draw the medians here")
+    parser.add_argument("--json", type=_file, metavar="PATH", help="also write every measured time here")
+    parser.add_argument("--plot", type=_file, metavar="PATH", help="also draw the medians here")
+
+
+def _shape(text: str) -> tuple[int, int]:
+    rows, _, width = text.lower().partition("x")
+    if not (rows.isdecimal() and width.isdecimal() and int(rows) and int(width)):
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected rows x vocabulary. Fix: such as 1024x32000")
+    return int(rows), int(width)
+
+
+def _rounds(text: str) -> int:
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected a whole number from 1 on. Fix: such as 9")
+    return int(text)
+
+
+def _file(text: str) -> Path:
+    """Looked at before minutes are spent on what is to be written there."""
+    path = Path(text)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}; expected a file that can be written. Fix: one in a folder that exists"
+        )
+    return path
 
 
 def parser() -> argparse.ArgumentParser:
@@ -65,8 +92,7 @@ def main(args: argparse.Namespace) -> int:
         f"backend {backend} ({why}); torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads"
     )
     results = []
-    for shape in args.shapes or (QUICK if args.quick else SHAPES):
-        rows, width = (int(part) for part in shape.lower().split("x"))
+    for rows, width in args.shapes or map(_shape, QUICK if args.quick else SHAPES):
         results.append(_dense(rows, width, device, rounds, compiled=not args.no_compile))
         _print(results[-1])
     if not args.no_linear:

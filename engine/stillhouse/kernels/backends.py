@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from stillhouse.kernels.checks import fail
+from stillhouse.kernels.errors import fail
 
 BACKENDS = ("torch", "numba", "cuda")
 

@@ -8,6 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from stillhouse.kernels.errors import fail
 from stillhouse.kernels.targets import Sampled, Target, TopK
 
 DIVERGENCES = ("forward", "reverse", "jsd")
@@ -18,11 +19,6 @@ LEAST_BETA = (
     0.01  # nearer to 0 or 1 one of the two divergences of a jsd is rounding beside the other's weight
 )
 SUM_TOLERANCE = 1e-2  # probabilities that went through 16-bit storage still sum to one within this
-
-
-def fail(what: str, got: object, expected: str, fix: str) -> ValueError:
-    """A ValueError in the one form that all refusals here have."""
-    return ValueError(f"{what}: got {got}; expected {expected}. Fix: {fix}.")
 
 
 def check_settings(temperature: float, divergence: str, beta: float, reduction: str, count: object) -> None:
@@ -49,7 +45,7 @@ def check_settings(temperature: float, divergence: str, beta: float, reduction: 
 
 
 def _check_positive(name: str, value: object, fix: str) -> None:
-    if not isinstance(value, Real) or not 0 < float(value) < math.inf:
+    if not isinstance(value, (float, int, Real)) or not 0 < float(value) < math.inf:
         raise fail(name, repr(value), "a finite number above 0", fix)
 
 
@@ -217,30 +213,43 @@ def _same_device(name: str, student: Tensor, other: Tensor) -> None:
         )
 
 
-def check_values(target: Target, width: int, mask: Tensor | None) -> None:
-    """Refuse values that would read out of bounds or mean nothing; rows 2-D, masked rows are not looked at."""
-    if isinstance(target, Tensor) or target.trusted:
+def check_values(target: Target, width: int, mask: Tensor | None, backend: str = "") -> None:
+    """Refuse values that would read out of bounds or mean nothing; rows 2-D, masked rows are not looked at.
+
+    Of a trusted target the backend ``torch`` has its indices looked at, since torch's own refusal names no fix.
+    """
+    if isinstance(target, Tensor) or (target.trusted and backend != "torch"):
         return
-    indices = target.indices if mask is None else target.indices[mask]
+    if target.trusted and target.indices.device.type != "cpu":
+        return
+    indices = _check_indices(target, width, mask)
+    if target.trusted:
+        return
     values = target.log_probs if isinstance(target, TopK) else target.weights
     values = (values if mask is None else values[mask]).double()
     if indices.numel() == 0:
         return
-    kind = type(target).__name__
-    low, high = indices.min().item(), indices.max().item()
-    if low < 0 or high >= width:
-        got = low if low < 0 else high
-        raise fail(
-            f"{kind}.indices",
-            got,
-            f"0 to {width - 1}, the student's entries",
-            "drop or remap foreign entries",
-        )
     if isinstance(target, TopK):
         rest = target.log_rest if target.log_rest is None or mask is None else target.log_rest[mask]
         _check_log_probs(indices, values, None if rest is None else rest.double())
     else:
         _check_weights(values)
+
+
+def _check_indices(target: TopK | Sampled, width: int, mask: Tensor | None) -> Tensor:
+    """Refuse indices that are none of a row's entries; those of the rows that count."""
+    indices = target.indices if mask is None else target.indices[mask]
+    if indices.numel() == 0:
+        return indices
+    low, high = indices.min().item(), indices.max().item()
+    if low < 0 or high >= width:
+        raise fail(
+            f"{type(target).__name__}.indices",
+            low if low < 0 else high,
+            f"0 to {width - 1}, the student's entries",
+            "drop or remap foreign entries",
+        )
+    return indices
 
 
 def _check_log_probs(indices: Tensor, log_probs: Tensor, log_rest: Tensor | None) -> None:

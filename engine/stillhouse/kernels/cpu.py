@@ -46,8 +46,9 @@ def softmax_kl_fwd_bwd(
         loss_scale: multiplies the loss, not the gradient.
         out_grad: (N, V) contiguous, of the student's dtype; may be ``student`` itself. None: loss only.
 
-    Raises:
-        IndexError: an index of a trusted TopK or Sampled lies outside the row.
+    Returns:
+        Also -inf, where an index of a trusted TopK or Sampled lies outside the row, and NaN for a row that is no
+        distribution; the gradient of such a row is undefined.
     """
     losses = torch.empty(student.shape[0], dtype=torch.float32)
     square = float(temperature) ** 2
@@ -80,10 +81,13 @@ def _dense(
     stride = -(-v // LINE) * LINE + LINE
     _workers.run(
         entry("dense_rows"), student.shape[0], wide, 3 * stride,
-        DIVERGENCES[divergence], student.data_ptr(), teacher.data_ptr(), _address(out_grad), losses.data_ptr(),
-        _address(mask), student.stride(0) * student.element_size(), teacher.stride(0) * teacher.element_size(),
-        DTYPES[student.dtype], DTYPES[teacher.dtype], vs, vt, v, wide, stride * 4, _series(beta)[1],
-        1.0 / temperature, scales[0], float(beta), scales[1],
+        (
+            DIVERGENCES[divergence], student.data_ptr(), teacher.data_ptr(), _address(out_grad),
+            losses.data_ptr(), _address(mask), student.stride(0) * student.element_size(),
+            teacher.stride(0) * teacher.element_size(), DTYPES[student.dtype], DTYPES[teacher.dtype],
+            vs, vt, v, wide, stride * 4, _series(beta)[1],
+        ),
+        (1.0 / temperature, scales[0], beta, scales[1]),
     )  # fmt: skip
 
 
@@ -100,11 +104,13 @@ def _sparse(
     rest = None if rest is None else rest.to(torch.float32).contiguous()
     v, k = student.shape[1], indices.shape[1]
     _workers.run(
-        entry("sparse_rows"), student.shape[0], v, v + 4 * k + 6 * LINE,
-        DIVERGENCES[divergence], student.data_ptr(), _address(out_grad), losses.data_ptr(), _address(mask),
-        student.stride(0) * student.element_size(), DTYPES[student.dtype], v, indices.data_ptr(),
-        values.data_ptr(), _address(rest), k, int(sampled), int(ghost), _series(beta)[1],
-        1.0 / temperature, scales[0], float(beta), scales[1],
+        entry("sparse_rows"), student.shape[0], v, v + (2 * v if sampled else 4 * k) + 6 * LINE,
+        (
+            DIVERGENCES[divergence], student.data_ptr(), _address(out_grad), losses.data_ptr(),
+            _address(mask), student.stride(0) * student.element_size(), DTYPES[student.dtype], v,
+            indices.data_ptr(), values.data_ptr(), _address(rest), k, sampled, ghost, _series(beta)[1],
+        ),
+        (1.0 / temperature, scales[0], beta, scales[1]),
     )  # fmt: skip
 
 

@@ -46,11 +46,13 @@ class Compiled:
         self._native(call)
 
 
-def record(rows: int, step: int, scratch: int, size: int, *numbers: float) -> ctypes.Array[ctypes.c_char]:
-    """A call in memory: the header, then ``numbers`` of 8 bytes each, int64 (addresses too) or float64."""
-    kinds = "".join("d" if isinstance(number, float) else "q" for number in numbers)
+def record(
+    rows: int, step: int, scratch: int, size: int, integers: tuple[int, ...], floats: tuple[float, ...]
+) -> ctypes.Array[ctypes.c_char]:
+    """A call in memory: the header, then int64 (addresses too), then float64."""
+    kinds = f"={HEADER + len(integers)}q{len(floats)}d"
     return ctypes.create_string_buffer(
-        struct.pack(f"={HEADER}q{kinds}", 0, 0, rows, step, scratch, size, *numbers)
+        struct.pack(kinds, 0, 0, rows, step, scratch, size, *integers, *floats)
     )
 
 

@@ -204,12 +204,12 @@ def pass_a(sa, ta, sd, td, vs, vt, v, it, k, k_low, es, et, diff):
         n = min(j + BLOCK, v)
         a, b, top_s, top_t, most = exponentials(sa, ta, sd, td, vs, vt, j, n, es, et, diff, rs, rt, k, k_low)
         if top_s * k > ROOM or top_t * k > ROOM:  # raise the references and do the block again
-            up_s = max(maximum(sa, sd, j, min(n, vs)), rs) - rs
-            up_t = max(maximum(ta, td, j, min(n, vt)), rt) - rt
-            zs *= rescale(f32_at(es), j, up_s * k)
-            zt *= rescale(f32_at(et), j, up_t * k)
-            rs += up_s
-            rt += up_t
+            new_s = max(maximum(sa, sd, j, min(n, vs)), rs)
+            new_t = max(maximum(ta, td, j, min(n, vt)), rt)
+            zs *= rescale(f32_at(es), j, (new_s - rs) * k)
+            zt *= rescale(f32_at(et), j, (new_t - rt) * k)
+            rs = new_s
+            rt = new_t
             shift(f32_at(diff), j, offset - (rs - rt))
             offset = rs - rt
             a, b, top_s, top_t, most = exponentials(

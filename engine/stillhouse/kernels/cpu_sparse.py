@@ -85,9 +85,9 @@ def student_pass(s, dtype, v, it, es):
         n = min(j + BLOCK, v)
         part, highest = student_exponentials(s, dtype, v, j, n, es, rs, k, k_low)
         if highest * k > ROOM:
-            up = maximum(s, dtype, j, n) - rs
-            z *= rescale(f32_at(es), j, up * k)
-            rs += up
+            reference = maximum(s, dtype, j, n)
+            z *= rescale(f32_at(es), j, (reference - rs) * k)
+            rs = reference
             part, highest = student_exponentials(s, dtype, v, j, n, es, rs, k, k_low)
         z += part
     return z, rs
@@ -120,33 +120,27 @@ def logit(address, dtype, j):
 
 
 @njit
-def term(log_p, log_q):
-    """One outcome of KL(p || q) in Bregman form, p (log p - log q) - p + q."""
-    q = math.exp(log_q)
-    if log_p == -np.inf:
+def term(p, q, x):
+    """One outcome of KL(p || q) in Bregman form, p phi(x) with x = log q - log p and phi(x) = exp(x) - 1 - x."""
+    if p == 0.0:
         return q
-    x = log_q - log_p
-    return math.exp(log_p) * (math.expm1(x) - x) if x < 1.0 else q + math.exp(log_p) * (-1.0 - x)
+    if abs(x) < 0.01:
+        return p * x * x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x / 120)))
+    return q - p - p * x
 
 
 @njit
-def outcome(divergence, beta, log_s, log_t):
-    """(loss, d): one outcome's part of the loss; the gradient of log s's entry is exp(log_s) (d - mean d).
+def outcome(divergence, beta, log_s, log_t, s, t):
+    """(loss, d): one outcome's part of the loss; the gradient of log s's entry is s (d - mean d).
 
-    For FORWARD, whose d may be too large a number, exp(log_s) d in its place.
+    For FORWARD, whose d may be too large a number, s d in its place.
     """
     if divergence == FORWARD:
-        return term(log_t, log_s), -math.exp(log_t) if log_s > -np.inf else 0.0
+        return term(t, s, log_s - log_t), -t if log_s > -np.inf else 0.0
     if log_s == -np.inf:
-        return (
-            (term(log_s, log_t), 0.0)
-            if divergence == REVERSE
-            else (-beta * math.exp(log_t) * math.log(beta), 0.0)
-        )
+        return (t, 0.0) if divergence == REVERSE else (-beta * t * math.log(beta), 0.0)
     if divergence == REVERSE:
-        return term(log_s, log_t), log_s - log_t
-    s = math.exp(log_s)
-    t = math.exp(log_t)
+        return term(s, t, log_t - log_s), log_s - log_t
     if log_t == -np.inf:
         return -(1.0 - beta) * s * math.log(1.0 - beta), -(1.0 - beta) * math.log(1.0 - beta)
     x = log_t - log_s
@@ -160,26 +154,34 @@ def outcome(divergence, beta, log_s, log_t):
 
 
 @njit(error_model="numpy")
-def compare(logits, log_t, pt, x, k, rs, it, log_z):
-    """The teacher's probabilities and x = log(student / teacher) of the k entries; (their mass, the largest x).
-
-    In float64: 1 minus the mass is what the ghost gets.
-    """
+def mass_of(log_t, k):
+    """The probabilities of the k entries together, in float64: 1 less that is what a ghost gets."""
     mass = 0.0
+    for i in range(k):
+        mass = reduce_add_wide(mass, exp_wide(np.float64(FLOOR if log_t[i] < FLOOR else log_t[i])))
+    return mass
+
+
+@njit(error_model="numpy")
+def compare(logits, values, pt_at, x, k, rs, it, log_z):
+    """The teacher's probabilities and x = log(student / teacher) of the k entries; the largest x."""
+    log_t = f32_at(values)
+    least = LEAST / f32(LOG2E)
+    for i in range(0, k, LANES):
+        b = take(values, 0, i, k)
+        b = where(b < least, least, b)
+        store(pt_at + i * 4, exp2_of_product(b, f32(LOG2E), f32(LOG2E - np.float64(f32(LOG2E)))))
     far = f32(0.0)
     for i in range(k):
         no_s = logits[i] < FLOOR
         no_t = log_t[i] < FLOOR
         a = np.float64(FLOOR if no_s else logits[i])
         b = np.float64(FLOOR if no_t else log_t[i])
-        p = exp_wide(b)
-        mass = reduce_add_wide(mass, p)
-        pt[i] = f32(p)
         d = f32((a - rs) * it - log_z - b)
         d = (f32(0.0) if no_t else FLOOR) if no_s else (-FLOOR if no_t else d)
         x[i] = d
         far = maximum_of(far, absolute(d))
-    return mass, far
+    return far
 
 
 @njit(error_model="numpy")
@@ -233,7 +235,7 @@ def top_k_row(
     g_at = x_at + room * 4
     kept = f32_at(kept_at)
     if k < room:
-        for place in (kept_at, pt_at, x_at):  # lanes beyond the k entries have probability zero
+        for place in (kept_at, x_at):  # lanes beyond the k entries have probability zero
             store(place + (room - LANES) * 4, fill(f32(0.0)))
     logits = f32_at(g_at)  # until the gradient takes their place
     indices = i64_at(wide_indices)
@@ -252,22 +254,29 @@ def top_k_row(
     # a difference that cancels is summed instead
     rest = z - inside if inside < 0.5 * z else row_sum(es_at, v)
     z = inside + rest
-    mass, far = compare(logits, f32_at(values), f32_at(pt_at), f32_at(x_at), k, rs, it, math.log(z))
+    log_z = math.log(z)
+    log_ghost_s, ghost_s = -np.inf, 0.0
+    if k < v:
+        if rest < LITTLE * z:
+            rest, lower = lift_rest(student, dtype, v, indices, k, rs, it, es)
+            log_ghost_s = math.log(rest) + lower - log_z if rest > 0.0 else -np.inf
+            ghost_s = math.exp(log_ghost_s)
+        else:
+            ghost_s = rest / z
+            log_ghost_s = math.log(ghost_s)
+    log_ghost_t, ghost_t = -np.inf, 0.0
+    if k < v and math.isnan(log_rest):
+        ghost_t = max(1.0 - mass_of(f32_at(values), k), 0.0)
+        log_ghost_t = math.log(ghost_t) if ghost_t > 0.0 else -np.inf
+    elif k < v:
+        ghost_t = math.exp(log_rest)
+        log_ghost_t = log_rest
+    loss, d_ghost = outcome(divergence, beta, log_ghost_s, log_ghost_t, ghost_s, ghost_t)
+    far = compare(logits, values, pt_at, f32_at(x_at), k, rs, it, log_z)
     bad = False
     if far > f32(1e29) and divergence != JSD:
         p, sign = (pt_at, f32(-1.0)) if divergence == FORWARD else (kept_at, f32(1.0))
         bad = impossible(f32_at(p), f32_at(x_at), k, sign)
-    log_ghost_s = -np.inf
-    if k < v:
-        if rest < LITTLE * z:
-            rest, lower = lift_rest(student, dtype, v, indices, k, rs, it, es)
-            log_ghost_s = math.log(rest) + lower - math.log(z) if rest > 0.0 else -np.inf
-        else:
-            log_ghost_s = math.log(rest / z)
-    log_ghost_t = log_rest if k < v else -np.inf
-    if math.isnan(log_ghost_t):
-        log_ghost_t = math.log(1.0 - mass) if mass < 1.0 else -np.inf
-    loss, d_ghost = outcome(divergence, beta, log_ghost_s, log_ghost_t)
     if divergence == REVERSE and (bad or loss == np.inf):
         if out != 0:
             zero(out, dtype, 0, v)
@@ -281,7 +290,6 @@ def top_k_row(
     loss += part
     if divergence == JSD:  # its mean is of log(s/m) + constant, times 1 - beta
         d_ghost = d_ghost / (1.0 - beta) + constant
-    ghost_s = math.exp(log_ghost_s)
     middle = centre + (ghost_s * d_ghost if ghost_s > 0.0 else 0.0)
     part, summed, size = write_row(
         divergence,
@@ -321,6 +329,7 @@ def top_k_row(
 @njit(error_model="numpy")
 def sampled_row(student, out, dtype, v, wide_indices, values, k, it, scale, es_at):
     es = f32_at(es_at)
+    drawn = f64_at(es_at + ((v + LANES - 1) & -LANES) * 4)  # where repeated draws add up
     indices = i64_at(wide_indices)
     weights = f32_at(values)
     z, rs = student_pass(student, dtype, v, it, es_at)
@@ -338,8 +347,15 @@ def sampled_row(student, out, dtype, v, wide_indices, values, k, it, scale, es_a
             loss -= weights[i] * (((x if x >= FLOOR else -np.inf) - rs) * it - log_z)
             weight += weights[i]
     if out != 0:
-        for i in range(k):  # in the scratch, where a repeated index adds up in float32
-            es[indices[i]] -= f32(weights[i] * z / weight) if weight > 0.0 else f32(0.0)
+        for i in range(k):
+            drawn[indices[i]] = 0.0
+        for i in range(k):
+            drawn[indices[i]] += max(np.float64(weights[i]), 0.0)
+        unit = z / weight if weight > 0.0 else 0.0
+        for i in range(k):  # the first of the draws takes all of their weight
+            j = indices[i]
+            es[j] -= f32(drawn[j] * unit)
+            drawn[j] = 0.0
         scaled_row(out, dtype, v, es_at, f32(weight / z * scale))
     return loss
 

@@ -20,8 +20,8 @@ from stillhouse.kernels.checks import (
     check_settings,
     check_target,
     check_values,
-    fail,
 )
+from stillhouse.kernels.errors import fail
 from stillhouse.kernels.loss import Divergence, Reduction, checked, flatten
 from stillhouse.kernels.targets import Sampled, Target, TopK
 
@@ -91,6 +91,7 @@ def linear_softmax_kl(
     """
     check_settings(temperature, divergence, beta, reduction, count)
     hidden, weight, bias = _cast(hidden, weight, bias)
+    chosen = backends.choose(hidden, backend)
     _check_layer("", hidden, weight, bias)
     logits = hidden.new_empty(1).expand(*hidden.shape[:-1], weight.shape[0])  # a shape, no memory
     rows = hidden.shape[:-1]
@@ -117,15 +118,13 @@ def linear_softmax_kl(
     else:
         check_target(logits, target, mask, temperature, divergence)
         _, flat, flat_mask = flatten(hidden, target, mask)
-        check_values(flat, weight.shape[0], flat_mask)
+        check_values(flat, weight.shape[0], flat_mask, chosen)
     flat_hidden = hidden.reshape(-1, hidden.shape[-1])
     if reduction == "sum":
         count = 1
     elif count is None:
         count = flat_hidden.shape[0] if flat_mask is None else flat_mask.sum()
-    settings = _Settings(
-        temperature, divergence, beta, count, reduction == "none", backends.choose(hidden, backend)
-    )
+    settings = _Settings(temperature, divergence, beta, count, reduction == "none", chosen)
     ops.refuse_forward_mode(hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):
         loss: Tensor = _LinearSoftmaxKL.apply(flat_hidden, weight, bias, flat, flat_mask, settings)[0]  # type: ignore[no-untyped-call]
@@ -278,8 +277,7 @@ def _chunk_loss(
     logits: Tensor, target: Target, mask: Tensor | None, s: _Settings, gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The loss, divided by the count, and the gradient in the place of the logits."""
-    restricted = isinstance(target, TopK) and target.rest == "renormalise" and s.divergence == "reverse"
-    if s.backend == "torch" or restricted:
+    if s.backend == "torch":
         return _torch_chunk(logits, target, mask, s, gradient)
     fixed = ops.arguments(target, mask, s.rows, s.temperature, s.divergence, s.beta, s.per_row)
     if not gradient:

@@ -76,10 +76,7 @@ def softmax_kl(
     chosen = backends.choose(student_logits, backend)
     student, flat, flat_mask = flatten(student_logits, target, mask)
     if not torch.compiler.is_compiling():
-        check_values(flat, student.shape[-1], flat_mask)
-    if isinstance(flat, TopK) and flat.rest == "renormalise" and divergence == "reverse":
-        # entries that the teacher lacks are dropped
-        student, flat = _restricted(student, flat, flat_mask, temperature)
+        check_values(flat, student.shape[-1], flat_mask, chosen)
     per_row = reduction == "none"
     if chosen == "torch":
         rows = reference.softmax_kl_rows(student, flat, temperature, divergence, beta, flat_mask)
@@ -94,13 +91,6 @@ def softmax_kl(
         fixed = ops.arguments(flat, flat_mask, count, temperature, divergence, beta, per_row)
         loss = ops.softmax_kl(student, fixed, inplace)
     return loss.reshape(student_logits.shape[:-1]) if per_row and student_logits.dim() != 2 else loss
-
-
-def _restricted(
-    student: Tensor, target: TopK, mask: Tensor | None, temperature: float
-) -> tuple[Tensor, Tensor]:
-    indices = target.indices if mask is None else torch.where(mask[:, None], target.indices, 0)
-    return student.gather(-1, indices), reference.top_k_at(target, temperature) * temperature
 
 
 def flatten(student: Tensor, target: Target, mask: Tensor | None) -> tuple[Tensor, Target, Tensor | None]:
@@ -136,12 +126,12 @@ def reduce(rows: Tensor, mask: Tensor | None, reduction: str, count: float | Ten
     return total / count if count else torch.nan_to_num(total * 0)  # also where a row is +inf
 
 
-def checked(total: float, rows: Tensor) -> None:
+def checked(total: float, rows: Tensor, what: str = "logits") -> None:
     """Refuse losses of which one is not a number, or reports an index out of range; +inf is a loss like another."""
     if not math.isnan(total) and total != -math.inf:
         return
     if bool(rows.isnan().any()):
-        raise nan_error(rows)
+        raise nan_error(rows, what)
     if bool((rows == -math.inf).any()):
         row = int((rows == -math.inf).nonzero()[0, 0])
         raise ValueError(
@@ -150,10 +140,10 @@ def checked(total: float, rows: Tensor) -> None:
         )
 
 
-def nan_error(rows: Tensor) -> ValueError:
+def nan_error(rows: Tensor, what: str) -> ValueError:
     """The refusal of logits that give no distribution, naming the first such row."""
     row = int(rows.isnan().nonzero()[0, 0])
     return ValueError(
-        f"logits: got NaN, +inf or only -inf in row {row} (of {rows.numel()} flattened rows); expected finite logits,"
+        f"{what}: got NaN, +inf or only -inf in row {row} (of {rows.numel()} flattened rows); expected finite logits,"
         " with -inf for entries that cannot occur. Fix: mask the row out, or find the step that made it so."
     )

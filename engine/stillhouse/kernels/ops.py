@@ -7,6 +7,8 @@ The gradient is computed with the loss, in one go over the logits, and kept for 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -46,8 +48,8 @@ def arguments(
     look = torch.compiler.is_compiling() and not (isinstance(target, Tensor) or target.trusted)
     divisor, tensor = (1.0, count) if isinstance(count, Tensor) else (float(count or 0), None)
     return (
-        dense, indices, values, rest, kind, held_at, mask, tensor, divisor, float(temperature), divergence, float(beta),
-        look, per_row,
+        dense, indices, values, rest, kind, held_at, mask, tensor, divisor, float(temperature), divergence,
+        float(beta) if divergence == "jsd" else 0.5, look, per_row,
     )  # fmt: skip
 
 
@@ -67,46 +69,84 @@ def _target(
 def _compute(student: Tensor, arguments: Arguments, out: Tensor | None) -> Tensor:
     """The loss, reduced; the gradient to ``out``."""
     *target, mask, count, divisor, temperature, divergence, beta, look, per_row = arguments
-    if student.device.type == "cuda":
-        return _compute_cuda(student, arguments, out)
-    from stillhouse.kernels import cpu  # loads or compiles the kernels: not before they are used
+    against = _target(*target)
+    rows_of = _cuda_rows if student.device.type == "cuda" else _cpu_rows
+    restricted = divergence == "reverse" and isinstance(against, TopK) and against.rest == "renormalise"
+    settings: dict[str, Any] = {
+        "temperature": temperature,
+        "divergence": divergence,
+        "beta": beta,
+        "mask": mask,
+    }
+    factor: Any = 1.0 if per_row else 1.0 / divisor if divisor else 0.0
+    if rows_of is _cpu_rows:
+        if count is not None:
+            divisor = count.item()
+            check_count_value(divisor)
+            factor = 1.0 if per_row else 1.0 / divisor if divisor else 0.0
+        if look:
+            check_values(against, student.shape[1], mask)
+        settings["loss_scale"] = factor or 1.0
+    elif count is not None and not per_row:
+        factor = torch.where(count > 0, 1.0 / count, 0.0).to(device=student.device, dtype=torch.float32)
+    settings |= {"scale": 1.0 if student.dtype == torch.float16 else factor, "out_grad": out}
+    rows = (_within(rows_of) if restricted else rows_of)(student, against, **settings)
+    total = rows.sum()
+    if rows_of is _cuda_rows:
+        return rows if per_row else total * factor
     from stillhouse.kernels.loss import checked
 
-    if count is not None:
-        divisor = count.item()
-        check_count_value(divisor)
-    if look:
-        check_values(_target(*target), student.shape[1], mask)
-    factor = 1.0 if per_row else 1.0 / divisor if divisor else 0.0
-    rows = cpu.softmax_kl_fwd_bwd(
-        student, _target(*target), temperature=temperature, divergence=divergence, beta=beta, mask=mask,
-        scale=1.0 if student.dtype == torch.float16 else factor, out_grad=out, loss_scale=factor or 1.0,
-    )  # fmt: skip
-    total = rows.sum()
-    checked(total.item(), rows)
+    checked(total.item(), rows, "logits at the k entries" if restricted else "logits")
     return rows if per_row else total if factor else torch.zeros_like(total)
 
 
-def _compute_cuda(student: Tensor, arguments: Arguments, out: Tensor | None) -> Tensor:
+def _cpu_rows(student: Tensor, target: Target, **settings: Any) -> Tensor:
+    from stillhouse.kernels import cpu  # loads or compiles the kernels: not before they are used
+
+    return cpu.softmax_kl_fwd_bwd(student, target, **settings)
+
+
+def _cuda_rows(student: Tensor, target: Target, *, out_grad: Tensor | None, **settings: Any) -> Tensor:
     from stillhouse.kernels import cuda
 
-    *target, mask, count, divisor, temperature, divergence, beta, _, per_row = arguments
-    factor: Any = 1.0 if per_row else 1.0 / divisor if divisor else 0.0
-    if count is not None and not per_row:
-        factor = torch.where(count > 0, 1.0 / count, 0.0).to(device=student.device, dtype=torch.float32)
-    against = _target(*target)
-    if isinstance(against, TopK):
-        against = replace(against, log_probs=top_k_at(against, temperature), temperature=temperature)
-    settings = {"temperature": temperature, "divergence": divergence, "beta": beta, "mask": mask}
-    settings["scale"] = 1.0 if student.dtype == torch.float16 else factor
-    if isinstance(against, Tensor) and against.dtype != student.dtype:  # the kernel reads both in one type
-        wide = None if out is None else torch.empty(student.shape, dtype=torch.float32, device=student.device)
-        rows = cuda.softmax_kl_fwd_bwd(student.float(), against.float(), out_grad=wide, **settings)
-        if out is not None and wide is not None:
-            out.copy_(wide)
-    else:
-        rows = cuda.softmax_kl_fwd_bwd(student, against, out_grad=out, **settings)
-    return rows if per_row else rows.sum() * factor
+    if isinstance(target, TopK):
+        temperature = settings["temperature"]
+        target = replace(target, log_probs=top_k_at(target, temperature), temperature=temperature)
+    if not isinstance(target, Tensor) or target.dtype == student.dtype:
+        return cuda.softmax_kl_fwd_bwd(student, target, out_grad=out_grad, **settings)
+    # the kernel reads both in one type
+    wide = (
+        None if out_grad is None else torch.empty(student.shape, dtype=torch.float32, device=student.device)
+    )
+    rows = cuda.softmax_kl_fwd_bwd(student.float(), target.float(), out_grad=wide, **settings)
+    if out_grad is not None and wide is not None:
+        out_grad.copy_(wide)
+    return rows
+
+
+def _within(rows_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The rows of KL(s || t) where the student too is restricted to the k entries: those of logits k wide.
+
+    An index that is none of the row's makes its loss -inf on the CPU and NaN elsewhere, as in the kernels.
+    """
+
+    def rows_within(
+        student: Tensor, target: TopK, *, temperature: float, mask: Tensor | None, out_grad: Tensor | None,
+        **settings: Any,
+    ) -> Tensor:  # fmt: skip
+        wrong = ((target.indices < 0) | (target.indices >= student.shape[1])).any(-1)
+        keep = ~wrong if mask is None else mask & ~wrong
+        indices = torch.where(keep[:, None], target.indices, 0)
+        kept = student.gather(-1, indices)
+        gradient = None if out_grad is None else torch.empty_like(kept)
+        teacher = top_k_at(target, temperature) * temperature
+        rows = rows_of(kept, teacher, temperature=temperature, mask=keep, out_grad=gradient, **settings)
+        if out_grad is not None and gradient is not None:
+            out_grad.zero_().scatter_(-1, indices, gradient)
+        fault = -math.inf if student.device.type == "cpu" else math.nan
+        return torch.where(wrong if mask is None else mask & wrong, fault, rows)
+
+    return rows_within
 
 
 def _forward(student: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

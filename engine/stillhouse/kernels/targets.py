@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from stillhouse.kernels.errors import fail
 
 Rest = Literal["ghost", "renormalise"]
 
@@ -38,7 +41,12 @@ class TopK:
 
     @classmethod
     def from_logits(cls, logits: Tensor, k: int, *, temperature: float = 1.0, rest: Rest = "ghost") -> TopK:
-        """The top k of teacher ``logits`` (..., V) at ``temperature``; log-probabilities in float32 or float64."""
+        """The top k of teacher ``logits`` (..., V) at ``temperature``; log-probabilities in float32 or float64.
+
+        Raises:
+            ValueError: k that is not from 1 to V, or a temperature that is not above 0.
+        """
+        _check_draw("TopK", logits, k, temperature, logits.shape[-1])
         wide = logits if logits.dtype == torch.float64 else logits.float()
         every = torch.log_softmax(wide / temperature, dim=-1)
         log_probs, indices = every.topk(k, dim=-1)
@@ -71,13 +79,32 @@ class Sampled:
     def from_logits(
         cls, logits: Tensor, k: int, *, temperature: float = 1.0, generator: torch.Generator | None = None
     ) -> Sampled:
-        """``k`` draws with replacement for each row of teacher ``logits`` (..., V), each of weight 1/k."""
+        """``k`` draws with replacement for each row of teacher ``logits`` (..., V), each of weight 1/k.
+
+        Raises:
+            ValueError: k below 1, a temperature that is not above 0, or, on the CPU, logits that give no distribution.
+        """
+        _check_draw("Sampled", logits, k, temperature, None)
         wide = logits if logits.dtype == torch.float64 else logits.float()
         probs = torch.softmax(wide / temperature, dim=-1).reshape(-1, logits.shape[-1])
+        if probs.device.type == "cpu" and bool(probs.isnan().any()):
+            row = int(probs.isnan().any(-1).nonzero()[0, 0])
+            raise fail(
+                "Sampled.from_logits logits", f"NaN, +inf or only -inf in row {row}", "a distribution to draw from",
+                "leave that row out",
+            )  # fmt: skip
         drawn = torch.multinomial(probs, k, replacement=True, generator=generator)
         indices = drawn.reshape(*logits.shape[:-1], k)
         weights = torch.full(indices.shape, 1.0 / k, dtype=probs.dtype, device=logits.device)
         return cls(indices, weights, temperature=temperature, trusted=True)
+
+
+def _check_draw(kind: str, logits: Tensor, k: int, temperature: float, most: int | None) -> None:
+    if not 1 <= k <= (k if most is None else most):
+        expected = "1 or more" if most is None else f"1 to V = {most}"
+        raise fail(f"{kind}.from_logits k", k, expected, "pass a k in that range")
+    if not 0 < temperature < math.inf:
+        raise fail(f"{kind}.from_logits temperature", temperature, "a finite number above 0", "pass 1.0")
 
 
 Target = Tensor | TopK | Sampled

@@ -49,12 +49,15 @@ class Workers:
         ):  # torch's operators would wait for threads that were left behind, as in DataLoader's workers
             torch.set_num_threads(1)
 
-    def run(self, compiled: Compiled, rows: int, width: int, scratch: int, *numbers: float) -> None:
+    def run(
+        self, compiled: Compiled, rows: int, width: int, scratch: int, integers: tuple[int, ...],
+        floats: tuple[float, ...],
+    ) -> None:  # fmt: skip
         """Call ``compiled`` over all rows, each thread with ``scratch`` float32; returns when each row is done."""
         threads = min(torch.get_num_threads(), rows) if rows * width > SERIAL else 1
         step = max(1, min(CHUNK // width, -(-rows // threads)))
         address, size = self._scratch(threads, scratch)
-        call = record(rows, step, address, size, *numbers)
+        call = record(rows, step, address, size, integers, floats)
         if threads == 1:
             compiled(call)
             return
