@@ -237,6 +237,26 @@ def test_jsd_of_rows_that_agree_but_for_what_the_student_lacks(v, dtype, cc, lac
         assert relative(got.grad, grad) < GRADIENT[dtype]
 
 
+@pytest.mark.parametrize("faint", [-1e4, -74.0])
+@pytest.mark.parametrize("divergence", ["forward", "reverse"])
+@pytest.mark.parametrize("v", [10, 100, 1000, 4096])
+def test_kl_of_rows_that_agree_but_for_an_entry_without_mass(v, divergence, faint):
+    """-1e4 on one side, -inf on the other: neither has mass there, and 0 times infinity must not tell them apart.
+
+    The second number leaves some 1e-36 to the one side, which makes the loss infinite, however little it is.
+    """
+    one, other = logits(2, v, near=1e-3)
+    one[0, 3], other[:, 3] = -float("inf"), faint
+    one[1, 3] = faint
+    student, teacher = (one, other) if divergence == "forward" else (other, one)
+    got = run(student, teacher, divergence=divergence)
+    loss, grad = expected(student, teacher, divergence=divergence)
+    finite = loss.isfinite()
+    assert torch.equal(got.loss.isfinite(), finite)
+    assert relative(got.loss[finite], loss[finite]) < LOSS
+    assert relative(got.grad[finite], grad[finite]) < GRADIENT["f32"]
+
+
 @pytest.mark.parametrize("v", [10, 1000])
 def test_what_is_left_of_a_saturated_jsd_keeps_its_digits(v):
     """Each row's gradient, down to a millionth of the logits' scale, by its own size."""
@@ -350,6 +370,16 @@ def test_a_loss_alone_writes_nothing_else(v, dtype, divergence, kind):
     assert torch.equal(alone.loss, whole.loss)
     assert torch.equal(alone.grad, student), "the student's logits are as they were"
     assert alone.counts.bytes_written == 2 * 4, "two losses"
+
+
+def test_a_draw_of_weight_0_may_stand_on_an_impossible_entry():
+    student, _ = logits(2, 100)
+    student[:, 5] = -float("inf")
+    target = Sampled(torch.tensor([[5, 7, 9], [5, 1, 2]]), torch.tensor([[0.0, 0.5, 0.5], [0.0, 0.25, 0.75]]))
+    got = run(student, target)
+    loss, grad = expected(student, target)
+    assert relative(got.loss, loss) < LOSS
+    assert relative(got.grad, grad) < GRADIENT["f32"]
 
 
 def test_repeated_draws_add_up_in_place():

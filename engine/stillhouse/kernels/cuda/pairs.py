@@ -52,7 +52,7 @@ def compare(k2, cp, dp, cq, dq):
 def agreement(divergence: str):
     """Device function: is KL(p || q), to some digits, small? ``cross`` is the sum of 2^(k2 x - C) (x - y).
 
-    False for a NaN, and so for every row where q lacks an entry that p has. Its JSD may be small all the same, which
+    Not where q lacks an entry that p has, or has next to nothing of. The JSD may be small there all the same, which
     ``near_after_all`` sees.
     """
     limit = NEAR_ROW[divergence]

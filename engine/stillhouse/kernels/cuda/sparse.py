@@ -212,7 +212,8 @@ def sparse_kernel(
             if index < I32(0):
                 total, mean = NAN, INFINITY
             elif mode == I32(SAMPLED):
-                total, mean = total - value * log_q * LN2, mean + value
+                if value > ZERO:  # 0 times -inf is NaN
+                    total, mean = total - value * log_q * LN2, mean + value
             else:
                 a, b, c = outcome(value * LOG2E, log_q, coin)
                 total, mean = total + a, mean + ptx.fma(b, -shift, c)
