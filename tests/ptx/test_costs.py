@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from .harness import logits, run
@@ -11,8 +13,22 @@ ONE_PASS, TWO_PASSES = 3.2, 5.2  # bytes of one element's size, for each element
 SPECIAL, INSTRUCTIONS = 4.5, 45
 
 
-def cost(rows, v, dtype, divergence, kind="dense", cc=(9, 0)):
-    student, teacher = logits(rows, v, dtype)
+DOCS = Path(__file__).parents[2] / "docs" / "kernels-cuda.md"
+
+
+def documented(heading):
+    """(divergence and dtype, V) -> (bytes, special, instructions) of the table under ``heading``."""
+    rows = {}
+    for line in DOCS.read_text().partition(heading)[2].splitlines()[2:]:
+        if not line.startswith("|"):
+            return rows
+        name, v, *numbers = (cell.strip(" *b") for cell in line.strip("|").split("|"))
+        rows[name.partition(",")[0].partition(" (")[0], int(v.replace(",", ""))] = [float(x) for x in numbers]
+    return rows
+
+
+def cost(rows, v, dtype, divergence, kind="dense", cc=(9, 0), near=None):
+    student, teacher = logits(rows, v, dtype, near=near)
     got = run(student, target_of(kind, teacher, 1.0), divergence=divergence, cc=cc)
     elements, size = rows * v, 4 if dtype == "f32" else 2
     c = got.counts
@@ -28,6 +44,8 @@ def cost(rows, v, dtype, divergence, kind="dense", cc=(9, 0)):
 
 def report(figure, v, dtype, divergence, kind, figures):
     moved, special, instructions, narrow, got = figures
+    key = (f"{'sampled' if kind == 'sampled' else divergence} {dtype}", v)
+    assert (moved, special, instructions) == pytest.approx(documented("| kernel | V |")[key], abs=0.06)
     figure(
         f"cost {kind:8} {divergence:7} {dtype:4} V={v:6}: {moved:.2f} b/element, special {special:.2f}, "
         f"instructions {instructions:5.1f}, not by 128 bits {narrow:.2%} [{got.plan.spec.name}]"
@@ -92,3 +110,15 @@ def test_sparse_targets_read_the_row_once(kind, figure):
     report(figure, 32000, "bf16", "forward", kind, figures)
     assert figures[0] <= 2.3
     assert figures[2] <= INSTRUCTIONS
+
+
+@pytest.mark.parametrize(("divergence", "dtype", "v"), [
+    ("forward", "f32", 1000), ("forward", "bf16", 32000), ("reverse", "f32", 1000), ("jsd", "f32", 1000),
+])  # fmt: skip
+def test_rows_that_nearly_agree_cost_what_the_documentation_says(divergence, dtype, v, figure):
+    """More than the targets; they have loops of their own, see pairs.py."""
+    moved, special, instructions, _, got = cost(16 if v == 1000 else 2, v, dtype, divergence, near=0.1)
+    expected = documented("| rows that nearly agree | V |")[f"{divergence} {dtype}", v]
+    assert (moved, special, instructions) == pytest.approx(expected, abs=0.06)
+    figure(f"cost near     {divergence:7} {dtype:4} V={v:6}: special {special:.2f}, instructions {instructions:5.1f} "
+           f"[{got.plan.spec.name}]")  # fmt: skip
