@@ -120,18 +120,14 @@ def rounded_gap(x, y, k2, offset, rest):
 
 @device
 def exact_gap(x, y, k2, offset, rest):
-    """The same for float32: what rounds off in x - y is found and added back."""
-    apart = x - y
+    """The same for float32: what rounds off in x - y is found and added back.
+
+    Infinite where q lacks an entry that p has, and no number where p lacks it.
+    """
+    apart = ptx.fmin(x - y, LARGE)
     back = apart - x
     rounded = (x - (apart - back)) - (y + back)
     return ptx.fma((apart - offset) + rounded, k2, rest)
-
-
-@device
-def any_gap(x, y, k2, offset, rest):
-    """The same where q may lack an entry that p has."""
-    apart = x - y
-    return apart if abs(apart) > LARGE else exact_gap(x, y, k2, offset, rest)
 
 
 @device

@@ -35,8 +35,8 @@ from stillhouse.kernels.cuda.pairs import (
     NEAR_KNOWN,
     PAIRS,
     agreement,
-    any_gap,
     compare,
+    exact_gap,
     near_after_all,
     near_pair,
     rounded_gap,
@@ -109,7 +109,7 @@ def rows_kernel(
     done, near_done = how != relative, how_near != relative  # after the second pass
     alike = how == how_near == "replace"
     nearly_agree, corrected = agreement(divergence), CORRECTED[divergence]
-    pair_near = near_pair(divergence, any_gap if size == 4 else rounded_gap, how_near != "at once")
+    pair_near = near_pair(divergence, exact_gap if size == 4 else rounded_gap, how_near != "at once")
     decode, encode, put, put_edge, fetch_edge, stage, unstage, decode_wide, unstage_wide = (
         code.decode, code.encode, code.put, code.put_edge, code.fetch_edge, code.stage, code.unstage, wide.decode,
         wide.unstage,

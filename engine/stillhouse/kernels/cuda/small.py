@@ -23,8 +23,8 @@ from stillhouse.kernels.cuda.pairs import (
     NEAR_KNOWN,
     NEAR_ROW,
     any_agreement,
-    any_gap,
     compare,
+    exact_gap,
     near_pair,
     relative_to_constant,
 )
@@ -116,7 +116,7 @@ def stretches(dtype: str, threads: int) -> SimpleNamespace:
 def small_kernel(dtype: str, divergence: str, threads: int, lanes: int, gradient: bool = True) -> Callable:
     """The kernel (undecorated) with ``threads / lanes`` rows a block; arguments as in rows, ``rows`` for the slice."""
     pair, row_known, stretch, size = (
-        near_pair(divergence, any_gap),
+        near_pair(divergence, exact_gap),
         NEAR_KNOWN[divergence],
         stretches(dtype, threads),
         codec(dtype).size,

@@ -28,7 +28,7 @@ from stillhouse.kernels.cuda.arithmetic import (
 )
 from stillhouse.kernels.cuda.chunks import is_kept, row_geometry, row_scale, walk
 from stillhouse.kernels.cuda.merge import SCRATCH, merges
-from stillhouse.kernels.cuda.pairs import OF_LOGS, any_gap, near_pair
+from stillhouse.kernels.cuda.pairs import OF_LOGS, exact_gap, near_pair
 from stillhouse.kernels.cuda.vectors import codec
 
 ALIGNMENT = ptx.SHARED_ALIGNMENT
@@ -104,7 +104,7 @@ def sparse_kernel(
     of the mass outside (float32, or 0), gradient, loss, mask (or 0), scale (or 0); V, k, the mode, chunks in a block's slice; then the
     same factors as for dense teachers. Without ``gradient`` it writes losses only.
     """
-    code, pair, of_logs = codec(dtype), near_pair(divergence, any_gap), OF_LOGS[divergence]
+    code, pair, of_logs = codec(dtype), near_pair(divergence, exact_gap), OF_LOGS[divergence]
     merge, geometry, steps = (
         merges(threads, cluster),
         row_geometry(code.size),
