@@ -1,7 +1,7 @@
 """``stillhouse bench kernels``: softmax-KL forward and backward beside torch, torch.compile and the memory floor.
 
-Every contender of a shape runs once in each round, so that a busy moment of the machine falls on all of them; what
-is compared are the medians, and the medians of the ratios within a round.
+Every contender of a shape runs once in each round, so that a busy moment of the machine falls on all of them, and in
+another order each time; what is compared are the medians, and the medians of the ratios within a round.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -222,8 +223,10 @@ def _measure(
 ) -> dict[str, Any]:
     memory = {key: _peak(step, device) for key, step in contenders.items()}  # also warms up
     times: dict[str, list[float]] = {key: [] for key in contenders}
+    order, shuffler = list(contenders.items()), random.Random(0)  # noqa: S311
     for _ in range(rounds):
-        for key, step in contenders.items():
+        shuffler.shuffle(order)  # who comes next pays for memory that was given back, and finds other caches
+        for key, step in order:
             times[key].append(_time(step, device, inner))
     return {"shape": name, "ms": times, "peak_mib": memory}
 
