@@ -207,6 +207,29 @@ def lift_rest(student, dtype, v, indices, k, rs, it, es):
     return rest, (highest - rs) * it if rest > 0.0 else 0.0
 
 
+@njit(error_model="numpy")
+def ghost_of_student(rest, z, log_z, student, dtype, v, indices, k, rs, it, es):
+    """(Sum of the exponentials that are its own, logarithm of its mass, its mass)."""
+    if k == v:
+        return rest, -np.inf, 0.0
+    if rest >= LITTLE * z:
+        return rest, math.log(rest / z), rest / z
+    rest, lower = lift_rest(student, dtype, v, indices, k, rs, it, es)
+    log_mass = math.log(rest) + lower - log_z if rest > 0.0 else -np.inf
+    return rest, log_mass, math.exp(log_mass)
+
+
+@njit(error_model="numpy")
+def ghost_of_teacher(log_rest, log_t, k, v):
+    """(Logarithm of its mass, its mass)."""
+    if k == v:
+        return -np.inf, 0.0
+    if not math.isnan(log_rest):
+        return log_rest, math.exp(log_rest)
+    mass = max(1.0 - mass_of(log_t, k), 0.0)
+    return math.log(mass) if mass > 0.0 else -np.inf, mass
+
+
 @njit
 def scatter(out, dtype, indices, g, k):
     if dtype == 0:
@@ -255,22 +278,8 @@ def top_k_row(
     rest = z - inside if inside < 0.5 * z else row_sum(es_at, v)
     z = inside + rest
     log_z = math.log(z)
-    log_ghost_s, ghost_s = -np.inf, 0.0
-    if k < v:
-        if rest < LITTLE * z:
-            rest, lower = lift_rest(student, dtype, v, indices, k, rs, it, es)
-            log_ghost_s = math.log(rest) + lower - log_z if rest > 0.0 else -np.inf
-            ghost_s = math.exp(log_ghost_s)
-        else:
-            ghost_s = rest / z
-            log_ghost_s = math.log(ghost_s)
-    log_ghost_t, ghost_t = -np.inf, 0.0
-    if k < v and math.isnan(log_rest):
-        ghost_t = max(1.0 - mass_of(f32_at(values), k), 0.0)
-        log_ghost_t = math.log(ghost_t) if ghost_t > 0.0 else -np.inf
-    elif k < v:
-        ghost_t = math.exp(log_rest)
-        log_ghost_t = log_rest
+    rest, log_ghost_s, ghost_s = ghost_of_student(rest, z, log_z, student, dtype, v, indices, k, rs, it, es)
+    log_ghost_t, ghost_t = ghost_of_teacher(log_rest, f32_at(values), k, v)
     loss, d_ghost = outcome(divergence, beta, log_ghost_s, log_ghost_t, ghost_s, ghost_t)
     far = compare(logits, values, pt_at, f32_at(x_at), k, rs, it, log_z)
     bad = False

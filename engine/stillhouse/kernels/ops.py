@@ -72,27 +72,22 @@ def _compute(student: Tensor, arguments: Arguments, out: Tensor | None) -> Tenso
     against = _target(*target)
     rows_of = _cuda_rows if student.device.type == "cuda" else _cpu_rows
     restricted = divergence == "reverse" and isinstance(against, TopK) and against.rest == "renormalise"
-    settings: dict[str, Any] = {
-        "temperature": temperature,
-        "divergence": divergence,
-        "beta": beta,
-        "mask": mask,
-    }
+    on_cpu = rows_of is _cpu_rows
+    if on_cpu and count is not None:
+        divisor, count = count.item(), None
+        check_count_value(divisor)
+    if on_cpu and look:
+        check_values(against, student.shape[1], mask)
     factor: Any = 1.0 if per_row else 1.0 / divisor if divisor else 0.0
-    if rows_of is _cpu_rows:
-        if count is not None:
-            divisor = count.item()
-            check_count_value(divisor)
-            factor = 1.0 if per_row else 1.0 / divisor if divisor else 0.0
-        if look:
-            check_values(against, student.shape[1], mask)
-        settings["loss_scale"] = factor or 1.0
-    elif count is not None and not per_row:
+    if count is not None and not per_row:
         factor = torch.where(count > 0, 1.0 / count, 0.0).to(device=student.device, dtype=torch.float32)
-    settings |= {"scale": 1.0 if student.dtype == torch.float16 else factor, "out_grad": out}
+    settings: dict[str, Any] = {"temperature": temperature, "divergence": divergence, "beta": beta}
+    settings |= {"scale": 1.0 if student.dtype == torch.float16 else factor, "mask": mask, "out_grad": out}
+    if on_cpu:
+        settings["loss_scale"] = factor or 1.0
     rows = (_within(rows_of) if restricted else rows_of)(student, against, **settings)
     total = rows.sum()
-    if rows_of is _cuda_rows:
+    if not on_cpu:
         return rows if per_row else total * factor
     from stillhouse.kernels.loss import checked
 
