@@ -301,23 +301,9 @@ def top_k_row(
         d_ghost = d_ghost / (1.0 - beta) + constant
     middle = centre + (ghost_s * d_ghost if ghost_s > 0.0 else 0.0)
     part, summed, size = write_row(
-        divergence,
-        g_at,
-        0,
-        k,
-        k,
-        kept_at,
-        pt_at,
-        x_at,
-        z,
-        1.0,
-        none,
-        none,
-        f32(middle),
-        one,
-        beta,
+        divergence, g_at, 0, k, k, kept_at, pt_at, x_at, z, 1.0, none, none, f32(middle), one, beta,
         f32(scale),
-    )
+    )  # fmt: skip
     loss += part
     if out != 0:
         if divergence == FORWARD:
