@@ -19,6 +19,8 @@ CASES = {
     "a top k of none": (lambda b: TopK.from_logits(T, 0), "TopK.from_logits k"),
     "a top k of more than there are": (lambda b: TopK.from_logits(T, 6), "TopK.from_logits k: got 6"),
     "a top k at temperature 0": (lambda b: TopK.from_logits(T, 2, temperature=0.0), "from_logits temperature"),
+    "a top k in words": (lambda b: TopK.from_logits(T, "2"), "TopK.from_logits k"),
+    "draws at no temperature": (lambda b: Sampled.from_logits(T, 2, temperature=None), "from_logits temperature"),
     "no draws": (lambda b: Sampled.from_logits(T, 0), "Sampled.from_logits k"),
     "draws from NaN": (lambda b: Sampled.from_logits(T * torch.nan, 2), "NaN.* in row 0"),
     "rows that differ": (lambda b: softmax_kl(S, torch.zeros(3, 5), backend=b), "target shape"),

@@ -33,6 +33,9 @@ def test_writes_every_time_and_a_plot(cli, tmp_path):
         ("--rounds=-1",),
         ("--json", "no/such/folder/times.json"),
         ("--plot", "."),
+        ("--plot", "times.foo"),
+        ("--plot", "no/times.png"),
+        ("--shapes", "99999999999999x10"),
     ],
 )
 def test_refuses_what_it_cannot_measure_or_write_before_it_starts(cli, words):

@@ -80,6 +80,14 @@ def test_values_of_a_renormalised_reverse_are_refused_under_compile(what):
         torch.compile(step, fullgraph=True, backend="aot_eager")(student, indices)
 
 
+def test_samples_may_be_drawn_in_a_compiled_graph():
+    student, teacher = logits(4, 30, 1).requires_grad_(), logits(4, 30, 2)
+    program = torch.compile(
+        lambda s, t: softmax_kl(s, Sampled.from_logits(t, 4)), fullgraph=True, backend="aot_eager"
+    )
+    assert program(student, teacher).isfinite()
+
+
 def test_a_count_is_looked_at_under_compile():
     student, teacher = logits(2, 30, 1).requires_grad_(), logits(2, 30, 2)
     program = torch.compile(

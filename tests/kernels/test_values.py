@@ -263,15 +263,77 @@ def test_a_row_that_begins_with_a_large_number_for_minus_infinity(filled, temper
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("width", [10, 100, 3000])
-def test_rows_that_agree_but_for_an_unlikely_entry_keep_their_gradient(width, divergence, dtype):
+@pytest.mark.parametrize("raised", [0.25, 1.0])
+def test_rows_that_agree_but_for_an_unlikely_entry_keep_their_gradient(raised, width, divergence, dtype):
     """Everywhere else it is what a normaliser differs by, times a probability: less than a normaliser's rounding."""
     student = logits(4, width, 1, dtype=dtype)
     teacher = student.clone()
-    teacher.scatter_(1, student.argmin(-1, keepdim=True), student.amin(-1, keepdim=True) + 0.25)
+    teacher.scatter_(1, student.argmin(-1, keepdim=True), student.amin(-1, keepdim=True) + raised)
     _, gradient_exact = exact(student, teacher, divergence=divergence)
     _, gradient_fused = fused(student, teacher, divergence=divergence)
     for got, expected in zip(gradient_fused, gradient_exact, strict=True):
         assert relative(got, expected) <= (1e-4 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("without", [-1e4, -1e9, -torch.inf])
+def test_a_student_that_rules_out_an_unlikely_entry_keeps_its_16_bit_gradient(without):
+    """The loss is not small, and the gradient is."""
+    teacher = logits(4, 100, 1)
+    teacher[:, 5] = -10
+    student = teacher.clone()
+    student[:, 5] = without
+    _, gradient_exact = exact(student.bfloat16(), teacher.bfloat16())
+    _, gradient_fused = fused(student.bfloat16(), teacher.bfloat16())
+    for got, expected in zip(gradient_fused, gradient_exact, strict=True):
+        assert relative(got, expected) <= 1e-2
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(("first", "then"), [((0.0, 0.0), (6.0, 7.0)), ((0.0, 0.0), (9.0, 6.0))])
+def test_references_that_rise_apart_are_no_agreement(first, then, divergence):
+    """How far the sides are apart was known relative to the references before."""
+    student, teacher = (torch.full((1, 9 * 2048), high) for high in then)
+    student[:, :2048], teacher[:, :2048] = first
+    _, gradient_exact = exact(student, teacher, divergence=divergence)
+    _, gradient_fused = fused(student, teacher, divergence=divergence)
+    assert relative(gradient_fused, gradient_exact) <= 1e-4
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(
+    ("scale", "noise", "temperature", "held_at", "k"),
+    [(10.0, 1e-5, 1.0, 1.0, 2000), (10.0, 1e-5, 1.0, 1.0, 64), (1.0, 1e-4, 4.0, 1.0, 2000), (3.0, 1e-3, 20.0, 20.0, 64)],
+)  # fmt: skip
+def test_a_renormalised_top_k_that_nearly_agrees(scale, noise, temperature, held_at, k, divergence):
+    """A normaliser that is added in float32 to a logarithm of 20 costs a thousandth of what is left."""
+    teacher = logits(4, 2000, 1, scale=scale)
+    student = teacher + noise * logits(4, 2000, 2, scale=scale)
+    target = TopK.from_logits(teacher, k, temperature=held_at, rest="renormalise")
+    settings = {"temperature": temperature, "divergence": divergence}
+    rows_exact, gradient_exact = exact(student, target, **settings)
+    rows_fused, gradient_fused = fused(student, target, **settings)
+    assert relative(rows_fused, rows_exact) <= 1e-6
+    assert relative(gradient_fused, gradient_exact) <= 1e-6
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_a_student_with_nothing_outside_the_k_entries_has_a_gradient(backend):
+    """As a dense row has: s - t, beside a loss that is infinite."""
+    student = torch.tensor([[0.0, 1.0, -torch.inf, -torch.inf, -torch.inf]], requires_grad=True)
+    target = TopK(torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.3]]).log())
+    loss = softmax_kl(student, target, backend=backend)
+    loss.backward()
+    kept = student.detach()[0, :2].softmax(-1) - torch.tensor([0.5, 0.3])
+    assert loss == torch.inf
+    assert torch.allclose(student.grad, torch.cat([kept, torch.zeros(3)]), atol=1e-7)
+
+
+def test_a_rest_that_a_large_number_stands_for_is_none():
+    teacher = logits(3, 10, 1)
+    teacher[:, 3:] = torch.finfo(torch.float32).min
+    target = TopK.from_logits(teacher, 3)
+    loss = softmax_kl(logits(3, 10, 2), target, divergence="reverse", reduction="none")
+    assert (loss == torch.inf).all()  # the student has mass where the teacher has none
 
 
 def test_a_mass_that_only_the_teacher_has_is_no_rounding():

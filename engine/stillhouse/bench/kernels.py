@@ -28,6 +28,8 @@ QUICK = ("128x10", "512x1000", "64x32000")
 LINEAR = (8192, 32000, 512)
 QUICK_LINEAR = (512, 4000, 128)
 TEMPERATURE = 2.0
+MOST = 1 << 34  # logits of a shape: some 1 TB for all contenders together
+PICTURES = (".png", ".svg", ".pdf")
 Step = Callable[[], Any]
 
 
@@ -48,13 +50,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-linear", action="store_true", help="leave the fused linear layer out")
     parser.add_argument("--json", type=_file, metavar="PATH", help="also write every measured time here")
-    parser.add_argument("--plot", type=_file, metavar="PATH", help="also draw the medians here")
+    parser.add_argument("--plot", type=_picture, metavar="PATH", help="also draw the medians here")
 
 
 def _shape(text: str) -> tuple[int, int]:
     rows, _, width = text.lower().partition("x")
     if not (rows.isdecimal() and width.isdecimal() and int(rows) and int(width)):
         raise argparse.ArgumentTypeError(f"got {text!r}; expected rows x vocabulary. Fix: such as 1024x32000")
+    if int(rows) * int(width) > MOST:
+        raise argparse.ArgumentTypeError(
+            f"got {int(rows) * int(width):.1e} logits; expected {MOST:.1e} at most. Fix: fewer rows"
+        )
     return int(rows), int(width)
 
 
@@ -67,11 +73,19 @@ def _rounds(text: str) -> int:
 def _file(text: str) -> Path:
     """Looked at before minutes are spent on what is to be written there."""
     path = Path(text)
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+    place = path if path.exists() else path.parent
+    if path.is_dir() or not path.parent.is_dir() or not os.access(place, os.W_OK):
         raise argparse.ArgumentTypeError(
             f"got {text!r}; expected a file that can be written. Fix: one in a folder that exists"
         )
     return path
+
+
+def _picture(text: str) -> Path:
+    if Path(text).suffix not in PICTURES:
+        expected = " or ".join(PICTURES)
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected {expected}. Fix: such as times.png")
+    return _file(text)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stillhouse.kernels.cpu_jit import entry
-from stillhouse.kernels.reference import top_k_at
 from stillhouse.kernels.series import jsd_series
 from stillhouse.kernels.targets import Sampled, Target, TopK
 from stillhouse.kernels.workers import LINE, Workers
@@ -96,10 +95,11 @@ def _sparse(
     scales: tuple[float, float], out_grad: Tensor | None, losses: Tensor,
 ) -> None:  # fmt: skip
     sampled = isinstance(target, Sampled)
-    values = target.weights if isinstance(target, Sampled) else top_k_at(target, temperature)
+    values = target.weights if isinstance(target, Sampled) else target.log_probs
     values = values.to(torch.float32).contiguous()
     indices = target.indices.contiguous()
     ghost = isinstance(target, TopK) and target.rest == "ghost"
+    power = target.temperature / temperature if isinstance(target, TopK) and not ghost else 0.0
     rest = target.log_rest if isinstance(target, TopK) else None
     rest = None if rest is None else rest.to(torch.float32).contiguous()
     v, k = student.shape[1], indices.shape[1]
@@ -110,7 +110,7 @@ def _sparse(
             _address(mask), student.stride(0) * student.element_size(), DTYPES[student.dtype], v,
             indices.data_ptr(), values.data_ptr(), _address(rest), k, sampled, ghost, _series(beta)[1],
         ),
-        (1.0 / temperature, scales[0], beta, scales[1]),
+        (1.0 / temperature, scales[0], beta, scales[1], power),
     )  # fmt: skip
 
 

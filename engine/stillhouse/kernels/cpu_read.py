@@ -211,6 +211,7 @@ def pass_a(sa, ta, sd, td, vs, vt, v, it, k, k_low, es, et, diff):
             rs = new_s
             rt = new_t
             shift(f32_at(diff), j, offset - (rs - rt))
+            far += abs(offset - (rs - rt))
             offset = rs - rt
             a, b, top_s, top_t, most = exponentials(
                 sa, ta, sd, td, vs, vt, j, n, es, et, diff, rs, rt, k, k_low

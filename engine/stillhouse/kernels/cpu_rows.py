@@ -40,7 +40,6 @@ from stillhouse.kernels.cpu_read import LOG2E, pass_a, put, zero
 
 TINY = 1e-6  # a loss below this may show the normalisers' rounding, up to 1e-13
 ROUNDING = 1e-6  # and more than that in a normaliser is none
-CLOSE = 1e-3  # and below this a normaliser's rounding may be seen in a 16-bit gradient
 FORWARD, REVERSE, JSD = 0, 1, 2
 
 
@@ -48,7 +47,7 @@ FORWARD, REVERSE, JSD = 0, 1, 2
 def forward_block(es, et, diff, g, gd, m, n, it, high, low, zs, zt, scale):
     """KL(t || s): gradient s - t, loss t phi(log s - log t); both without cancellation where s is near t.
 
-    The gradient is summed where it is float32 only: see ``CLOSE``. A loop of its own for each dtype, as in pass A.
+    A loop of its own for each dtype, as in pass A.
     """
     loss = fill(f32(0.0))
     summed = fill(f32(0.0))
@@ -64,9 +63,8 @@ def forward_block(es, et, diff, g, gd, m, n, it, high, low, zs, zt, scale):
         near = absolute(x) < NEAR
         grad = where(near, first + second, gap)
         loss = loss + where(near, second, gap - first)
-        if gd == 0:
-            summed = summed + grad
-            size = size + absolute(grad)
+        summed = summed + grad
+        size = size + absolute(grad)
         put(g, gd, i, m, grad * factor)
     return total(loss), total(summed), total(size)
 
@@ -162,9 +160,14 @@ def centre_gradient(es, g, n, factor):
 
 
 @njit(error_model="numpy")
-def write_centred(out, gd, n, es, et, diff, zs, zt, high, low, it, scale):
-    """A 16-bit gradient of FORWARD again, by way of a float32 one, which takes the teacher's place in the scratch."""
-    _, summed, _ = write_row(FORWARD, et, 0, n, n, es, et, diff, zs, zt, high, low, f32(0.0), it, 0.5, scale)
+def write_centred(divergence, out, gd, n, es, et, diff, zs, zt, high, low, centre, it, beta, scale):
+    """A 16-bit gradient again, by way of a float32 one, which takes the place of ``et`` in the scratch.
+
+    Not for REVERSE, whose block reads ``et`` after it has written.
+    """
+    _, summed, _ = write_row(
+        divergence, et, 0, n, n, es, et, diff, zs, zt, high, low, centre, it, beta, scale
+    )
     factor = f32(-summed / zs * scale)
     for i in range(0, n, LANES):
         put(out, gd, i, n, fma(load(es + i * 4), factor, load(et + i * 4)))
@@ -294,8 +297,11 @@ def dense_row(
         loss += part
         if out != 0 and gd == 0 and abs(summed) > 1e-7 * size:
             centre_gradient(f32_at(es_at), f32_at(out), min(v, vs), f32(-summed / zs * scale))
-        if out != 0 and gd != 0 and divergence == FORWARD and part < CLOSE:
-            write_centred(out, gd, min(v, vs), es_at, et_at, diff_at, zs, zt, high, low, it, scale)
+        if out != 0 and gd != 0 and divergence != REVERSE and abs(summed) > 1e-3 * size:
+            write_centred(
+                divergence, out, gd, min(v, vs), es_at, et_at, diff_at, zs, zt, high, low, centre, it, beta,
+                scale,
+            )  # fmt: skip
     if 0.0 < loss < TINY:
         off = normaliser_error(v, es_at, diff_at, zs, it, high, low)
         off = off if abs(off) < ROUNDING else 0.0  # it is the teacher's mass where the student has none

@@ -27,6 +27,7 @@ from stillhouse.kernels.cpu_math import (
     f32_at,
     f64_at,
     fetch_add,
+    fma,
     i64_at,
     maximum_of,
     reduce_add_wide,
@@ -136,7 +137,7 @@ def outcome(divergence, beta, log_s, log_t, s, t):
     For FORWARD, whose d may be too large a number, s d in its place.
     """
     if divergence == FORWARD:
-        return term(t, s, log_s - log_t), -t if log_s > -np.inf else 0.0
+        return term(t, s, log_s - log_t), -t
     if log_s == -np.inf:
         return (t, 0.0) if divergence == REVERSE else (-beta * t * math.log(beta), 0.0)
     if divergence == REVERSE:
@@ -163,12 +164,30 @@ def mass_of(log_t, k):
 
 
 @njit(error_model="numpy")
-def compare(logits, values, pt_at, x, k, rs, it, log_z):
-    """The teacher's probabilities and x = log(student / teacher) of the k entries; the largest x."""
+def normaliser(log_t, k, power):
+    """What is taken from ``power`` times the k logarithms, so that their exponentials sum to one."""
+    highest = FLOOR
+    for i in range(k):
+        highest = maximum_of(highest, log_t[i])
+    top_t = np.float64(highest) * power
+    mass = 0.0
+    for i in range(k):
+        mass = reduce_add_wide(
+            mass, exp_wide(np.float64(FLOOR if log_t[i] < FLOOR else log_t[i]) * power - top_t)
+        )
+    return top_t + math.log(mass)
+
+
+@njit(error_model="numpy")
+def compare(logits, values, pt_at, x, k, rs, it, log_z, power, less):
+    """The teacher's probabilities and x = log(student / teacher) of the k entries; the largest x.
+
+    The teacher's logarithms are ``power`` times the values less ``less``, in float64.
+    """
     log_t = f32_at(values)
     least = LEAST / f32(LOG2E)
     for i in range(0, k, LANES):
-        b = take(values, 0, i, k)
+        b = fma(take(values, 0, i, k), f32(power), f32(-less))
         b = where(b < least, least, b)
         store(pt_at + i * 4, exp2_of_product(b, f32(LOG2E), f32(LOG2E - np.float64(f32(LOG2E)))))
     far = f32(0.0)
@@ -177,7 +196,7 @@ def compare(logits, values, pt_at, x, k, rs, it, log_z):
         no_t = log_t[i] < FLOOR
         a = np.float64(FLOOR if no_s else logits[i])
         b = np.float64(FLOOR if no_t else log_t[i])
-        d = f32((a - rs) * it - log_z - b)
+        d = f32((a - rs) * it - log_z - (b * power - less))
         d = (f32(0.0) if no_t else FLOOR) if no_s else (-FLOOR if no_t else d)
         x[i] = d
         far = maximum_of(far, absolute(d))
@@ -224,6 +243,8 @@ def ghost_of_teacher(log_rest, log_t, k, v):
     """(Logarithm of its mass, its mass)."""
     if k == v:
         return -np.inf, 0.0
+    if log_rest < FLOOR:
+        return -np.inf, 0.0
     if not math.isnan(log_rest):
         return log_rest, math.exp(log_rest)
     mass = max(1.0 - mass_of(log_t, k), 0.0)
@@ -244,11 +265,26 @@ def scatter(out, dtype, indices, g, k):
 
 @njit(error_model="numpy")
 def top_k_row(
-    divergence, student, out, dtype, v, wide_indices, values, log_rest, k, it, scale, beta, series, es_at
+    divergence,
+    student,
+    out,
+    dtype,
+    v,
+    wide_indices,
+    values,
+    log_rest,
+    power,
+    k,
+    it,
+    scale,
+    beta,
+    series,
+    es_at,
 ):
     """One row against k entries, which are compared as a dense row of their own, and the rest as one outcome.
 
-    ``log_rest`` is the logarithm of the teacher's mass there, NaN where it is what the entries leave of 1.
+    ``log_rest`` is the logarithm of the teacher's mass there, NaN where it is what the entries leave of 1. Without a rest
+    ``power`` takes the k log-probabilities to the call's temperature, and they are normalised; else it is 0.
     """
     es = f32_at(es_at)
     room = (k + LANES - 1) & -LANES
@@ -281,7 +317,8 @@ def top_k_row(
     rest, log_ghost_s, ghost_s = ghost_of_student(rest, z, log_z, student, dtype, v, indices, k, rs, it, es)
     log_ghost_t, ghost_t = ghost_of_teacher(log_rest, f32_at(values), k, v)
     loss, d_ghost = outcome(divergence, beta, log_ghost_s, log_ghost_t, ghost_s, ghost_t)
-    far = compare(logits, values, pt_at, f32_at(x_at), k, rs, it, log_z)
+    less = normaliser(f32_at(values), k, power) if power > 0.0 else 0.0
+    far = compare(logits, values, pt_at, f32_at(x_at), k, rs, it, log_z, power if power > 0.0 else 1.0, less)
     bad = False
     if far > f32(1e29) and divergence != JSD:
         p, sign = (pt_at, f32(-1.0)) if divergence == FORWARD else (kept_at, f32(1.0))
@@ -366,7 +403,7 @@ def sparse_rows(call):
     )  # fmt: skip
     v, indices, values, rests, k, sampled, ghost, series = q[7], q[8], q[9], q[10], q[11], q[12], q[13], q[14]
     d = f64_at(call + 8 * (HEADER + 15))
-    inverse_t, scale, beta, loss_scale = d[0], d[1], d[2], d[3]  # T^2 is in both scales
+    inverse_t, scale, beta, loss_scale, power = d[0], d[1], d[2], d[3], d[4]  # T^2 is in both scales
     loss = f32_at(losses)
     terms = coefficients(series)
     keep = bool_at(mask)
@@ -389,7 +426,7 @@ def sparse_rows(call):
                 )
             else:
                 loss[r] = loss_scale * top_k_row(
-                    divergence, row, out, dtype, v, place, value, log_rest, k, inverse_t, scale * inverse_t,
+                    divergence, row, out, dtype, v, place, value, log_rest, power, k, inverse_t, scale * inverse_t,
                     beta, terms, scratch,
                 )  # fmt: skip
         first = fetch_add(call + 8 * NEXT, step)

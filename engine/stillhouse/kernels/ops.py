@@ -86,9 +86,9 @@ def _compute(student: Tensor, arguments: Arguments, out: Tensor | None) -> Tenso
     if on_cpu:
         settings["loss_scale"] = factor or 1.0
     rows = (_within(rows_of) if restricted else rows_of)(student, against, **settings)
-    total = rows.sum()
     if not on_cpu:
-        return rows if per_row else total * factor
+        return rows if per_row else rows.sum() * factor
+    total = rows.sum()
     from stillhouse.kernels.loss import checked
 
     checked(total.item(), rows, "logits at the k entries" if restricted else "logits")
@@ -134,10 +134,13 @@ def _within(rows_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
         indices = torch.where(keep[:, None], target.indices, 0)
         kept = student.gather(-1, indices)
         gradient = None if out_grad is None else torch.empty_like(kept)
-        teacher = top_k_at(target, temperature) * temperature
+        teacher = target.log_probs
+        if target.temperature != 1.0:  # relative to the largest, or flat ones lose what they differ by
+            teacher = teacher.double() - teacher.double().amax(-1, keepdim=True)
+            teacher = (teacher * target.temperature).to(torch.float32)
         rows = rows_of(kept, teacher, temperature=temperature, mask=keep, out_grad=gradient, **settings)
         if out_grad is not None and gradient is not None:
-            out_grad.zero_().scatter_(-1, indices, gradient)
+            out_grad.zero_().scatter_add_(-1, indices, gradient)
         fault = -math.inf if student.device.type == "cpu" else math.nan
         return torch.where(wrong if mask is None else mask & wrong, fault, rows)
 

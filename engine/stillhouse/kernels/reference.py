@@ -83,9 +83,12 @@ def _divergence(log_s: Tensor, log_t: Tensor, divergence: str, beta: float) -> T
     return _jsd(log_t, log_s, beta)  # beta KL(t || m) + (1 - beta) KL(s || m), m = beta t + (1 - beta) s
 
 
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    return (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+
+
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return torch.log_softmax(wide / temperature, dim=-1)
+    return torch.log_softmax(_scaled(logits, temperature), dim=-1)
 
 
 def _aligned(student: Tensor, teacher: Tensor, temperature: float, divergence: str) -> tuple[Tensor, Tensor]:
@@ -113,7 +116,10 @@ def _top_k_outcomes(
     kept = log_s.gather(-1, target.indices)
     if kept.shape[-1] == log_s.shape[-1]:
         return kept, log_t
-    others = log_s.scatter(-1, target.indices, NEG_INF).logsumexp(-1, keepdim=True)
+    others = log_s.scatter(-1, target.indices, NEG_INF)
+    none = (others == NEG_INF).all(-1, keepdim=True)  # whose logsumexp has the gradient NaN
+    nothing = NEG_INF - _scaled(student, temperature).logsumexp(-1, keepdim=True)  # and this the normaliser's
+    others = torch.where(none, nothing, torch.where(none, 0, others).logsumexp(-1, keepdim=True))
     return torch.cat([kept, others], -1), torch.cat([log_t, _log_rest(target, log_t)], -1)
 
 

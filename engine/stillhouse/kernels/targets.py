@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -46,7 +47,7 @@ class TopK:
         Raises:
             ValueError: k that is not from 1 to V, or a temperature that is not above 0.
         """
-        _check_draw("TopK", logits, k, temperature, logits.shape[-1])
+        _check_draw("TopK", k, temperature, logits.shape[-1])
         wide = logits if logits.dtype == torch.float64 else logits.float()
         every = torch.log_softmax(wide / temperature, dim=-1)
         log_probs, indices = every.topk(k, dim=-1)
@@ -84,27 +85,32 @@ class Sampled:
         Raises:
             ValueError: k below 1, a temperature that is not above 0, or, on the CPU, logits that give no distribution.
         """
-        _check_draw("Sampled", logits, k, temperature, None)
+        _check_draw("Sampled", k, temperature, None)
         wide = logits if logits.dtype == torch.float64 else logits.float()
         probs = torch.softmax(wide / temperature, dim=-1).reshape(-1, logits.shape[-1])
-        if probs.device.type == "cpu" and bool(probs.isnan().any()):
-            row = int(probs.isnan().any(-1).nonzero()[0, 0])
+        try:
+            drawn = torch.multinomial(probs, k, replacement=True, generator=generator)
+        except RuntimeError as error:
+            bad = probs.isnan().any(-1)
+            if not bool(bad.any()):
+                raise
             raise fail(
-                "Sampled.from_logits logits", f"NaN, +inf or only -inf in row {row}", "a distribution to draw from",
-                "leave that row out",
-            )  # fmt: skip
-        drawn = torch.multinomial(probs, k, replacement=True, generator=generator)
+                "Sampled.from_logits logits", f"NaN, +inf or only -inf in row {int(bad.nonzero()[0, 0])}",
+                "a distribution to draw from", "leave that row out",
+            ) from error  # fmt: skip
         indices = drawn.reshape(*logits.shape[:-1], k)
         weights = torch.full(indices.shape, 1.0 / k, dtype=probs.dtype, device=logits.device)
         return cls(indices, weights, temperature=temperature, trusted=True)
 
 
-def _check_draw(kind: str, logits: Tensor, k: int, temperature: float, most: int | None) -> None:
-    if not 1 <= k <= (k if most is None else most):
-        expected = "1 or more" if most is None else f"1 to V = {most}"
-        raise fail(f"{kind}.from_logits k", k, expected, "pass a k in that range")
-    if not 0 < temperature < math.inf:
-        raise fail(f"{kind}.from_logits temperature", temperature, "a finite number above 0", "pass 1.0")
+def _check_draw(kind: str, k: object, temperature: object, most: int | None) -> None:
+    if not isinstance(k, int) or not 1 <= k <= (k if most is None else most):
+        expected = "a whole number from 1 on" if most is None else f"a whole number from 1 to V = {most}"
+        raise fail(f"{kind}.from_logits k", repr(k), expected, "pass a k in that range")
+    if not isinstance(temperature, Real) or not 0 < float(temperature) < math.inf:
+        raise fail(
+            f"{kind}.from_logits temperature", repr(temperature), "a finite number above 0", "pass 1.0"
+        )
 
 
 Target = Tensor | TopK | Sampled
