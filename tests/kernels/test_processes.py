@@ -90,6 +90,17 @@ def test_the_number_of_threads_is_torchs(where, many_threads, monkeypatch):
     assert seen == {threading.get_native_id()}
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, 64])
+@pytest.mark.parametrize("rows", [1, 2, 7, 4097, 1_000_003])
+def test_every_row_is_in_one_share(rows, threads):
+    from stillhouse.kernels.cpu_dense import beginning
+
+    begins = [beginning(share, rows, min(threads, rows)) for share in range(2000)]
+    assert begins[0] == 0
+    assert begins == sorted(begins)
+    assert begins[-1] == rows
+
+
 def test_the_threads_are_those_that_torch_is_linked_to():
     """A second OpenMP runtime would have threads of its own, which fight torch's for the cores."""
     if sys.platform != "linux":

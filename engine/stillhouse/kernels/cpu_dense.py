@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 from numba import njit
 
-from stillhouse.kernels.cpu_jit import HEADER, NEXT, PART, ROWS, SCRATCH, SIZE, STEP
+from stillhouse.kernels.cpu_jit import HEADER, NEXT, PART, ROWS, SCRATCH, SIZE, THREADS
 from stillhouse.kernels.cpu_math import bool_at, f32, f32_at, f64_at, fetch_add, i64_at
 from stillhouse.kernels.cpu_read import LOG2E, zero
 from stillhouse.kernels.cpu_rows import dense_row
@@ -22,18 +23,33 @@ def coefficients(address):
 
 
 @njit
-def begin(call):
-    """This thread's part of the scratch, and the first row that it takes."""
+def own_scratch(call):
+    """This thread's part of the scratch."""
     q = i64_at(call)
-    part = fetch_add(call + 8 * PART, 1)
-    return q[SCRATCH] + part * q[SIZE], fetch_add(call + 8 * NEXT, q[STEP])
+    return q[SCRATCH] + fetch_add(call + 8 * PART, 1) * q[SIZE]
+
+
+@njit
+def beginning(share, rows, threads):
+    left = (1.0 - 0.5 / threads) ** share if threads > 1 else 1.0 - min(share, 1)
+    return rows - np.int64(rows * left)
+
+
+@njit
+def take_rows(call):
+    """(First, last) of the rows that this thread takes next: a part of what is left, so that all threads end together.
+
+    Few and long ones, since the first row of each waits for memory that nobody has asked for ahead. None are left when
+    the first is not below the number of rows; a share may also have none.
+    """
+    q = i64_at(call)
+    share = fetch_add(call + 8 * NEXT, 1)
+    return beginning(share, q[ROWS], q[THREADS]), beginning(share + 1, q[ROWS], q[THREADS])
 
 
 def dense_rows(call):
     """Rows of a call until none is left; addresses, 0 for no mask or no gradient; strides in bytes."""
-    scratch, first = begin(call)
-    header = i64_at(call)
-    rows, step = header[ROWS], header[STEP]
+    scratch, rows = own_scratch(call), i64_at(call)[ROWS]
     q = i64_at(call + 8 * HEADER)
     divergence, student, teacher, gradient, losses, mask, student_stride, teacher_stride = (
         q[0], q[1], q[2], q[3], q[4], q[5], q[6], q[7],
@@ -49,8 +65,9 @@ def dense_rows(call):
     terms = coefficients(series)
     keep = bool_at(mask)
     item = 4 if dtype == 0 else 2
+    first, last = take_rows(call)
     while first < rows:
-        for r in range(first, min(first + step, rows)):
+        for r in range(first, last):
             out = gradient + r * wide * item if gradient != 0 else gradient
             if mask != 0 and keep[r] == 0:
                 loss[r] = f32(0.0)
@@ -62,4 +79,4 @@ def dense_rows(call):
                 teacher_dtype, dtype, vs, vt, v, wide, it, k, f32(scale * inverse_t), beta, terms,
                 scratch, scratch_stride,
             )  # fmt: skip
-        first = fetch_add(call + 8 * NEXT, step)
+        first, last = take_rows(call)

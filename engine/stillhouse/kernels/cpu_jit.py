@@ -28,8 +28,8 @@ SOURCES = (
 )
 ENTRIES = {"dense_rows": "cpu_dense", "sparse_rows": "cpu_sparse"}  # function and module
 SYMBOL = "stillhouse_rows"
-# what every call begins with: the next row, the next part of the scratch, rows, rows to take at a time, scratch, size
-NEXT, PART, ROWS, STEP, SCRATCH, SIZE = range(6)
+# what every call begins with: the next share of the rows, the next part of the scratch, rows, threads, scratch, size
+NEXT, PART, ROWS, THREADS, SCRATCH, SIZE = range(6)
 HEADER = 6
 
 
@@ -47,12 +47,12 @@ class Compiled:
 
 
 def record(
-    rows: int, step: int, scratch: int, size: int, integers: tuple[int, ...], floats: tuple[float, ...]
+    rows: int, threads: int, scratch: int, size: int, integers: tuple[int, ...], floats: tuple[float, ...]
 ) -> ctypes.Array[ctypes.c_char]:
     """A call in memory: the header, then int64 (addresses too), then float64."""
     kinds = f"={HEADER + len(integers)}q{len(floats)}d"
     return ctypes.create_string_buffer(
-        struct.pack(kinds, 0, 0, rows, step, scratch, size, *integers, *floats)
+        struct.pack(kinds, 0, 0, rows, threads, scratch, size, *integers, *floats)
     )
 
 

@@ -8,8 +8,8 @@ import math
 import numpy as np
 from numba import njit
 
-from stillhouse.kernels.cpu_dense import begin, coefficients
-from stillhouse.kernels.cpu_jit import BLOCK, HEADER, NEXT, ROWS, STEP
+from stillhouse.kernels.cpu_dense import coefficients, own_scratch, take_rows
+from stillhouse.kernels.cpu_jit import BLOCK, HEADER, ROWS
 from stillhouse.kernels.cpu_lanes import LANES, fill, load, store, top, total, where
 from stillhouse.kernels.cpu_math import (
     FLOOR,
@@ -26,7 +26,6 @@ from stillhouse.kernels.cpu_math import (
     f32,
     f32_at,
     f64_at,
-    fetch_add,
     fma,
     i64_at,
     maximum_of,
@@ -394,9 +393,7 @@ def sampled_row(student, out, dtype, v, wide_indices, values, k, it, scale, es_a
 
 def sparse_rows(call):
     """Rows of a call until none is left; addresses, 0 for no mask or no gradient; strides in bytes."""
-    scratch, first = begin(call)
-    header = i64_at(call)
-    rows, step = header[ROWS], header[STEP]
+    scratch, rows = own_scratch(call), i64_at(call)[ROWS]
     q = i64_at(call + 8 * HEADER)
     divergence, student, gradient, losses, mask, student_stride, dtype = (
         q[0], q[1], q[2], q[3], q[4], q[5], q[6],
@@ -408,8 +405,9 @@ def sparse_rows(call):
     terms = coefficients(series)
     keep = bool_at(mask)
     item = 4 if dtype == 0 else 2
+    first, last = take_rows(call)
     while first < rows:
-        for r in range(first, min(first + step, rows)):
+        for r in range(first, last):
             out = gradient + r * v * item if gradient != 0 else gradient
             if mask != 0 and keep[r] == 0:
                 loss[r] = f32(0.0)
@@ -429,4 +427,4 @@ def sparse_rows(call):
                     divergence, row, out, dtype, v, place, value, log_rest, power, k, inverse_t, scale * inverse_t,
                     beta, terms, scratch,
                 )  # fmt: skip
-        first = fetch_add(call + 8 * NEXT, step)
+        first, last = take_rows(call)

@@ -22,7 +22,6 @@ import torch
 from stillhouse.kernels.cpu_jit import Compiled, record
 
 SERIAL = 32_768  # logits that one thread finishes sooner than a second one wakes
-CHUNK = 65_536  # logits that a thread takes at a time
 LINE = 16  # float32 in a cache line
 GUARD = 256  # float32 between scratch and other memory; see Workers._scratch
 
@@ -55,9 +54,8 @@ class Workers:
     ) -> None:  # fmt: skip
         """Call ``compiled`` over all rows, each thread with ``scratch`` float32; returns when each row is done."""
         threads = min(torch.get_num_threads(), rows) if rows * width > SERIAL else 1
-        step = max(1, min(CHUNK // width, -(-rows // threads)))
         address, size = self._scratch(threads, scratch)
-        call = record(rows, step, address, size, integers, floats)
+        call = record(rows, threads, address, size, integers, floats)
         if threads == 1:
             compiled(call)
             return
