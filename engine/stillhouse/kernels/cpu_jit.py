@@ -50,10 +50,15 @@ def record(
     rows: int, threads: int, scratch: int, size: int, integers: tuple[int, ...], floats: tuple[float, ...]
 ) -> ctypes.Array[ctypes.c_char]:
     """A call in memory: the header, then int64 (addresses too), then float64."""
-    kinds = f"={HEADER + len(integers)}q{len(floats)}d"
-    return ctypes.create_string_buffer(
-        struct.pack(kinds, 0, 0, rows, threads, scratch, size, *integers, *floats)
-    )
+    layout, memory = _layout(len(integers), len(floats))
+    return memory.from_buffer_copy(layout.pack(0, 0, rows, threads, scratch, size, *integers, *floats))
+
+
+@lru_cache(maxsize=8)
+def _layout(integers: int, floats: int) -> tuple[struct.Struct, type[ctypes.Array[ctypes.c_char]]]:
+    """Kept, since ctypes makes a new type where nobody holds on to the last one of that size."""
+    layout = struct.Struct(f"={HEADER + integers}q{floats}d")
+    return layout, ctypes.c_char * layout.size
 
 
 @lru_cache(maxsize=len(ENTRIES))
