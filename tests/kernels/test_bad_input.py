@@ -19,6 +19,8 @@ CASES = {
     "a top k of none": (lambda b: TopK.from_logits(T, 0), "TopK.from_logits k"),
     "a top k of more than there are": (lambda b: TopK.from_logits(T, 6), "TopK.from_logits k: got 6"),
     "a top k at temperature 0": (lambda b: TopK.from_logits(T, 2, temperature=0.0), "from_logits temperature"),
+    "a top k of yes": (lambda b: TopK.from_logits(T, True), "TopK.from_logits k"),
+    "draws from nothing": (lambda b: Sampled.from_logits(torch.zeros(3, 0), 3), "Sampled.from_logits logits"),
     "a top k in words": (lambda b: TopK.from_logits(T, "2"), "TopK.from_logits k"),
     "draws at no temperature": (lambda b: Sampled.from_logits(T, 2, temperature=None), "from_logits temperature"),
     "no draws": (lambda b: Sampled.from_logits(T, 0), "Sampled.from_logits k"),
@@ -145,6 +147,14 @@ def test_a_beta_that_nothing_reads_is_not_looked_at(beta):
         assert (
             linear_softmax_kl(S, torch.eye(S.shape[1]), S + 1, divergence=divergence, beta=beta) == expected
         )
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_a_trusted_top_k_without_mass_is_refused(backend, divergence):
+    target = TopK(torch.tensor([[0, 1]]), torch.full((1, 2), -torch.inf), "renormalise", trusted=True)
+    with pytest.raises(ValueError, match="got NaN"):
+        softmax_kl(torch.zeros(1, 5), target, divergence=divergence, backend=backend)
 
 
 def test_a_student_without_mass_at_the_k_entries_is_told_so():

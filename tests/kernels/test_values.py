@@ -316,6 +316,26 @@ def test_a_renormalised_top_k_that_nearly_agrees(scale, noise, temperature, held
     assert relative(gradient_fused, gradient_exact) <= 1e-6
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("precise", [False, True], ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    ("held_at", "temperature"), [(1.0, 0.05), (20.0, 1.0), (100.0, 0.5), (100.0, 0.05), (1.0, 100.0)]
+)
+@pytest.mark.parametrize("k", [1, 3, 64])
+def test_a_renormalised_top_k_at_another_temperature(k, held_at, temperature, precise, divergence):
+    """Log-probabilities far below 0 are taken to a power: what they are relative to the largest is what counts."""
+    teacher = logits(8, 5000, 1)
+    target = TopK.from_logits(
+        teacher.double() if precise else teacher, k, temperature=held_at, rest="renormalise"
+    )
+    settings = {"temperature": temperature, "divergence": divergence}
+    student = logits(8, 5000, 2)
+    rows_exact, gradient_exact = exact(student, target, **settings)
+    rows_fused, gradient_fused = fused(student, target, **settings)
+    assert relative(rows_fused, rows_exact) <= 1e-6
+    assert relative(gradient_fused, gradient_exact, 1e-6) <= 1e-6
+
+
 @pytest.mark.parametrize("backend", ["numba", "torch"])
 def test_a_student_with_nothing_outside_the_k_entries_has_a_gradient(backend):
     """As a dense row has: s - t, beside a loss that is infinite."""

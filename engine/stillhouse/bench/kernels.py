@@ -87,7 +87,7 @@ def _file(text: str) -> Path:
 
 
 def _picture(text: str) -> Path:
-    if Path(text).suffix not in PICTURES:
+    if Path(text).suffix.lower() not in PICTURES:
         expected = " or ".join(PICTURES)
         raise argparse.ArgumentTypeError(f"got {text!r}; expected {expected}. Fix: such as times.png")
     return _file(text)

@@ -95,10 +95,12 @@ def _sparse(
     scales: tuple[float, float], out_grad: Tensor | None, losses: Tensor,
 ) -> None:  # fmt: skip
     sampled = isinstance(target, Sampled)
+    ghost = isinstance(target, TopK) and target.rest == "ghost"
     values = target.weights if isinstance(target, Sampled) else target.log_probs
+    if values.dtype == torch.float64 and not sampled and not ghost:  # what the kernel makes them relative to
+        values = values - values.amax(-1, keepdim=True)
     values = values.to(torch.float32).contiguous()
     indices = target.indices.contiguous()
-    ghost = isinstance(target, TopK) and target.rest == "ghost"
     power = target.temperature / temperature if isinstance(target, TopK) and not ghost else 0.0
     rest = target.log_rest if isinstance(target, TopK) else None
     rest = None if rest is None else rest.to(torch.float32).contiguous()

@@ -15,22 +15,24 @@ from stillhouse.kernels.cpu_math import (
     FLOOR,
     LEAST,
     NEAR,
-    absolute,
     bool_at,
-    decode_bf16,
-    decode_f16,
     encode_bf16,
     encode_f16,
     exp2_of_product,
-    exp_wide,
     f32,
     f32_at,
     f64_at,
-    fma,
     i64_at,
     maximum_of,
-    reduce_add_wide,
     u16_at,
+)
+from stillhouse.kernels.cpu_outcomes import (
+    compare,
+    ghost_of_student,
+    ghost_of_teacher,
+    logit,
+    normaliser,
+    outcome,
 )
 from stillhouse.kernels.cpu_read import (
     LOG2E,
@@ -53,7 +55,6 @@ from stillhouse.kernels.cpu_rows import (
     write_row,
 )
 
-LITTLE = 1e-20  # of a row: below, exponentials of float32 relative to the row's maximum are not all there
 OUT_OF_RANGE = -np.inf  # the loss that reports an index outside the row
 
 
@@ -109,145 +110,6 @@ def row_sum(es_at, vs):
             part = part + load(es_at + i * 4)
         whole += total(part)
     return whole
-
-
-@njit
-def logit(address, dtype, j):
-    if dtype == 0:
-        return np.float64(f32_at(address)[j])
-    bits = u16_at(address)[j]
-    return np.float64(decode_bf16(bits)) if dtype == 1 else np.float64(decode_f16(bits))
-
-
-@njit
-def term(p, q, x):
-    """One outcome of KL(p || q) in Bregman form, p phi(x) with x = log q - log p and phi(x) = exp(x) - 1 - x."""
-    if p == 0.0:
-        return q
-    if abs(x) < 0.01:
-        return p * x * x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x / 120)))
-    return q - p - p * x
-
-
-@njit
-def outcome(divergence, beta, log_s, log_t, s, t):
-    """(loss, d): one outcome's part of the loss; the gradient of log s's entry is s (d - mean d).
-
-    For FORWARD, whose d may be too large a number, s d in its place.
-    """
-    if divergence == FORWARD:
-        return term(t, s, log_s - log_t), -t
-    if log_s == -np.inf:
-        return (t, 0.0) if divergence == REVERSE else (-beta * t * math.log(beta), 0.0)
-    if divergence == REVERSE:
-        return term(s, t, log_t - log_s), log_s - log_t
-    if log_t == -np.inf:
-        return -(1.0 - beta) * s * math.log(1.0 - beta), -(1.0 - beta) * math.log(1.0 - beta)
-    x = log_t - log_s
-    to_s = math.log1p(beta * math.expm1(x)) if x < 40.0 else math.log(beta) + x
-    to_t = to_s - x if x < 40.0 else math.log(beta)
-    if abs(x) < 1.0:
-        to_t = math.log1p((1.0 - beta) * math.expm1(-x))
-        m = beta * (math.expm1(to_t) - to_t) * t + (1.0 - beta) * (math.expm1(to_s) - to_s) * s
-        return m, -(1.0 - beta) * to_s
-    return -beta * t * to_t - (1.0 - beta) * s * to_s, -(1.0 - beta) * to_s
-
-
-@njit(error_model="numpy")
-def mass_of(log_t, k):
-    """The probabilities of the k entries together, in float64: 1 less that is what a ghost gets."""
-    mass = 0.0
-    for i in range(k):
-        mass = reduce_add_wide(mass, exp_wide(np.float64(FLOOR if log_t[i] < FLOOR else log_t[i])))
-    return mass
-
-
-@njit(error_model="numpy")
-def normaliser(log_t, k, power):
-    """What is taken from ``power`` times the k logarithms, so that their exponentials sum to one."""
-    highest = FLOOR
-    for i in range(k):
-        highest = maximum_of(highest, log_t[i])
-    top_t = np.float64(highest) * power
-    mass = 0.0
-    for i in range(k):
-        mass = reduce_add_wide(
-            mass, exp_wide(np.float64(FLOOR if log_t[i] < FLOOR else log_t[i]) * power - top_t)
-        )
-    return top_t + math.log(mass)
-
-
-@njit(error_model="numpy")
-def compare(logits, values, pt_at, x, k, rs, it, log_z, power, less):
-    """The teacher's probabilities and x = log(student / teacher) of the k entries; the largest x.
-
-    The teacher's logarithms are ``power`` times the values less ``less``, in float64.
-    """
-    log_t = f32_at(values)
-    least = LEAST / f32(LOG2E)
-    for i in range(0, k, LANES):
-        b = fma(take(values, 0, i, k), f32(power), f32(-less))
-        b = where(b < least, least, b)
-        store(pt_at + i * 4, exp2_of_product(b, f32(LOG2E), f32(LOG2E - np.float64(f32(LOG2E)))))
-    far = f32(0.0)
-    for i in range(k):
-        no_s = logits[i] < FLOOR
-        no_t = log_t[i] < FLOOR
-        a = np.float64(FLOOR if no_s else logits[i])
-        b = np.float64(FLOOR if no_t else log_t[i])
-        d = f32((a - rs) * it - log_z - (b * power - less))
-        d = (f32(0.0) if no_t else FLOOR) if no_s else (-FLOOR if no_t else d)
-        x[i] = d
-        far = maximum_of(far, absolute(d))
-    return far
-
-
-@njit(error_model="numpy")
-def lift_rest(student, dtype, v, indices, k, rs, it, es):
-    """Exponentials of all but the k entries, relative to the largest of them: (their sum, its logarithm to ``rs``).
-
-    For a rest so small that relative to the row's maximum it is nothing in float32, or has lost a part.
-    """
-    for i in range(k):
-        es[indices[i]] = f32(-1.0)
-    highest = -np.inf
-    for j in range(v):
-        x = logit(student, dtype, j)
-        if es[j] >= f32(0.0) and x > highest:
-            highest = x
-    rest = 0.0
-    for j in range(v):
-        p = 0.0
-        if es[j] >= f32(0.0) and highest >= FLOOR:
-            p = math.exp((logit(student, dtype, j) - highest) * it)
-        rest += p
-        es[j] = f32(p)
-    return rest, (highest - rs) * it if rest > 0.0 else 0.0
-
-
-@njit(error_model="numpy")
-def ghost_of_student(rest, z, log_z, student, dtype, v, indices, k, rs, it, es):
-    """(Sum of the exponentials that are its own, logarithm of its mass, its mass)."""
-    if k == v:
-        return rest, -np.inf, 0.0
-    if rest >= LITTLE * z:
-        return rest, math.log(rest / z), rest / z
-    rest, lower = lift_rest(student, dtype, v, indices, k, rs, it, es)
-    log_mass = math.log(rest) + lower - log_z if rest > 0.0 else -np.inf
-    return rest, log_mass, math.exp(log_mass)
-
-
-@njit(error_model="numpy")
-def ghost_of_teacher(log_rest, log_t, k, v):
-    """(Logarithm of its mass, its mass)."""
-    if k == v:
-        return -np.inf, 0.0
-    if log_rest < FLOOR:
-        return -np.inf, 0.0
-    if not math.isnan(log_rest):
-        return log_rest, math.exp(log_rest)
-    mass = max(1.0 - mass_of(log_t, k), 0.0)
-    return math.log(mass) if mass > 0.0 else -np.inf, mass
 
 
 @njit
@@ -316,8 +178,12 @@ def top_k_row(
     rest, log_ghost_s, ghost_s = ghost_of_student(rest, z, log_z, student, dtype, v, indices, k, rs, it, es)
     log_ghost_t, ghost_t = ghost_of_teacher(log_rest, f32_at(values), k, v)
     loss, d_ghost = outcome(divergence, beta, log_ghost_s, log_ghost_t, ghost_s, ghost_t)
-    less = normaliser(f32_at(values), k, power) if power > 0.0 else 0.0
-    far = compare(logits, values, pt_at, f32_at(x_at), k, rs, it, log_z, power if power > 0.0 else 1.0, less)
+    top_t, mass = 0.0, 1.0
+    if power > 0.0:
+        top_t, mass = normaliser(f32_at(values), k, power)
+    else:
+        power = 1.0
+    far = compare(logits, values, pt_at, f32_at(x_at), k, rs, it, log_z, power, top_t, mass)
     bad = False
     if far > f32(1e29) and divergence != JSD:
         p, sign = (pt_at, f32(-1.0)) if divergence == FORWARD else (kept_at, f32(1.0))

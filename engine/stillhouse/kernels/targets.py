@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from numbers import Real
 from typing import Literal
@@ -47,7 +48,7 @@ class TopK:
         Raises:
             ValueError: k that is not from 1 to V, or a temperature that is not above 0.
         """
-        _check_draw("TopK", k, temperature, logits.shape[-1])
+        k = _check_draw("TopK", logits, k, temperature, logits.shape[-1] if logits.dim() else 0)
         wide = logits if logits.dtype == torch.float64 else logits.float()
         every = torch.log_softmax(wide / temperature, dim=-1)
         log_probs, indices = every.topk(k, dim=-1)
@@ -85,7 +86,7 @@ class Sampled:
         Raises:
             ValueError: k below 1, a temperature that is not above 0, or, on the CPU, logits that give no distribution.
         """
-        _check_draw("Sampled", k, temperature, None)
+        k = _check_draw("Sampled", logits, k, temperature, None)
         wide = logits if logits.dtype == torch.float64 else logits.float()
         probs = torch.softmax(wide / temperature, dim=-1).reshape(-1, logits.shape[-1])
         try:
@@ -103,14 +104,22 @@ class Sampled:
         return cls(indices, weights, temperature=temperature, trusted=True)
 
 
-def _check_draw(kind: str, k: object, temperature: object, most: int | None) -> None:
-    if not isinstance(k, int) or not 1 <= k <= (k if most is None else most):
+def _check_draw(kind: str, logits: Tensor, k: object, temperature: object, most: int | None) -> int:
+    if logits.dim() < 1 or logits.shape[-1] < 1:
+        got, expected = tuple(logits.shape), "(..., V) with V >= 1"
+        raise fail(f"{kind}.from_logits logits shape", got, expected, "keep the vocabulary last")
+    try:
+        count = 0 if isinstance(k, bool) else operator.index(k)  # type: ignore[arg-type]
+    except TypeError:
+        count = 0
+    if not 1 <= count <= (count if most is None else most):
         expected = "a whole number from 1 on" if most is None else f"a whole number from 1 to V = {most}"
         raise fail(f"{kind}.from_logits k", repr(k), expected, "pass a k in that range")
     if not isinstance(temperature, Real) or not 0 < float(temperature) < math.inf:
         raise fail(
             f"{kind}.from_logits temperature", repr(temperature), "a finite number above 0", "pass 1.0"
         )
+    return count
 
 
 Target = Tensor | TopK | Sampled
