@@ -68,16 +68,22 @@ def fetch_add(typingctx: Any, address: Any, value: Any) -> Any:
     return types.int64(types.int64, types.int64), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def prefetch(typingctx: Any, address: Any) -> Any:
-    """Ask for the cache line of an address, soon to be read. Any address will do: one that is not mapped is no fault."""
+def _prefetch(to_write: int) -> Any:
+    """Ask for the cache line of an address, soon to be used. Any address will do: one that is not mapped is no fault."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-        called = function(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer.type, I32, I32, I32])
-        builder.call(called, [pointer, I32(0), I32(3), I32(1)])  # to read; into every cache; data
+    @intrinsic  # type: ignore[untyped-decorator]
+    def ask(typingctx: Any, address: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+            called = function(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer.type, I32, I32, I32])
+            builder.call(called, [pointer, I32(to_write), I32(3), I32(1)])  # into every cache; data
 
-    return types.void(types.int64), codegen
+        return types.void(types.int64), codegen
+
+    return ask
+
+
+prefetch, prefetch_to_write = _prefetch(0), _prefetch(1)
 
 
 fma = floats(3, call("llvm.fma", 3))

@@ -38,6 +38,7 @@ from stillhouse.kernels.cpu_math import (
     gap,
     maximum_of,
     prefetch,
+    prefetch_to_write,
     u16_at,
 )
 
@@ -53,6 +54,12 @@ LOG2E = 1.4426950408889634
 def look_ahead(address, dtype, i):
     """Before :func:`take` of these columns, where a row is read for the first time."""
     prefetch(address + (4 if dtype == 0 else 2) * i + AHEAD)
+
+
+@njit(inline="always")
+def look_ahead_to_write(address, dtype, i):
+    """While a row is read: stores that come later in one go would wait for each line of another array."""
+    prefetch_to_write(address + (4 if dtype == 0 else 2) * i)
 
 
 @njit(inline="always")
@@ -122,7 +129,7 @@ def reference_of(x, dtype, width):
 
 
 @njit(error_model="numpy", inline="always")
-def any_exponentials(s, t, sd, td, vs, vt, first, last, es, et, diff, rs, rt, k, k_low):
+def any_exponentials(s, t, sd, td, vs, vt, first, last, es, et, diff, rs, rt, k, k_low, out):
     """Pass A on one block: sums, maxima, and the largest difference, all of logits less their references.
 
     Of float32 logits it is rounded once, with what the references' difference rounds to (``gap``). 16-bit ones less
@@ -138,6 +145,7 @@ def any_exponentials(s, t, sd, td, vs, vt, first, last, es, et, diff, rs, rt, k,
     for i in range(first, last, LANES):
         look_ahead(s, sd, i)
         look_ahead(t, td, i)
+        look_ahead_to_write(out, sd, i)
         a = take(s, sd, i, vs)
         b = take(t, td, i, vt)
         a = where(a < FLOOR, FLOOR, a)
@@ -166,15 +174,15 @@ def any_exponentials(s, t, sd, td, vs, vt, first, last, es, et, diff, rs, rt, k,
 
 
 @njit(error_model="numpy")
-def exponentials(s, t, sd, td, vs, vt, first, last, es, et, diff, rs, rt, k, k_low):
+def exponentials(s, t, sd, td, vs, vt, first, last, es, et, diff, rs, rt, k, k_low, out):
     """A loop of its own for each dtype: asking in the loop costs a twentieth."""
     if sd == 0 and td == 0:
-        return any_exponentials(s, t, 0, 0, vs, vt, first, last, es, et, diff, rs, rt, k, k_low)
+        return any_exponentials(s, t, 0, 0, vs, vt, first, last, es, et, diff, rs, rt, k, k_low, out)
     if sd == 1 and td == 1:
-        return any_exponentials(s, t, 1, 1, vs, vt, first, last, es, et, diff, rs, rt, k, k_low)
+        return any_exponentials(s, t, 1, 1, vs, vt, first, last, es, et, diff, rs, rt, k, k_low, out)
     if sd == 2 and td == 2:
-        return any_exponentials(s, t, 2, 2, vs, vt, first, last, es, et, diff, rs, rt, k, k_low)
-    return any_exponentials(s, t, sd, td, vs, vt, first, last, es, et, diff, rs, rt, k, k_low)
+        return any_exponentials(s, t, 2, 2, vs, vt, first, last, es, et, diff, rs, rt, k, k_low, out)
+    return any_exponentials(s, t, sd, td, vs, vt, first, last, es, et, diff, rs, rt, k, k_low, out)
 
 
 @njit
@@ -192,8 +200,11 @@ def shift(x, n, by):
 
 
 @njit(error_model="numpy")
-def pass_a(sa, ta, sd, td, vs, vt, v, it, k, k_low, es, et, diff):
-    """Fill the scratch row: both sums, the logarithm of the normalisers' ratio, the largest difference of logits."""
+def pass_a(sa, ta, sd, td, vs, vt, v, it, k, k_low, es, et, diff, out):
+    """Fill the scratch row: both sums, the logarithm of the normalisers' ratio, the largest difference of logits.
+
+    ``out`` is where the gradient will be written.
+    """
     zs = 0.0
     zt = 0.0
     far = f32(0.0)
@@ -202,7 +213,9 @@ def pass_a(sa, ta, sd, td, vs, vt, v, it, k, k_low, es, et, diff):
     offset = rs - rt  # which the differences are taken less, one for the row
     for j in range(0, v, BLOCK):
         n = min(j + BLOCK, v)
-        a, b, top_s, top_t, most = exponentials(sa, ta, sd, td, vs, vt, j, n, es, et, diff, rs, rt, k, k_low)
+        a, b, top_s, top_t, most = exponentials(
+            sa, ta, sd, td, vs, vt, j, n, es, et, diff, rs, rt, k, k_low, out
+        )
         if top_s * k > ROOM or top_t * k > ROOM:  # raise the references and do the block again
             new_s = max(maximum(sa, sd, j, min(n, vs)), rs)
             new_t = max(maximum(ta, td, j, min(n, vt)), rt)
@@ -214,7 +227,7 @@ def pass_a(sa, ta, sd, td, vs, vt, v, it, k, k_low, es, et, diff):
             far += abs(offset - (rs - rt))
             offset = rs - rt
             a, b, top_s, top_t, most = exponentials(
-                sa, ta, sd, td, vs, vt, j, n, es, et, diff, rs, rt, k, k_low
+                sa, ta, sd, td, vs, vt, j, n, es, et, diff, rs, rt, k, k_low, out
             )
         zs += a
         zt += b

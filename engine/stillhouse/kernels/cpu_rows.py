@@ -271,7 +271,9 @@ def dense_row(
     et_at = es_at + stride
     diff_at = et_at + stride
     k_low = f32(np.float64(it) * LOG2E - np.float64(k))
-    zs, zt, ratio, far = pass_a(sa, ta, sd, td, vs, vt, v, it, k, k_low, es_at, et_at, diff_at)
+    zs, zt, ratio, far = pass_a(
+        sa, ta, sd, td, vs, vt, v, it, k, k_low, es_at, et_at, diff_at, out if out != 0 else es_at
+    )
     if not (zs > 0.0 and zt > 0.0 and zs < np.inf and zt < np.inf):
         return np.nan
     high = f32(ratio)

@@ -38,6 +38,7 @@ from stillhouse.kernels.cpu_read import (
     LOG2E,
     ROOM,
     look_ahead,
+    look_ahead_to_write,
     maximum,
     put,
     reference_of,
@@ -59,13 +60,14 @@ OUT_OF_RANGE = -np.inf  # the loss that reports an index outside the row
 
 
 @njit(error_model="numpy")
-def student_exponentials(s, dtype, v, first, last, es, rs, k, k_low):
+def student_exponentials(s, dtype, v, first, last, es, rs, k, k_low, out):
     """Pass A for a student alone."""
     zs = fill(f32(0.0))
     highest = fill(FLOOR)
     least = LEAST / k
     for i in range(first, last, LANES):
         look_ahead(s, dtype, i)
+        look_ahead_to_write(out, dtype, i)
         a = take(s, dtype, i, v) - rs
         a = where(a < least, least, a)
         x = exp2_of_product(a, k, k_low)
@@ -76,20 +78,23 @@ def student_exponentials(s, dtype, v, first, last, es, rs, k, k_low):
 
 
 @njit(error_model="numpy")
-def student_pass(s, dtype, v, it, es):
-    """Fill the scratch row with exponentials of the student; (their sum, the logit that they refer to)."""
+def student_pass(s, dtype, v, it, es, out):
+    """Fill the scratch row with exponentials of the student; (their sum, the logit that they refer to).
+
+    ``out`` is what will be written afterwards.
+    """
     z = 0.0
     k = f32(it * LOG2E)
     k_low = f32(it * LOG2E - np.float64(k))
     rs = reference_of(s, dtype, v)
     for j in range(0, v, BLOCK):
         n = min(j + BLOCK, v)
-        part, highest = student_exponentials(s, dtype, v, j, n, es, rs, k, k_low)
+        part, highest = student_exponentials(s, dtype, v, j, n, es, rs, k, k_low, out)
         if highest * k > ROOM:
             reference = maximum(s, dtype, j, n)
             z *= rescale(f32_at(es), j, (reference - rs) * k)
             rs = reference
-            part, highest = student_exponentials(s, dtype, v, j, n, es, rs, k, k_low)
+            part, highest = student_exponentials(s, dtype, v, j, n, es, rs, k, k_low, out)
         z += part
     return z, rs
 
@@ -159,7 +164,7 @@ def top_k_row(
             store(place + (room - LANES) * 4, fill(f32(0.0)))
     logits = f32_at(g_at)  # until the gradient takes their place
     indices = i64_at(wide_indices)
-    z, rs = student_pass(student, dtype, v, it, es_at)
+    z, rs = student_pass(student, dtype, v, it, es_at, out if out != 0 else es_at)
     if not (z > 0.0 and z < np.inf):
         return np.nan
     inside = 0.0
@@ -229,7 +234,7 @@ def sampled_row(student, out, dtype, v, wide_indices, values, k, it, scale, es_a
     drawn = f64_at(es_at + ((v + LANES - 1) & -LANES) * 4)  # where repeated draws add up
     indices = i64_at(wide_indices)
     weights = f32_at(values)
-    z, rs = student_pass(student, dtype, v, it, es_at)
+    z, rs = student_pass(student, dtype, v, it, es_at, out if out != 0 else es_at)
     if not (z > 0.0 and z < np.inf):
         return np.nan
     log_z = math.log(z)
