@@ -257,6 +257,17 @@ def test_kl_of_rows_that_agree_but_for_an_entry_without_mass(v, divergence, fain
     assert relative(got.grad[finite], grad[finite]) < GRADIENT["f32"]
 
 
+@pytest.mark.parametrize("v", [100, 1000, 4096])
+def test_a_kl_is_infinite_however_little_the_other_side_lacks(v):
+    """The smallest probability there is does not tell the row apart, and its loss is infinite all the same."""
+    student, teacher = torch.zeros(2, v), torch.zeros(2, v)
+    teacher[:, 3], student[0, 3] = -87.0, -float("inf")
+    got = run(student, teacher)
+    loss, _ = expected(student, teacher)
+    assert got.loss.tolist()[0] == float("inf")
+    assert relative(got.loss[1], loss[1]) < LOSS
+
+
 @pytest.mark.parametrize("v", [10, 1000])
 def test_what_is_left_of_a_saturated_jsd_keeps_its_digits(v):
     """Each row's gradient, down to a millionth of the logits' scale, by its own size."""
