@@ -301,6 +301,18 @@ def test_a_student_that_rules_out_an_unlikely_entry_keeps_its_16_bit_gradient(wi
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("level", [-1e9, -1e20, 1e28])
+def test_a_row_that_is_one_large_number(level, divergence):
+    """It is a uniform distribution; a float64 has no room for a logit beside the difference of the references."""
+    flat, other = torch.full((4, 50), level), logits(4, 50, 1)
+    for student, teacher in ((other, flat), (flat, other)):
+        rows_exact, gradient_exact = exact(student, teacher, divergence=divergence)
+        rows_fused, gradient_fused = fused(student, teacher, divergence=divergence)
+        assert relative(rows_fused, rows_exact) <= 1e-6
+        assert relative(gradient_fused, gradient_exact) <= 1e-6
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize(("first", "then"), [((0.0, 0.0), (6.0, 7.0)), ((0.0, 0.0), (9.0, 6.0))])
 def test_references_that_rise_apart_are_no_agreement(first, then, divergence):
     """How far the sides are apart was known relative to the references before."""
@@ -331,7 +343,8 @@ def test_a_renormalised_top_k_that_nearly_agrees(scale, noise, temperature, held
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("precise", [False, True], ids=["float32", "float64"])
 @pytest.mark.parametrize(
-    ("held_at", "temperature"), [(1.0, 0.05), (20.0, 1.0), (100.0, 0.5), (100.0, 0.05), (1.0, 100.0)]
+    ("held_at", "temperature"),
+    [(1.0, 0.05), (1.0, 1.0), (20.0, 1.0), (100.0, 0.5), (100.0, 0.05), (1.0, 100.0)],
 )
 @pytest.mark.parametrize("k", [1, 3, 64])
 def test_a_renormalised_top_k_at_another_temperature(k, held_at, temperature, precise, divergence):

@@ -187,7 +187,7 @@ def exponentials(s, t, sd, td, vs, vt, first, last, es, et, diff, rs, rt, k, k_l
 
 @njit
 def rescale(x, n, up):
-    factor = 2.0 ** -np.float64(up)
+    factor = 2.0**-up
     for i in range(n):
         x[i] = x[i] * f32(factor)
     return factor
@@ -219,8 +219,9 @@ def pass_a(sa, ta, sd, td, vs, vt, v, it, k, k_low, es, et, diff, out):
         if top_s * k > ROOM or top_t * k > ROOM:  # raise the references and do the block again
             new_s = max(maximum(sa, sd, j, min(n, vs)), rs)
             new_t = max(maximum(ta, td, j, min(n, vt)), rt)
-            zs *= rescale(f32_at(es), j, (new_s - rs) * k)
-            zt *= rescale(f32_at(et), j, (new_t - rt) * k)
+            exact_k = np.float64(it) * LOG2E
+            zs *= rescale(f32_at(es), j, (np.float64(new_s) - rs) * exact_k)
+            zt *= rescale(f32_at(et), j, (np.float64(new_t) - rt) * exact_k)
             rs = new_s
             rt = new_t
             shift(f32_at(diff), j, offset - (rs - rt))
@@ -234,5 +235,6 @@ def pass_a(sa, ta, sd, td, vs, vt, v, it, k, k_low, es, et, diff, out):
         far = max(far, most)
     ratio = math.log(zs / zt)
     if sd == 0 or td == 0:
-        ratio += (np.float64(rs) - np.float64(rt) - np.float64(offset)) * it
+        back = offset - rs  # what rounds off in rs - rt, exactly: float64 has no room for 1 beside 1e20
+        ratio += np.float64((rs - (offset - back)) - (rt + back)) * it
     return zs, zt, ratio, far

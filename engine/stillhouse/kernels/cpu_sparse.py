@@ -92,7 +92,7 @@ def student_pass(s, dtype, v, it, es, out):
         part, highest = student_exponentials(s, dtype, v, j, n, es, rs, k, k_low, out)
         if highest * k > ROOM:
             reference = maximum(s, dtype, j, n)
-            z *= rescale(f32_at(es), j, (reference - rs) * k)
+            z *= rescale(f32_at(es), j, (np.float64(reference) - rs) * (it * LOG2E))
             rs = reference
             part, highest = student_exponentials(s, dtype, v, j, n, es, rs, k, k_low, out)
         z += part

@@ -135,7 +135,8 @@ def _within(rows_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
         kept = student.gather(-1, indices)
         gradient = None if out_grad is None else torch.empty_like(kept)
         teacher = target.log_probs
-        if target.temperature != 1.0:  # relative to the largest, or flat ones lose what they differ by
+        if target.temperature != 1.0 or teacher.dtype == torch.float64:
+            # relative to the largest, or flat ones lose in float32 what they differ by
             teacher = teacher.double() - teacher.double().amax(-1, keepdim=True)
             teacher = (teacher * target.temperature).to(torch.float32)
         rows = rows_of(kept, teacher, temperature=temperature, mask=keep, out_grad=gradient, **settings)
