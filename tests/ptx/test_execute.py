@@ -257,6 +257,18 @@ def test_kl_of_rows_that_agree_but_for_an_entry_without_mass(v, divergence, fain
     assert relative(got.grad[finite], grad[finite]) < GRADIENT["f32"]
 
 
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("v", [10, 1000, 4096])
+def test_a_row_that_is_one_large_number(v, divergence):
+    """A uniform distribution, whose maximum has no room for the logarithm of a normaliser."""
+    other, flat = logits(2, v)[0], torch.full((2, v), -1e9)
+    for student, teacher in ((other, flat), (flat, other)):
+        got = run(student, teacher, divergence=divergence)
+        loss, grad = expected(student, teacher, divergence=divergence)
+        assert relative(got.loss, loss) < LOSS
+        assert relative(got.grad, grad) < 2e-6
+
+
 @pytest.mark.parametrize("v", [100, 1000, 4096])
 def test_a_kl_is_infinite_however_little_the_other_side_lacks(v):
     """The smallest probability there is does not tell the row apart, and its loss is infinite all the same."""

@@ -144,13 +144,17 @@ def kl_near_known(sides, coin):
 def jsd_known(sides, coin):
     """What ``jsd_apart`` takes: (1 - beta) p_s over beta p_t / D_t, as a whole power of two and a rest near one, and logs.
 
-    The first goes to the student's maximum, where it is exact, so that the logarithm added to each has few digits.
+    The first goes to the student's maximum, where it is exact, so that the logarithm added to each has few digits; what
+    a maximum of 1e7 or more leaves of it goes to the rest.
     """
     k2, ct, cs, inverse, ratio, log_ratio = sides
     shift = log_ratio - coin[1]
     whole = (shift + ROUNDER) - ROUNDER
     unit = coin[0] * (inverse + ZERO * ratio)  # NaN where the student has no logit above -inf
-    return k2, -ct, whole - cs, unit, shift - whole, coin[1], coin[2], coin[3]
+    moved = whole - cs
+    back = moved - whole
+    lost = (whole - (moved - back)) - (cs + back)
+    return k2, -ct, moved, unit, (shift - whole) + lost, coin[1], coin[2], coin[3]
 
 
 @device
