@@ -45,7 +45,7 @@ def check_settings(temperature: float, divergence: str, beta: float, reduction: 
 
 
 def _check_positive(name: str, value: object, fix: str) -> None:
-    if not isinstance(value, (float, int, Real)) or not 0 < float(value) < math.inf:
+    if not isinstance(value, Real) or not 0 < float(value) < math.inf:
         raise fail(name, repr(value), "a finite number above 0", fix)
 
 
@@ -218,13 +218,13 @@ def check_values(target: Target, width: int, mask: Tensor | None, backend: str =
 
     Of a trusted target the backend ``torch`` has its indices looked at, since torch's own refusal names no fix.
     """
-    if isinstance(target, Tensor) or (target.trusted and backend != "torch"):
+    if isinstance(target, Tensor):
         return
-    if target.trusted and target.indices.device.type != "cpu":
+    if target.trusted:
+        if backend == "torch" and target.indices.device.type == "cpu":
+            _check_indices(target, width, mask)
         return
     indices = _check_indices(target, width, mask)
-    if target.trusted:
-        return
     values = target.log_probs if isinstance(target, TopK) else target.weights
     values = (values if mask is None else values[mask]).double()
     if indices.numel() == 0:

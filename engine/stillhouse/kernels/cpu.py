@@ -101,7 +101,6 @@ def _sparse(
         values = values - values.amax(-1, keepdim=True)
     values = values.to(torch.float32).contiguous()
     indices = target.indices.contiguous()
-    power = target.temperature / temperature if isinstance(target, TopK) and not ghost else 0.0
     rest = target.log_rest if isinstance(target, TopK) else None
     rest = None if rest is None else rest.to(torch.float32).contiguous()
     v, k = student.shape[1], indices.shape[1]
@@ -112,7 +111,7 @@ def _sparse(
             _address(mask), student.stride(0) * student.element_size(), DTYPES[student.dtype], v,
             indices.data_ptr(), values.data_ptr(), _address(rest), k, sampled, ghost, _series(beta)[1],
         ),
-        (1.0 / temperature, scales[0], beta, scales[1], power),
+        (1.0 / temperature, scales[0], beta, scales[1], target.temperature / temperature),
     )  # fmt: skip
 
 

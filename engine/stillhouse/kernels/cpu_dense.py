@@ -31,6 +31,7 @@ def own_scratch(call):
 
 @njit
 def beginning(share, rows, threads):
+    """The first row of a share: each is the (2 threads)-th part of what the ones before leave; one thread takes all."""
     left = (1.0 - 0.5 / threads) ** share if threads > 1 else 1.0 - min(share, 1)
     return rows - np.int64(rows * left)
 

@@ -72,30 +72,24 @@ def outcome(divergence, beta, log_s, log_t, s, t):
 
 
 @njit(error_model="numpy")
-def mass_of(log_t, k):
-    """The probabilities of the k entries together, in float64: 1 less that is what a ghost gets."""
+def mass_of(log_t, k, power, top_t):
+    """Sum over the k entries, in float64, of exponentials of ``power`` times what they are relative to ``top_t``."""
     mass = 0.0
     for i in range(k):
-        mass = reduce_add_wide(mass, exp_wide(np.float64(FLOOR if log_t[i] < FLOOR else log_t[i])))
+        b = np.float64(FLOOR if log_t[i] < FLOOR else log_t[i])
+        mass = reduce_add_wide(mass, exp_wide((b - top_t) * power))
     return mass
 
 
 @njit(error_model="numpy")
 def normaliser(log_t, k, power):
-    """(Largest of the k logarithms, sum of the exponentials of ``power`` times what they are relative to it).
-
-    The sum is NaN where none of them has mass.
-    """
+    """(Largest of the k logarithms, their mass relative to it), the latter NaN where none of them has any."""
     highest = FLOOR
     for i in range(k):
         highest = maximum_of(highest, log_t[i])
     if highest <= FLOOR:
         return 0.0, np.nan
-    top_t = np.float64(highest)
-    mass = 0.0
-    for i in range(k):
-        mass = reduce_add_wide(mass, exp_wide((np.float64(max(log_t[i], FLOOR)) - top_t) * power))
-    return top_t, mass
+    return np.float64(highest), mass_of(log_t, k, power, np.float64(highest))
 
 
 @njit(error_model="numpy")
@@ -165,11 +159,9 @@ def ghost_of_student(rest, z, log_z, student, dtype, v, indices, k, rs, it, es):
 @njit(error_model="numpy")
 def ghost_of_teacher(log_rest, log_t, k, v):
     """(Logarithm of its mass, its mass)."""
-    if k == v:
-        return -np.inf, 0.0
-    if log_rest < FLOOR:
+    if k == v or log_rest < FLOOR:
         return -np.inf, 0.0
     if not math.isnan(log_rest):
         return log_rest, math.exp(log_rest)
-    mass = max(1.0 - mass_of(log_t, k), 0.0)
+    mass = max(1.0 - mass_of(log_t, k, 1.0, 0.0), 0.0)
     return math.log(mass) if mass > 0.0 else -np.inf, mass

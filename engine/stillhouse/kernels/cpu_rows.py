@@ -91,11 +91,11 @@ def reverse_block(es, et, diff, g, gd, m, n, it, high, low, centre, zs, zt, scal
         grad = s * (x - centre)
         summed = summed + grad
         size = size + absolute(grad)
-        put(g, gd, i, m, grad * factor)
         first = s * x
         second = first * (phi_over_square(-x) * x)
         far = fma(load(et + i * 4), ratio, first - s)
         loss = loss + where(absolute(x) < NEAR, second, far)
+        put(g, gd, i, m, grad * factor)  # last, since g may be et
     return total(loss), total(summed), total(size)
 
 
@@ -161,10 +161,7 @@ def centre_gradient(es, g, n, factor):
 
 @njit(error_model="numpy")
 def write_centred(divergence, out, gd, n, es, et, diff, zs, zt, high, low, centre, it, beta, scale):
-    """A 16-bit gradient again, by way of a float32 one, which takes the place of ``et`` in the scratch.
-
-    Not for REVERSE, whose block reads ``et`` after it has written.
-    """
+    """A 16-bit gradient again, by way of a float32 one, which takes the place of ``et`` in the scratch."""
     _, summed, _ = write_row(
         divergence, et, 0, n, n, es, et, diff, zs, zt, high, low, centre, it, beta, scale
     )
@@ -299,7 +296,7 @@ def dense_row(
         loss += part
         if out != 0 and gd == 0 and abs(summed) > 1e-7 * size:
             centre_gradient(f32_at(es_at), f32_at(out), min(v, vs), f32(-summed / zs * scale))
-        if out != 0 and gd != 0 and divergence != REVERSE and abs(summed) > 1e-3 * size:
+        if out != 0 and gd != 0 and abs(summed) > 1e-3 * size:
             write_centred(
                 divergence, out, gd, min(v, vs), es_at, et_at, diff_at, zs, zt, high, low, centre, it, beta,
                 scale,

@@ -131,26 +131,13 @@ def scatter(out, dtype, indices, g, k):
 
 @njit(error_model="numpy")
 def top_k_row(
-    divergence,
-    student,
-    out,
-    dtype,
-    v,
-    wide_indices,
-    values,
-    log_rest,
-    power,
-    k,
-    it,
-    scale,
-    beta,
-    series,
+    divergence, student, out, dtype, v, wide_indices, values, ghost, log_rest, power, k, it, scale, beta, series,
     es_at,
-):
+):  # fmt: skip
     """One row against k entries, which are compared as a dense row of their own, and the rest as one outcome.
 
-    ``log_rest`` is the logarithm of the teacher's mass there, NaN where it is what the entries leave of 1. Without a rest
-    ``power`` takes the k log-probabilities to the call's temperature, and they are normalised; else it is 0.
+    ``log_rest`` is the logarithm of the teacher's mass there, NaN where it is what the entries leave of 1. Without a
+    ``ghost`` the k log-probabilities are taken to the call's temperature by ``power``, and normalised.
     """
     es = f32_at(es_at)
     room = (k + LANES - 1) & -LANES
@@ -183,11 +170,7 @@ def top_k_row(
     rest, log_ghost_s, ghost_s = ghost_of_student(rest, z, log_z, student, dtype, v, indices, k, rs, it, es)
     log_ghost_t, ghost_t = ghost_of_teacher(log_rest, f32_at(values), k, v)
     loss, d_ghost = outcome(divergence, beta, log_ghost_s, log_ghost_t, ghost_s, ghost_t)
-    top_t, mass = 0.0, 1.0
-    if power > 0.0:
-        top_t, mass = normaliser(f32_at(values), k, power)
-    else:
-        power = 1.0
+    top_t, mass = (0.0, 1.0) if ghost != 0 else normaliser(f32_at(values), k, power)
     far = compare(logits, values, pt_at, f32_at(x_at), k, rs, it, log_z, power, top_t, mass)
     bad = False
     if far > f32(1e29) and divergence != JSD:
@@ -295,7 +278,7 @@ def sparse_rows(call):
                 )
             else:
                 loss[r] = loss_scale * top_k_row(
-                    divergence, row, out, dtype, v, place, value, log_rest, power, k, inverse_t, scale * inverse_t,
+                    divergence, row, out, dtype, v, place, value, ghost, log_rest, power, k, inverse_t, scale * inverse_t,
                     beta, terms, scratch,
                 )  # fmt: skip
         first, last = take_rows(call)

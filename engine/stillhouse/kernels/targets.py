@@ -48,7 +48,7 @@ class TopK:
         Raises:
             ValueError: k that is not from 1 to V, or a temperature that is not above 0.
         """
-        k = _check_draw("TopK", logits, k, temperature, logits.shape[-1] if logits.dim() else 0)
+        k = _check_draw("TopK", logits, k, temperature)
         wide = logits if logits.dtype == torch.float64 else logits.float()
         every = torch.log_softmax(wide / temperature, dim=-1)
         log_probs, indices = every.topk(k, dim=-1)
@@ -86,7 +86,7 @@ class Sampled:
         Raises:
             ValueError: k below 1, a temperature that is not above 0, or, on the CPU, logits that give no distribution.
         """
-        k = _check_draw("Sampled", logits, k, temperature, None)
+        k = _check_draw("Sampled", logits, k, temperature)
         wide = logits if logits.dtype == torch.float64 else logits.float()
         probs = torch.softmax(wide / temperature, dim=-1).reshape(-1, logits.shape[-1])
         try:
@@ -104,7 +104,7 @@ class Sampled:
         return cls(indices, weights, temperature=temperature, trusted=True)
 
 
-def _check_draw(kind: str, logits: Tensor, k: object, temperature: object, most: int | None) -> int:
+def _check_draw(kind: str, logits: Tensor, k: object, temperature: object) -> int:
     if logits.dim() < 1 or logits.shape[-1] < 1:
         got, expected = tuple(logits.shape), "(..., V) with V >= 1"
         raise fail(f"{kind}.from_logits logits shape", got, expected, "keep the vocabulary last")
@@ -112,9 +112,11 @@ def _check_draw(kind: str, logits: Tensor, k: object, temperature: object, most:
         count = 0 if isinstance(k, bool) else operator.index(k)  # type: ignore[arg-type]
     except TypeError:
         count = 0
-    if not 1 <= count <= (count if most is None else most):
-        expected = "a whole number from 1 on" if most is None else f"a whole number from 1 to V = {most}"
-        raise fail(f"{kind}.from_logits k", repr(k), expected, "pass a k in that range")
+    if count < 1 or (kind == "TopK" and count > logits.shape[-1]):
+        most = f"to V = {logits.shape[-1]}" if kind == "TopK" else "on"
+        raise fail(
+            f"{kind}.from_logits k", repr(k), f"a whole number from 1 {most}", "pass a k in that range"
+        )
     if not isinstance(temperature, Real) or not 0 < float(temperature) < math.inf:
         raise fail(
             f"{kind}.from_logits temperature", repr(temperature), "a finite number above 0", "pass 1.0"

@@ -24,7 +24,7 @@ LOWEST = F32(-3.0e38)  # a finite start for running maxima: -inf minus -inf is N
 LN2 = F32(0.6931471805599453)
 TWO_OVER_LN2 = F32(2.8853900817779268)
 THIRD, FIFTH, SEVENTH, NINTH = F32(1 / 3), F32(1 / 5), F32(1 / 7), F32(1 / 9)
-ZERO, ONE, LARGE, MOST = F32(0.0), F32(1.0), F32(1.0e30), F32(3.0e38)
+ZERO, ONE, LARGE = F32(0.0), F32(1.0), F32(1.0e30)
 ONE_PLUS = tuple(F32((-1) ** n / (n + 1) / math.log(2)) for n in range(5))
 SMALL = F32(0.0625)
 RATIO_HIGH = F32(1.4)
@@ -118,8 +118,8 @@ def absorb(x, k2, c, d):
 
 @device
 def difference(x, y):
-    """X - y as a number that a probability of zero makes zero; any other, times MOST, is no small one."""
-    return ptx.fmin(ptx.fmax(x - y, -LARGE), MOST)
+    """X - y as a finite number, which a probability of zero makes zero where one side lacks the entry."""
+    return ptx.fmin(ptx.fmax(x - y, -LARGE), LARGE)
 
 
 @device
