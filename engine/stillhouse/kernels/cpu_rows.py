@@ -38,14 +38,45 @@ from stillhouse.kernels.cpu_math import (
 )
 from stillhouse.kernels.cpu_read import LOG2E, pass_a, put, zero
 
+# sums of |s - t| from which on closed forms serve a whole row; by Pinsker's inequality a KL is then an eighth at least
+APART, APART_JSD = 0.5, 0.8
+UNLIKELY = (
+    0.2  # of the mass of the columns seen: so small a difference there will not become half of all mass
+)
+PART = 256  # columns after which that is looked at
 TINY = 1e-6  # a loss below this may show the normalisers' rounding, up to 1e-13
 ROUNDING = 1e-6  # and more than that in a normaliser is none
 FORWARD, REVERSE, JSD = 0, 1, 2
 
 
+@njit(error_model="numpy")
+def apart(enough, v, es_at, et_at, zs, zt):
+    """Is the sum of |s - t| that large, so that closed forms lose nothing? Read from the end until that is sure.
+
+    Where they differ by little of what mass was seen so far, the rest of the row is not asked.
+    """
+    ratio = f32(zt / zs)
+    size = 0.0
+    mass = 0.0
+    for j in range((v - 1) // PART * PART, -1, -PART):
+        part = fill(f32(0.0))
+        here = fill(f32(0.0))
+        for i in range(j, min(j + PART, v), LANES):
+            t = load(et_at + i * 4)
+            part = part + absolute(fma(load(es_at + i * 4), ratio, -t))
+            here = here + t
+        size += total(part)
+        mass += total(here)
+        if size >= enough * zt:
+            return True
+        if size < UNLIKELY * mass:
+            return False
+    return False
+
+
 @njit(error_model="numpy", inline="always")
-def forward_block(es, et, diff, g, gd, m, n, it, high, low, zs, zt, scale):
-    """KL(t || s): gradient s - t, loss t phi(log s - log t); both without cancellation where s is near t.
+def forward_block(es, et, diff, g, gd, m, n, it, high, low, zs, zt, scale, far):
+    """KL(t || s): gradient s - t, loss t phi(log s - log t); unless ``far``, neither cancels where s is near t.
 
     A loop of its own for each dtype, as in pass A.
     """
@@ -56,15 +87,19 @@ def forward_block(es, et, diff, g, gd, m, n, it, high, low, zs, zt, scale):
     factor = f32(scale / zt)
     for i in range(0, n, LANES):
         t = load(et + i * 4)  # all of it in multiples of 1 / zt
-        x = fma(load(diff + i * 4), it, -high) - low
-        first = t * x
-        second = first * (phi_over_square(x) * x)
-        gap = fma(load(es + i * 4), ratio, -t)
-        near = absolute(x) < NEAR
-        grad = where(near, first + second, gap)
-        loss = loss + where(near, second, gap - first)
+        x = fma(load(diff + i * 4), it, -high)
+        grad = fma(load(es + i * 4), ratio, -t)
+        if far:
+            loss = loss + fma(-t, x, grad)
+        else:
+            x = x - low
+            first = t * x
+            second = first * (phi_over_square(x) * x)
+            near = absolute(x) < NEAR
+            loss = loss + where(near, second, grad - first)
+            grad = where(near, first + second, grad)
+            size = size + absolute(grad)
         summed = summed + grad
-        size = size + absolute(grad)
         put(g, gd, i, m, grad * factor)
     return total(loss), total(summed), total(size)
 
@@ -77,9 +112,9 @@ def weighted_sum(p, diff, n, it, high, low):
     return total(weighted)
 
 
-@njit(error_model="numpy")
-def reverse_block(es, et, diff, g, gd, m, n, it, high, low, centre, zs, zt, scale):
-    """KL(s || t): gradient s (log s/t - its mean), loss s phi(log t - log s)."""
+@njit(error_model="numpy", inline="always")
+def reverse_block(es, et, diff, g, gd, m, n, it, high, low, centre, zs, zt, scale, far):
+    """KL(s || t): gradient s (log s/t - its mean), loss s phi(log t - log s), which cancels about 0 if ``far``."""
     loss = fill(f32(0.0))
     summed = fill(f32(0.0))
     size = fill(f32(0.0))
@@ -92,22 +127,25 @@ def reverse_block(es, et, diff, g, gd, m, n, it, high, low, centre, zs, zt, scal
         summed = summed + grad
         size = size + absolute(grad)
         first = s * x
-        second = first * (phi_over_square(-x) * x)
-        far = fma(load(et + i * 4), ratio, first - s)
-        loss = loss + where(absolute(x) < NEAR, second, far)
+        closed = fma(load(et + i * 4), ratio, first - s)
+        if far:
+            loss = loss + closed
+        else:
+            second = first * (phi_over_square(-x) * x)
+            loss = loss + where(absolute(x) < NEAR, second, closed)
         put(g, gd, i, m, grad * factor)  # last, since g may be et
     return total(loss), total(summed), total(size)
 
 
-@njit(error_model="numpy")
-def jsd_block(es, et, diff, n, it, high, low, to_a, to_b, series, constant):
+@njit(error_model="numpy", inline="always")
+def jsd_block(es, et, diff, n, it, high, low, to_a, to_b, series, constant, far):
     """Loss, and the sum of b w with w = log(s/m) + log(1 - beta), which replaces the teacher in the scratch row.
 
     With a = beta t and b = (1 - beta) s, whose factors are ``to_a`` and ``to_b``, log(a / (a + b)) and log(b / (a + b))
     are had from the ratio of the smaller to the larger, and from x. Where the two sides share little, log(s/m) is
     log 1/(1 - beta) nearly everywhere, and only w tells entries apart. Where they nearly agree it is near 0, and only
     without that constant are entries told apart: ``constant`` is 0 if all entries of the row are near, else
-    log(1 - beta).
+    log(1 - beta), as for all of a row that is ``far``.
     """
     loss = fill(f32(0.0))
     weighted = fill(f32(0.0))
@@ -120,12 +158,14 @@ def jsd_block(es, et, diff, n, it, high, low, to_a, to_b, series, constant):
         grown = log1p_of_ratio(minimum_of(a, b) / more)
         w = minimum_of(x - log_odds, f32(0.0)) - grown
         t_over_m = minimum_of(-log_rest - x, -log_beta) - grown
-        apart = fma(a, t_over_m, b * (w - log_rest))
-        close = fma(fma(fma(fma(fma(fma(fma(l7, x, l6), x, l5), x, l4), x, l3), x, l2), x, l1), x, l0)
-        near = absolute(x) < NEAR
-        loss = loss + where(near, a * x * (x * close), apart)
-        s_over_m = fma(fma(fma(fma(fma(fma(fma(s7, x, s6), x, s5), x, s4), x, s3), x, s2), x, s1), x, s0)
-        w = where(near, fma(s_over_m, x, constant), w)
+        term = fma(a, t_over_m, b * (w - log_rest))
+        if not far:
+            near = absolute(x) < NEAR
+            close = fma(fma(fma(fma(fma(fma(fma(l7, x, l6), x, l5), x, l4), x, l3), x, l2), x, l1), x, l0)
+            term = where(near, a * x * (x * close), term)
+            s_over_m = fma(fma(fma(fma(fma(fma(fma(s7, x, s6), x, s5), x, s4), x, s3), x, s2), x, s1), x, s0)
+            w = where(near, fma(s_over_m, x, constant), w)
+        loss = loss + term
         weighted = fma(b, w, weighted)
         store(et + i * 4, w)
     return total(loss), total(weighted)
@@ -163,7 +203,7 @@ def centre_gradient(es, g, n, factor):
 def write_centred(divergence, out, gd, n, es, et, diff, zs, zt, high, low, centre, it, beta, scale):
     """A 16-bit gradient again, by way of a float32 one, which takes the place of ``et`` in the scratch."""
     _, summed, _ = write_row(
-        divergence, et, 0, n, n, es, et, diff, zs, zt, high, low, centre, it, beta, scale
+        divergence, et, 0, n, n, es, et, diff, zs, zt, high, low, centre, it, beta, scale, False
     )
     factor = f32(-summed / zs * scale)
     for i in range(0, n, LANES):
@@ -189,7 +229,7 @@ def normaliser_error(v, es_at, diff_at, zs, it, high, low):
 
 
 @njit(error_model="numpy")
-def row_loss(divergence, v, es_at, et_at, diff_at, zs, zt, high, low, it, beta, series, constant):
+def row_loss(divergence, v, es_at, et_at, diff_at, zs, zt, high, low, it, beta, series, constant, far):
     """The passes over the scratch that come before a gradient can be written: (loss so far, centre)."""
     to_a = f32(beta / zt)
     to_b = f32((1.0 - beta) / zs)
@@ -205,7 +245,12 @@ def row_loss(divergence, v, es_at, et_at, diff_at, zs, zt, high, low, it, beta, 
         if divergence == REVERSE:
             centre += weighted_sum(es, diff, n, it, high, low)
         else:
-            part, weighted = jsd_block(es, et, diff, n, it, high, low, to_a, to_b, series, constant)
+            if far:
+                part, weighted = jsd_block(es, et, diff, n, it, high, low, to_a, to_b, series, constant, True)
+            else:
+                part, weighted = jsd_block(
+                    es, et, diff, n, it, high, low, to_a, to_b, series, constant, False
+                )
             loss += part
             centre += weighted
     centre /= zs if divergence == REVERSE else 1.0 - beta
@@ -214,26 +259,34 @@ def row_loss(divergence, v, es_at, et_at, diff_at, zs, zt, high, low, it, beta, 
 
 @njit(error_model="numpy")
 def row_gradient(
-    divergence, j, n, es_at, et_at, diff_at, out, gd, m, zs, zt, high, low, centre, it, beta, scale
+    divergence, j, n, es_at, et_at, diff_at, out, gd, m, zs, zt, high, low, centre, it, beta, scale, far
 ):
     """One block, of whose gradient m columns go to ``out``: (loss not counted yet, sums of the gradient and its size)."""
     es = es_at + j * 4
     et = et_at + j * 4
     diff = diff_at + j * 4
+    if divergence == FORWARD and far and gd == 0:
+        return forward_block(es, et, diff, out, 0, m, n, it, high, low, zs, zt, scale, True)
+    if divergence == FORWARD and far and gd == 1:
+        return forward_block(es, et, diff, out, 1, m, n, it, high, low, zs, zt, scale, True)
+    if divergence == FORWARD and far:
+        return forward_block(es, et, diff, out, 2, m, n, it, high, low, zs, zt, scale, True)
     if divergence == FORWARD and gd == 0:
-        return forward_block(es, et, diff, out, 0, m, n, it, high, low, zs, zt, scale)
-    if divergence == FORWARD and gd == 1:
-        return forward_block(es, et, diff, out, 1, m, n, it, high, low, zs, zt, scale)
+        return forward_block(es, et, diff, out, 0, m, n, it, high, low, zs, zt, scale, False)
     if divergence == FORWARD:
-        return forward_block(es, et, diff, out, 2, m, n, it, high, low, zs, zt, scale)
+        return forward_block(es, et, diff, out, gd, m, n, it, high, low, zs, zt, scale, False)
+    if divergence == REVERSE and far:
+        return reverse_block(es, et, diff, out, gd, m, n, it, high, low, centre, zs, zt, scale, True)
     if divergence == REVERSE:
-        return reverse_block(es, et, diff, out, gd, m, n, it, high, low, centre, zs, zt, scale)
+        return reverse_block(es, et, diff, out, gd, m, n, it, high, low, centre, zs, zt, scale, False)
     summed, size = jsd_gradient(es, et, out, gd, m, n, centre, f32((1.0 - beta) / zs), scale)
     return f32(0.0), summed, size
 
 
 @njit(error_model="numpy")
-def write_row(divergence, out, gd, vs, v, es_at, et_at, diff_at, zs, zt, high, low, centre, it, beta, scale):
+def write_row(
+    divergence, out, gd, vs, v, es_at, et_at, diff_at, zs, zt, high, low, centre, it, beta, scale, far
+):
     """Gradient of one row: (the loss that comes with it, the gradient's sum, and that of its absolute values).
 
     ``out`` is 0 where no gradient is asked for.
@@ -248,13 +301,33 @@ def write_row(divergence, out, gd, vs, v, es_at, et_at, diff_at, zs, zt, high, l
         m = min(n, vs - j) if out != 0 else 0
         place = out + j * (4 if gd == 0 else 2)
         part, t, a = row_gradient(
-            divergence, j, n, es_at, et_at, diff_at, place, gd, m, zs, zt, high, low, centre, it, beta, scale
+            divergence,
+            j,
+            n,
+            es_at,
+            et_at,
+            diff_at,
+            place,
+            gd,
+            m,
+            zs,
+            zt,
+            high,
+            low,
+            centre,
+            it,
+            beta,
+            scale,
+            far,
         )
         loss += part
         summed += t
         size += a
     if divergence == JSD:
         return loss, summed, size
+    if divergence == FORWARD and far:
+        loss += low * zt  # which was left out of x
+        size = 2.0 * zt  # at most; not summed
     unit = 1.0 / (zt if divergence == FORWARD else zs)  # what the blocks were summed in
     return loss * unit, summed * unit, size * unit
 
@@ -286,13 +359,16 @@ def dense_row(
             return np.inf
     all_near = far * it + abs(high) < NEAR
     constant = f32(0.0) if all_near else f32(math.log(1.0 - beta))
+    enough = APART_JSD if divergence == JSD else APART
+    differ = not all_near and apart(enough, v, es_at, et_at, zs, zt)
     loss, centre = row_loss(
-        divergence, v, es_at, et_at, diff_at, zs, zt, high, low, it, beta, series, constant
+        divergence, v, es_at, et_at, diff_at, zs, zt, high, low, it, beta, series, constant, differ
     )
     if divergence != JSD or out != 0:
         part, summed, size = write_row(
-            divergence, out, gd, vs, v, es_at, et_at, diff_at, zs, zt, high, low, centre, it, beta, scale
-        )
+            divergence, out, gd, vs, v, es_at, et_at, diff_at, zs, zt, high, low, centre, it, beta, scale,
+            differ,
+        )  # fmt: skip
         loss += part
         if out != 0 and gd == 0 and abs(summed) > 1e-7 * size:
             centre_gradient(f32_at(es_at), f32_at(out), min(v, vs), f32(-summed / zs * scale))

@@ -184,7 +184,7 @@ def top_k_row(
     none = f32(0.0)
     constant = none if far < NEAR else f32(math.log(1.0 - beta))
     part, centre = row_loss(
-        divergence, k, kept_at, pt_at, x_at, z, 1.0, none, none, one, beta, series, constant
+        divergence, k, kept_at, pt_at, x_at, z, 1.0, none, none, one, beta, series, constant, False
     )
     loss += part
     if divergence == JSD:  # its mean is of log(s/m) + constant, times 1 - beta
@@ -192,7 +192,7 @@ def top_k_row(
     middle = centre + (ghost_s * d_ghost if ghost_s > 0.0 else 0.0)
     part, summed, size = write_row(
         divergence, g_at, 0, k, k, kept_at, pt_at, x_at, z, 1.0, none, none, f32(middle), one, beta,
-        f32(scale),
+        f32(scale), False,
     )  # fmt: skip
     loss += part
     if out != 0:
