@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Real
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def check_settings(temperature: float, divergence: str, beta: float, reduction: 
         raise fail(
             "divergence", repr(divergence), f"one of {', '.join(DIVERGENCES)}", "pick one of these names"
         )
-    if divergence == "jsd" and not (isinstance(beta, Real) and LEAST_BETA <= beta <= 1 - LEAST_BETA):
+    if divergence == "jsd" and not (_is_real(beta) and LEAST_BETA <= beta <= 1 - LEAST_BETA):
         raise fail(
             "beta",
             repr(beta),
@@ -44,8 +45,14 @@ def check_settings(temperature: float, divergence: str, beta: float, reduction: 
         _check_count(count, reduction)
 
 
+def _is_real(value: object) -> TypeGuard[float]:
+    return isinstance(
+        value, (float, int, Real)
+    )  # what it mostly is comes first: to ask an abstract class takes longer
+
+
 def _check_positive(name: str, value: object, fix: str) -> None:
-    if not isinstance(value, Real) or not 0 < float(value) < math.inf:
+    if not _is_real(value) or not 0 < float(value) < math.inf:
         raise fail(name, repr(value), "a finite number above 0", fix)
 
 
@@ -67,7 +74,7 @@ def _check_count(count: object, reduction: str) -> None:
 
 def check_count_value(count: object) -> None:
     """Refuse a number of valid rows that is none."""
-    if not isinstance(count, Real) or not 0 <= float(count) < math.inf:
+    if not _is_real(count) or not 0 <= float(count) < math.inf:
         raise fail(
             "count",
             repr(count),
@@ -288,3 +295,26 @@ def _check_weights(weights: Tensor) -> None:
         raise fail(
             "Sampled.weights", f"a row that sums to {worst:.6g}", "1 in each row", "divide by the row's sum"
         )
+
+
+def checked(total: float, rows: Tensor, what: str = "logits") -> None:
+    """Refuse losses of which one is not a number, or reports an index out of range; +inf is a loss like another."""
+    if not math.isnan(total) and total != -math.inf:
+        return
+    if bool(rows.isnan().any()):
+        raise _nan_error(rows, what)
+    if bool((rows == -math.inf).any()):
+        row = int((rows == -math.inf).nonzero()[0, 0])
+        raise ValueError(
+            f"target indices: got one outside the student's entries in row {row} of a trusted target; expected 0 to"
+            " V - 1. Fix: drop trusted=True to see which, and remap it."
+        )
+
+
+def _nan_error(rows: Tensor, what: str) -> ValueError:
+    """The refusal of logits that give no distribution, naming the first such row."""
+    row = int(rows.isnan().nonzero()[0, 0])
+    return ValueError(
+        f"{what}: got NaN, +inf or only -inf in row {row} (of {rows.numel()} flattened rows); expected finite logits,"
+        " with -inf for entries that cannot occur. Fix: mask the row out, or find the step that made it so."
+    )

@@ -31,8 +31,8 @@ def softmax_kl_fwd_bwd(
     scale: float,
     out_grad: Tensor | None,
     loss_scale: float = 1.0,
-) -> Tensor:
-    """``loss_scale`` times the loss of each row (N,) in float32, and ``scale`` times its gradient in ``out_grad``.
+) -> tuple[Tensor, float]:
+    """``loss_scale`` times the loss of each row (N,) in float32 and their sum; ``scale`` times the gradient in ``out_grad``.
 
     Args:
         student: (N, V) float32, bfloat16 or float16, on the CPU, columns contiguous.
@@ -46,27 +46,25 @@ def softmax_kl_fwd_bwd(
         out_grad: (N, V) contiguous, of the student's dtype; may be ``student`` itself. None: loss only.
 
     Returns:
-        Also -inf, where an index of a trusted TopK or Sampled lies outside the row, and NaN for a row that is no
+        The losses are also -inf, where an index of a trusted TopK or Sampled lies outside the row, and NaN for a row that is no
         distribution; the gradient of such a row is undefined.
     """
     losses = torch.empty(student.shape[0], dtype=torch.float32)
     square = float(temperature) ** 2
     scales = (scale * square, loss_scale * square)
     if student.numel() == 0:
-        return losses.zero_()
+        return losses.zero_(), 0.0
     mask = None if mask is None else mask.contiguous()
     settings = (temperature, divergence, beta, mask, scales, out_grad, losses)
     if isinstance(target, Tensor):
-        _dense(student, target, *settings)
-    else:
-        _sparse(student, target, *settings)
-    return losses
+        return losses, _dense(student, target, *settings)
+    return losses, _sparse(student, target, *settings)
 
 
 def _dense(
     student: Tensor, teacher: Tensor, temperature: float, divergence: str, beta: float, mask: Tensor | None,
     scales: tuple[float, float], out_grad: Tensor | None, losses: Tensor,
-) -> None:  # fmt: skip
+) -> float:  # fmt: skip
     if teacher.stride(1) != 1:
         teacher = teacher.contiguous()
     if teacher.dtype not in DTYPES:
@@ -78,7 +76,7 @@ def _dense(
         vs = min(vs, vt)
     v = max(vs, vt)
     stride = -(-v // LINE) * LINE + LINE
-    _workers.run(
+    return _workers.run(
         entry("dense_rows"), student.shape[0], wide, 3 * stride,
         (
             DIVERGENCES[divergence], student.data_ptr(), teacher.data_ptr(), _address(out_grad),
@@ -93,7 +91,7 @@ def _dense(
 def _sparse(
     student: Tensor, target: TopK | Sampled, temperature: float, divergence: str, beta: float, mask: Tensor | None,
     scales: tuple[float, float], out_grad: Tensor | None, losses: Tensor,
-) -> None:  # fmt: skip
+) -> float:  # fmt: skip
     sampled = isinstance(target, Sampled)
     ghost = isinstance(target, TopK) and target.rest == "ghost"
     values = target.weights if isinstance(target, Sampled) else target.log_probs
@@ -104,7 +102,7 @@ def _sparse(
     rest = target.log_rest if isinstance(target, TopK) else None
     rest = None if rest is None else rest.to(torch.float32).contiguous()
     v, k = student.shape[1], indices.shape[1]
-    _workers.run(
+    return _workers.run(
         entry("sparse_rows"), student.shape[0], v, v + (2 * v if sampled else 4 * k) + 6 * LINE,
         (
             DIVERGENCES[divergence], student.data_ptr(), _address(out_grad), losses.data_ptr(),

@@ -6,8 +6,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from stillhouse.kernels.cpu_jit import HEADER, NEXT, PART, ROWS, SCRATCH, SIZE, THREADS
-from stillhouse.kernels.cpu_math import bool_at, f32, f32_at, f64_at, fetch_add, i64_at
+from stillhouse.kernels.cpu_jit import DONE, HEADER, NEXT, PART, ROWS, SCRATCH, SIZE, THREADS, TOTAL
+from stillhouse.kernels.cpu_math import bool_at, f32, f32_at, f64_at, fetch_add, i64_at, reduce_add_wide
 from stillhouse.kernels.cpu_read import LOG2E, zero
 from stillhouse.kernels.cpu_rows import dense_row
 
@@ -48,6 +48,18 @@ def take_rows(call):
     return beginning(share, q[ROWS], q[THREADS]), beginning(share + 1, q[ROWS], q[THREADS])
 
 
+@njit(error_model="numpy")
+def leave_rows(call, count, losses):
+    """So many rows are done; who finishes the last ones adds up the losses of all, in the order of the rows."""
+    rows = i64_at(call)[ROWS]
+    if count > 0 and fetch_add(call + 8 * DONE, count) + count == rows:
+        loss = f32_at(losses)
+        whole = 0.0
+        for r in range(rows):
+            whole = reduce_add_wide(whole, np.float64(loss[r]))
+        f64_at(call)[TOTAL] = whole
+
+
 def dense_rows(call):
     """Rows of a call until none is left; addresses, 0 for no mask or no gradient; strides in bytes."""
     scratch, rows = own_scratch(call), i64_at(call)[ROWS]
@@ -80,4 +92,5 @@ def dense_rows(call):
                 teacher_dtype, dtype, vs, vt, v, wide, it, k, f32(scale * inverse_t), beta, terms,
                 scratch, scratch_stride,
             )  # fmt: skip
+        leave_rows(call, last - first, losses)
         first, last = take_rows(call)

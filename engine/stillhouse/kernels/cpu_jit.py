@@ -28,9 +28,11 @@ SOURCES = (
 )
 ENTRIES = {"dense_rows": "cpu_dense", "sparse_rows": "cpu_sparse"}  # function and module
 SYMBOL = "stillhouse_rows"
-# what every call begins with: the next share of the rows, the next part of the scratch, rows, threads, scratch, size
-NEXT, PART, ROWS, THREADS, SCRATCH, SIZE = range(6)
-HEADER = 6
+# what every call begins with: the next share of the rows, the next part of the scratch, how many rows are done, the sum
+# of their losses (a float64), rows, threads, scratch, size
+NEXT, PART, DONE, TOTAL, ROWS, THREADS, SCRATCH, SIZE = range(8)
+HEADER = 8
+_FLOAT = struct.Struct("=d")
 
 
 class Compiled:
@@ -51,7 +53,13 @@ def record(
 ) -> ctypes.Array[ctypes.c_char]:
     """A call in memory: the header, then int64 (addresses too), then float64."""
     layout, memory = _layout(len(integers), len(floats))
-    return memory.from_buffer_copy(layout.pack(0, 0, rows, threads, scratch, size, *integers, *floats))
+    return memory.from_buffer_copy(layout.pack(0, 0, 0, 0, rows, threads, scratch, size, *integers, *floats))
+
+
+def total_of(call: ctypes.Array[ctypes.c_char]) -> float:
+    """The sum of the losses, once all rows are done."""
+    total: float = _FLOAT.unpack_from(call, 8 * TOTAL)[0]
+    return total
 
 
 @lru_cache(maxsize=8)

@@ -60,10 +60,13 @@ f64_at = _pointer(types.float64, ir.DoubleType())
 
 @intrinsic  # type: ignore[untyped-decorator]
 def fetch_add(typingctx: Any, address: Any, value: Any) -> Any:
-    """Add to an int64 in memory, as one step for all threads; what it was before."""
+    """Add to an int64 in memory, as one step for all threads; what it was before.
+
+    Who reads it sees what a thread that added to it before had written.
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.atomic_rmw("add", builder.inttoptr(args[0], I64.as_pointer()), args[1], "monotonic")
+        return builder.atomic_rmw("add", builder.inttoptr(args[0], I64.as_pointer()), args[1], "acq_rel")
 
     return types.int64(types.int64, types.int64), codegen
 

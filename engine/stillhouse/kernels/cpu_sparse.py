@@ -8,7 +8,7 @@ import math
 import numpy as np
 from numba import njit
 
-from stillhouse.kernels.cpu_dense import coefficients, own_scratch, take_rows
+from stillhouse.kernels.cpu_dense import coefficients, leave_rows, own_scratch, take_rows
 from stillhouse.kernels.cpu_jit import BLOCK, HEADER, ROWS
 from stillhouse.kernels.cpu_lanes import LANES, fill, load, store, top, total, where
 from stillhouse.kernels.cpu_math import (
@@ -281,4 +281,5 @@ def sparse_rows(call):
                     divergence, row, out, dtype, v, place, value, ghost, log_rest, power, k, inverse_t, scale * inverse_t,
                     beta, terms, scratch,
                 )  # fmt: skip
+        leave_rows(call, last - first, losses)
         first, last = take_rows(call)

@@ -20,9 +20,10 @@ from stillhouse.kernels.checks import (
     check_settings,
     check_target,
     check_values,
+    checked,
 )
 from stillhouse.kernels.errors import fail
-from stillhouse.kernels.loss import Divergence, Reduction, checked, flatten
+from stillhouse.kernels.loss import Divergence, Reduction, flatten
 from stillhouse.kernels.targets import Sampled, Target, TopK
 
 CHUNK = 1 << 24  # logits that exist at a time: 64 MB in float32

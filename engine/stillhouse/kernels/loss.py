@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Literal
 
@@ -16,8 +15,9 @@ from stillhouse.kernels.checks import (
     check_settings,
     check_target,
     check_values,
+    checked,
 )
-from stillhouse.kernels.targets import Sampled, Target, TopK
+from stillhouse.kernels.targets import Sampled, Target
 
 Divergence = Literal["forward", "reverse", "jsd"]
 Reduction = Literal["mean", "sum", "none"]
@@ -99,16 +99,22 @@ def flatten(student: Tensor, target: Target, mask: Tensor | None) -> tuple[Tenso
     def rows(x: Tensor) -> Tensor:
         return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
-    if isinstance(target, TopK):
-        rest = None if target.log_rest is None else target.log_rest.detach().reshape(-1)
-        target = replace(
-            target, indices=rows(target.indices), log_probs=rows(target.log_probs.detach()), log_rest=rest
-        )
+    def fixed(x: Tensor) -> Tensor:
+        return rows(x.detach() if _needs_grad(x) else x)
+
+    if isinstance(target, Tensor):
+        target = fixed(target)
     elif isinstance(target, Sampled):
-        target = replace(target, indices=rows(target.indices), weights=rows(target.weights.detach()))
-    else:
-        target = rows(target.detach())
+        target = replace(target, indices=rows(target.indices), weights=fixed(target.weights))
+    elif target.indices.dim() != 2 or _needs_grad(target.log_probs) or _needs_grad(target.log_rest):
+        rest = None if target.log_rest is None else target.log_rest.detach().reshape(-1)
+        log_probs = fixed(target.log_probs)
+        target = replace(target, indices=rows(target.indices), log_probs=log_probs, log_rest=rest)
     return rows(student), target, None if mask is None else mask.reshape(-1)
+
+
+def _needs_grad(x: Tensor | None) -> bool:
+    return x is not None and x.requires_grad
 
 
 def reduce(rows: Tensor, mask: Tensor | None, reduction: str, count: float | Tensor | None) -> Tensor:
@@ -124,26 +130,3 @@ def reduce(rows: Tensor, mask: Tensor | None, reduction: str, count: float | Ten
         some = count > 0
         return torch.where(some, total / torch.where(some, count, 1), 0)
     return total / count if count else torch.nan_to_num(total * 0)  # also where a row is +inf
-
-
-def checked(total: float, rows: Tensor, what: str = "logits") -> None:
-    """Refuse losses of which one is not a number, or reports an index out of range; +inf is a loss like another."""
-    if not math.isnan(total) and total != -math.inf:
-        return
-    if bool(rows.isnan().any()):
-        raise nan_error(rows, what)
-    if bool((rows == -math.inf).any()):
-        row = int((rows == -math.inf).nonzero()[0, 0])
-        raise ValueError(
-            f"target indices: got one outside the student's entries in row {row} of a trusted target; expected 0 to"
-            " V - 1. Fix: drop trusted=True to see which, and remap it."
-        )
-
-
-def nan_error(rows: Tensor, what: str) -> ValueError:
-    """The refusal of logits that give no distribution, naming the first such row."""
-    row = int(rows.isnan().nonzero()[0, 0])
-    return ValueError(
-        f"{what}: got NaN, +inf or only -inf in row {row} (of {rows.numel()} flattened rows); expected finite logits,"
-        " with -inf for entries that cannot occur. Fix: mask the row out, or find the step that made it so."
-    )

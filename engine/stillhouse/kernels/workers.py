@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from stillhouse.kernels.cpu_jit import Compiled, record
+from stillhouse.kernels.cpu_jit import Compiled, record, total_of
 
 SERIAL = 32_768  # logits that one thread finishes sooner than a second one wakes
 LINE = 16  # float32 in a cache line
@@ -51,24 +51,24 @@ class Workers:
     def run(
         self, compiled: Compiled, rows: int, width: int, scratch: int, integers: tuple[int, ...],
         floats: tuple[float, ...],
-    ) -> None:  # fmt: skip
-        """Call ``compiled`` over all rows, each thread with ``scratch`` float32; returns when each row is done."""
+    ) -> float:  # fmt: skip
+        """Call ``compiled`` over all rows, each thread with ``scratch`` float32; the sum of the losses, when all are done."""
         threads = min(torch.get_num_threads(), rows) if rows * width > SERIAL else 1
         address, size = self._scratch(threads, scratch)
         call = record(rows, threads, address, size, integers, floats)
+        parallel = None if self._forked or threads == 1 else openmp()
         if threads == 1:
             compiled(call)
-            return
-        parallel = None if self._forked else openmp()
-        if parallel is not None:
+        elif parallel is not None:
             self._entered = True
             parallel(compiled.address, call, threads, 0)
-            return
-        others = self._submit(threads - 1, lambda: compiled(call))
-        try:
-            compiled(call)
-        finally:
-            _wait_for(others)
+        else:
+            others = self._submit(threads - 1, lambda: compiled(call))
+            try:
+                compiled(call)
+            finally:
+                _wait_for(others)
+        return total_of(call)
 
     def _scratch(self, threads: int, elements: int) -> tuple[int, int]:
         """Address of scratch memory that this Python thread keeps between calls, and bytes from one part to the next.
