@@ -107,7 +107,7 @@ def compare(logits, values, pt_at, x, k, rs, it, log_z, power, top_t, mass):
         b = where(b < least, least, b)
         p = exp2_of_product(b, narrow_k, f32(wide_k - np.float64(narrow_k)))
         store(pt_at + i * 4, p * f32(1.0 / mass))
-    log_mass = math.log(mass)
+    log_mass = 0.0 if mass == 1.0 else math.log(mass)
     far = f32(0.0)
     for i in range(k):
         no_s = logits[i] < FLOOR

@@ -24,6 +24,7 @@ from stillhouse.kernels.cpu_math import (
     f64_at,
     i64_at,
     maximum_of,
+    reduce_add_wide,
     u16_at,
 )
 from stillhouse.kernels.cpu_outcomes import (
@@ -99,11 +100,21 @@ def student_pass(s, dtype, v, it, es, out):
     return z, rs
 
 
-@njit(error_model="numpy")
-def scaled_row(out, dtype, v, es, factor):
-    """The scratch row times ``factor`` to ``out``."""
+@njit(error_model="numpy", inline="always")
+def any_scaled_row(out, dtype, v, es, factor):
     for i in range((v - 1) & -LANES, -1, -LANES):  # from the end, which the caches still hold
         put(out, dtype, i, v, load(es + i * 4) * factor)
+
+
+@njit(error_model="numpy")
+def scaled_row(out, dtype, v, es, factor):
+    """The scratch row times ``factor`` to ``out``; a loop of its own for each dtype, as in pass A."""
+    if dtype == 0:
+        any_scaled_row(out, 0, v, es, factor)
+    elif dtype == 1:
+        any_scaled_row(out, 1, v, es, factor)
+    else:
+        any_scaled_row(out, 2, v, es, factor)
 
 
 @njit(error_model="numpy")
@@ -154,15 +165,16 @@ def top_k_row(
     z, rs = student_pass(student, dtype, v, it, es_at, out if out != 0 else es_at)
     if not (z > 0.0 and z < np.inf):
         return np.nan
-    inside = 0.0
     for i in range(k):
         j = indices[i]
         if j < 0 or j >= v:
             return OUT_OF_RANGE
-        inside += es[j]
         kept[i] = es[j]
         logits[i] = f32(logit(student, dtype, j))
         es[j] = f32(0.0)
+    inside = 0.0
+    for i in range(k):  # apart from the loop above, where each addition would wait for the one before
+        inside = reduce_add_wide(inside, np.float64(kept[i]))
     # a difference that cancels is summed instead
     rest = z - inside if inside < 0.5 * z else row_sum(es_at, v)
     z = inside + rest
