@@ -1,8 +1,11 @@
 """The operator inside torch: autograd, autocast, torch.compile, activation checkpointing, tracing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import exact, logits, relative
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from stillhouse.kernels import Sampled, TopK, linear_softmax_kl, softmax_kl
@@ -173,6 +176,34 @@ def test_forward_mode_raises_instead_of_giving_zero(call, grad):
 
     with pytest.raises(RuntimeError, match=r"forward-mode derivative.*backend='torch'"):
         torch.func.jvp(loss, (student,), (torch.ones(4, 9),))
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.mark.parametrize("kind", ["dense", "top-k", "rest"])
+def test_no_derivative_of_any_kind_reaches_the_target(kind, backend):
+    student, teacher = logits(4, 9, 1), logits(4, 9, 2)
+    top_k = TopK.from_logits(teacher, 3)
+    value = {"dense": teacher, "top-k": top_k.log_probs, "rest": top_k.log_rest}[kind]
+
+    def loss(s, value):
+        target = {
+            "dense": lambda: value,
+            "top-k": lambda: replace(top_k, log_probs=value),
+            "rest": lambda: replace(top_k, log_rest=value),
+        }[kind]()
+        return softmax_kl(s, target, backend=backend)
+
+    asked = value.clone().requires_grad_()
+    loss(student.clone().requires_grad_(), asked).backward()
+    assert asked.grad is None
+    assert not loss(student, asked).requires_grad
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(value, torch.ones_like(value))
+        assert forward_ad.unpack_dual(loss(student, dual)).tangent is None
+    if backend == "torch":
+        assert torch.func.jvp(lambda v: loss(student, v), (value,), (torch.ones_like(value),))[1] == 0
+        nested = torch.func.grad(lambda v: torch.func.grad(loss)(student, v).pow(2).sum())(value)
+        assert not nested.any()
 
 
 def test_the_torch_backend_has_second_derivatives():

@@ -1,5 +1,6 @@
 """Every path against the one specification, in value and gradient."""
 
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -144,6 +145,29 @@ def test_closed_forms_begin_where_they_lose_nothing(divergence, beta, width, tem
     assert ((rows_fused - rows_exact) / rows_exact).abs()[some].max() <= 1e-6
     wrong = (gradient_fused - gradient_exact).norm(dim=-1) / gradient_exact.norm(dim=-1)
     assert wrong[some].max() <= 1e-6
+
+
+@pytest.mark.parametrize("width", [16, 100, 256, 513, 1025, 5000])
+@pytest.mark.parametrize("tail", [0, 40, 600])
+def test_rows_that_differ_are_told_from_rows_that_agree(width, tail):
+    """Also where the end of the vocabulary, which is read first, holds next to nothing."""
+    apart = importlib.import_module("stillhouse.kernels.cpu_rows").apart
+
+    def asked(student, teacher, enough):
+        scratch = torch.zeros(2, -(-width // 16) * 16)
+        scratch[0, :width], scratch[1, :width] = student, teacher
+        of = (side.data_ptr() for side in scratch)
+        return apart(enough, width, *of, float(student.double().sum()), float(teacher.double().sum()))
+
+    for seed in range(5):
+        teacher = logits(1, width, seed)[0].exp()
+        teacher[width - min(tail, width // 2) :] = 1e-9
+        other = teacher * (1.5 * logits(1, width, seed + 9, scale=1.0)[0]).exp()
+        near = teacher * (0.05 * logits(1, width, seed + 9, scale=1.0)[0]).exp()
+        size = float((other / other.sum() - teacher / teacher.sum()).abs().sum())
+        assert asked(other, 7 * teacher, 0.99 * size), (seed, size)
+        assert not asked(other, 7 * teacher, 1.01 * size), (seed, size)
+        assert not asked(near, 7 * teacher, 0.5)
 
 
 @pytest.mark.parametrize("pair", PAIRS)

@@ -46,9 +46,8 @@ def check_settings(temperature: float, divergence: str, beta: float, reduction: 
 
 
 def _is_real(value: object) -> TypeGuard[float]:
-    return isinstance(
-        value, (float, int, Real)
-    )  # what it mostly is comes first: to ask an abstract class takes longer
+    # what it mostly is comes first: to ask an abstract class takes longer
+    return isinstance(value, (float, int, Real))
 
 
 def _check_positive(name: str, value: object, fix: str) -> None:

@@ -62,7 +62,7 @@ f64_at = _pointer(types.float64, ir.DoubleType())
 def fetch_add(typingctx: Any, address: Any, value: Any) -> Any:
     """Add to an int64 in memory, as one step for all threads; what it was before.
 
-    Who reads it sees what a thread that added to it before had written.
+    Whoever adds also sees all that a thread had written before it added ("acq_rel").
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:

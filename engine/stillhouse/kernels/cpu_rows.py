@@ -38,12 +38,14 @@ from stillhouse.kernels.cpu_math import (
 )
 from stillhouse.kernels.cpu_read import LOG2E, pass_a, put, zero
 
-# sums of |s - t| from which on closed forms serve a whole row; by Pinsker's inequality a KL is then an eighth at least
-APART, APART_JSD = 0.5, 0.8
+# sums of |s - t|, of 2 at most, from which on closed forms serve a whole row. By Pinsker's inequality a KL is then an eighth
+# at least, and a jsd beta (1 - beta) / 2: what they round to is a millionth of that
+APART, APART_JSD = 0.5, 1.0
 UNLIKELY = (
-    0.2  # of the mass of the columns seen: so small a difference there will not become half of all mass
+    0.2  # of the mass seen: where the sides differ by so little of it, the sum will not become half of all
 )
-PART = 256  # columns after which that is looked at
+SEEN = 1 / 16  # of the mass, before that is asked
+PROBE = 256  # columns after which both are
 TINY = 1e-6  # a loss below this may show the normalisers' rounding, up to 1e-13
 ROUNDING = 1e-6  # and more than that in a normaliser is none
 FORWARD, REVERSE, JSD = 0, 1, 2
@@ -53,30 +55,32 @@ FORWARD, REVERSE, JSD = 0, 1, 2
 def apart(enough, v, es_at, et_at, zs, zt):
     """Is the sum of |s - t| that large, so that closed forms lose nothing? Read from the end until that is sure.
 
-    Where they differ by little of what mass was seen so far, the rest of the row is not asked.
+    Where the sides differ by little of the mass that was seen, the rest of the row is not asked: it takes the series.
     """
     ratio = f32(zt / zs)
     size = 0.0
     mass = 0.0
-    for j in range((v - 1) // PART * PART, -1, -PART):
+    end = v
+    for j in range(max(v // PROBE - 1, 0) * PROBE, -1, -PROBE):
         part = fill(f32(0.0))
         here = fill(f32(0.0))
-        for i in range(j, min(j + PART, v), LANES):
+        for i in range(j, end, LANES):
             t = load(et_at + i * 4)
             part = part + absolute(fma(load(es_at + i * 4), ratio, -t))
             here = here + t
         size += total(part)
         mass += total(here)
+        end = j
         if size >= enough * zt:
             return True
-        if size < UNLIKELY * mass:
+        if mass >= SEEN * zt and size < UNLIKELY * mass:
             return False
     return False
 
 
 @njit(error_model="numpy", inline="always")
-def forward_block(es, et, diff, g, gd, m, n, it, high, low, zs, zt, scale, far):
-    """KL(t || s): gradient s - t, loss t phi(log s - log t); unless ``far``, neither cancels where s is near t.
+def forward_block(es, et, diff, g, gd, m, n, it, high, low, zs, zt, scale, differ):
+    """KL(t || s): gradient s - t, loss t phi(log s - log t); neither cancels where s is near t, unless the sides ``differ``.
 
     A loop of its own for each dtype, as in pass A.
     """
@@ -89,7 +93,7 @@ def forward_block(es, et, diff, g, gd, m, n, it, high, low, zs, zt, scale, far):
         t = load(et + i * 4)  # all of it in multiples of 1 / zt
         x = fma(load(diff + i * 4), it, -high)
         grad = fma(load(es + i * 4), ratio, -t)
-        if far:
+        if differ:
             loss = loss + fma(-t, x, grad)
         else:
             x = x - low
@@ -113,8 +117,8 @@ def weighted_sum(p, diff, n, it, high, low):
 
 
 @njit(error_model="numpy", inline="always")
-def reverse_block(es, et, diff, g, gd, m, n, it, high, low, centre, zs, zt, scale, far):
-    """KL(s || t): gradient s (log s/t - its mean), loss s phi(log t - log s), which cancels about 0 if ``far``."""
+def reverse_block(es, et, diff, g, gd, m, n, it, high, low, centre, zs, zt, scale, differ):
+    """KL(s || t): gradient s (log s/t - its mean), loss s phi(log t - log s), whose closed form serves where they ``differ``."""
     loss = fill(f32(0.0))
     summed = fill(f32(0.0))
     size = fill(f32(0.0))
@@ -128,7 +132,7 @@ def reverse_block(es, et, diff, g, gd, m, n, it, high, low, centre, zs, zt, scal
         size = size + absolute(grad)
         first = s * x
         closed = fma(load(et + i * 4), ratio, first - s)
-        if far:
+        if differ:
             loss = loss + closed
         else:
             second = first * (phi_over_square(-x) * x)
@@ -138,14 +142,14 @@ def reverse_block(es, et, diff, g, gd, m, n, it, high, low, centre, zs, zt, scal
 
 
 @njit(error_model="numpy", inline="always")
-def jsd_block(es, et, diff, n, it, high, low, to_a, to_b, series, constant, far):
+def jsd_block(es, et, diff, n, it, high, low, to_a, to_b, series, constant, differ):
     """Loss, and the sum of b w with w = log(s/m) + log(1 - beta), which replaces the teacher in the scratch row.
 
     With a = beta t and b = (1 - beta) s, whose factors are ``to_a`` and ``to_b``, log(a / (a + b)) and log(b / (a + b))
     are had from the ratio of the smaller to the larger, and from x. Where the two sides share little, log(s/m) is
     log 1/(1 - beta) nearly everywhere, and only w tells entries apart. Where they nearly agree it is near 0, and only
     without that constant are entries told apart: ``constant`` is 0 if all entries of the row are near, else
-    log(1 - beta), as for all of a row that is ``far``.
+    log(1 - beta), as it always is where the sides ``differ``.
     """
     loss = fill(f32(0.0))
     weighted = fill(f32(0.0))
@@ -159,7 +163,7 @@ def jsd_block(es, et, diff, n, it, high, low, to_a, to_b, series, constant, far)
         w = minimum_of(x - log_odds, f32(0.0)) - grown
         t_over_m = minimum_of(-log_rest - x, -log_beta) - grown
         term = fma(a, t_over_m, b * (w - log_rest))
-        if not far:
+        if not differ:
             near = absolute(x) < NEAR
             close = fma(fma(fma(fma(fma(fma(fma(l7, x, l6), x, l5), x, l4), x, l3), x, l2), x, l1), x, l0)
             term = where(near, a * x * (x * close), term)
@@ -229,7 +233,7 @@ def normaliser_error(v, es_at, diff_at, zs, it, high, low):
 
 
 @njit(error_model="numpy")
-def row_loss(divergence, v, es_at, et_at, diff_at, zs, zt, high, low, it, beta, series, constant, far):
+def row_loss(divergence, v, es_at, et_at, diff_at, zs, zt, high, low, it, beta, series, constant, differ):
     """The passes over the scratch that come before a gradient can be written: (loss so far, centre)."""
     to_a = f32(beta / zt)
     to_b = f32((1.0 - beta) / zs)
@@ -245,7 +249,7 @@ def row_loss(divergence, v, es_at, et_at, diff_at, zs, zt, high, low, it, beta, 
         if divergence == REVERSE:
             centre += weighted_sum(es, diff, n, it, high, low)
         else:
-            if far:
+            if differ:
                 part, weighted = jsd_block(es, et, diff, n, it, high, low, to_a, to_b, series, constant, True)
             else:
                 part, weighted = jsd_block(
@@ -259,23 +263,23 @@ def row_loss(divergence, v, es_at, et_at, diff_at, zs, zt, high, low, it, beta, 
 
 @njit(error_model="numpy")
 def row_gradient(
-    divergence, j, n, es_at, et_at, diff_at, out, gd, m, zs, zt, high, low, centre, it, beta, scale, far
+    divergence, j, n, es_at, et_at, diff_at, out, gd, m, zs, zt, high, low, centre, it, beta, scale, differ
 ):
     """One block, of whose gradient m columns go to ``out``: (loss not counted yet, sums of the gradient and its size)."""
     es = es_at + j * 4
     et = et_at + j * 4
     diff = diff_at + j * 4
-    if divergence == FORWARD and far and gd == 0:
+    if divergence == FORWARD and differ and gd == 0:
         return forward_block(es, et, diff, out, 0, m, n, it, high, low, zs, zt, scale, True)
-    if divergence == FORWARD and far and gd == 1:
+    if divergence == FORWARD and differ and gd == 1:
         return forward_block(es, et, diff, out, 1, m, n, it, high, low, zs, zt, scale, True)
-    if divergence == FORWARD and far:
+    if divergence == FORWARD and differ:
         return forward_block(es, et, diff, out, 2, m, n, it, high, low, zs, zt, scale, True)
     if divergence == FORWARD and gd == 0:
         return forward_block(es, et, diff, out, 0, m, n, it, high, low, zs, zt, scale, False)
     if divergence == FORWARD:
         return forward_block(es, et, diff, out, gd, m, n, it, high, low, zs, zt, scale, False)
-    if divergence == REVERSE and far:
+    if divergence == REVERSE and differ:
         return reverse_block(es, et, diff, out, gd, m, n, it, high, low, centre, zs, zt, scale, True)
     if divergence == REVERSE:
         return reverse_block(es, et, diff, out, gd, m, n, it, high, low, centre, zs, zt, scale, False)
@@ -285,7 +289,7 @@ def row_gradient(
 
 @njit(error_model="numpy")
 def write_row(
-    divergence, out, gd, vs, v, es_at, et_at, diff_at, zs, zt, high, low, centre, it, beta, scale, far
+    divergence, out, gd, vs, v, es_at, et_at, diff_at, zs, zt, high, low, centre, it, beta, scale, differ
 ):
     """Gradient of one row: (the loss that comes with it, the gradient's sum, and that of its absolute values).
 
@@ -301,31 +305,15 @@ def write_row(
         m = min(n, vs - j) if out != 0 else 0
         place = out + j * (4 if gd == 0 else 2)
         part, t, a = row_gradient(
-            divergence,
-            j,
-            n,
-            es_at,
-            et_at,
-            diff_at,
-            place,
-            gd,
-            m,
-            zs,
-            zt,
-            high,
-            low,
-            centre,
-            it,
-            beta,
-            scale,
-            far,
-        )
+            divergence, j, n, es_at, et_at, diff_at, place, gd, m, zs, zt, high, low, centre, it, beta, scale,
+            differ,
+        )  # fmt: skip
         loss += part
         summed += t
         size += a
     if divergence == JSD:
         return loss, summed, size
-    if divergence == FORWARD and far:
+    if divergence == FORWARD and differ:
         loss += low * zt  # which was left out of x
         size = 2.0 * zt  # at most; not summed
     unit = 1.0 / (zt if divergence == FORWARD else zs)  # what the blocks were summed in

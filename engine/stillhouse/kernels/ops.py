@@ -97,7 +97,7 @@ def _cpu_loss(
     student: Tensor, target: Target, factor: float, restricted: bool, per_row: bool, **settings: Any
 ) -> Tensor:
     settings["loss_scale"] = factor or 1.0
-    loss = torch.empty((), dtype=torch.float32)
+    loss = None if per_row else torch.empty((), dtype=torch.float32)
     if restricted:
         rows = _within(lambda *of, **how: _cpu().softmax_kl_fwd_bwd(*of, **how)[0])(
             student, target, **settings
@@ -106,7 +106,7 @@ def _cpu_loss(
     else:
         rows, total = _cpu().softmax_kl_fwd_bwd(student, target, **settings)
     checked(total, rows, "logits at the k entries" if restricted else "logits")
-    if per_row:
+    if loss is None:
         return rows
     # by its address: the first torch operator after the kernel, whose code left the caches, takes as long as 40 rows
     ctypes.c_float.from_address(loss.data_ptr()).value = total if factor else 0.0
