@@ -1,6 +1,5 @@
 """Every path against the one specification, in value and gradient."""
 
-import importlib
 from dataclasses import replace
 
 import pytest
@@ -151,7 +150,7 @@ def test_closed_forms_begin_where_they_lose_nothing(divergence, beta, width, tem
 @pytest.mark.parametrize("tail", [0, 40, 600])
 def test_rows_that_differ_are_told_from_rows_that_agree(width, tail):
     """Also where the end of the vocabulary, which is read first, holds next to nothing."""
-    apart = importlib.import_module("stillhouse.kernels.cpu_rows").apart
+    from stillhouse.kernels.cpu_rows import apart
 
     def asked(student, teacher, enough):
         scratch = torch.zeros(2, -(-width // 16) * 16)

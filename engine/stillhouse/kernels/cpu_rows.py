@@ -41,11 +41,9 @@ from stillhouse.kernels.cpu_read import LOG2E, pass_a, put, zero
 # sums of |s - t|, of 2 at most, from which on closed forms serve a whole row. By Pinsker's inequality a KL is then an eighth
 # at least, and a jsd beta (1 - beta) / 2: what they round to is a millionth of that
 APART, APART_JSD = 0.5, 1.0
-UNLIKELY = (
-    0.2  # of the mass seen: where the sides differ by so little of it, the sum will not become half of all
-)
-SEEN = 1 / 16  # of the mass, before that is asked
-PROBE = 256  # columns after which both are
+# of the mass seen, once that is a sixteenth of all: where the sides differ by so little of it, the sum will stay small
+UNLIKELY, SEEN = 0.2, 1 / 16
+PROBE = 256  # columns after which both are looked at
 TINY = 1e-6  # a loss below this may show the normalisers' rounding, up to 1e-13
 ROUNDING = 1e-6  # and more than that in a normaliser is none
 FORWARD, REVERSE, JSD = 0, 1, 2
@@ -82,7 +80,7 @@ def apart(enough, v, es_at, et_at, zs, zt):
 def forward_block(es, et, diff, g, gd, m, n, it, high, low, zs, zt, scale, differ):
     """KL(t || s): gradient s - t, loss t phi(log s - log t); neither cancels where s is near t, unless the sides ``differ``.
 
-    A loop of its own for each dtype, as in pass A.
+    A short loop, so one of its own for each dtype where they do, as in pass A.
     """
     loss = fill(f32(0.0))
     summed = fill(f32(0.0))
@@ -91,12 +89,11 @@ def forward_block(es, et, diff, g, gd, m, n, it, high, low, zs, zt, scale, diffe
     factor = f32(scale / zt)
     for i in range(0, n, LANES):
         t = load(et + i * 4)  # all of it in multiples of 1 / zt
-        x = fma(load(diff + i * 4), it, -high)
+        x = fma(load(diff + i * 4), it, -high) - low
         grad = fma(load(es + i * 4), ratio, -t)
         if differ:
             loss = loss + fma(-t, x, grad)
         else:
-            x = x - low
             first = t * x
             second = first * (phi_over_square(x) * x)
             near = absolute(x) < NEAR
@@ -275,8 +272,6 @@ def row_gradient(
         return forward_block(es, et, diff, out, 1, m, n, it, high, low, zs, zt, scale, True)
     if divergence == FORWARD and differ:
         return forward_block(es, et, diff, out, 2, m, n, it, high, low, zs, zt, scale, True)
-    if divergence == FORWARD and gd == 0:
-        return forward_block(es, et, diff, out, 0, m, n, it, high, low, zs, zt, scale, False)
     if divergence == FORWARD:
         return forward_block(es, et, diff, out, gd, m, n, it, high, low, zs, zt, scale, False)
     if divergence == REVERSE and differ:
@@ -314,7 +309,6 @@ def write_row(
     if divergence == JSD:
         return loss, summed, size
     if divergence == FORWARD and differ:
-        loss += low * zt  # which was left out of x
         size = 2.0 * zt  # at most; not summed
     unit = 1.0 / (zt if divergence == FORWARD else zs)  # what the blocks were summed in
     return loss * unit, summed * unit, size * unit

@@ -17,7 +17,7 @@ from stillhouse.kernels.checks import (
     check_values,
     checked,
 )
-from stillhouse.kernels.targets import Sampled, Target
+from stillhouse.kernels.targets import Sampled, Target, TopK
 
 Divergence = Literal["forward", "reverse", "jsd"]
 Reduction = Literal["mean", "sum", "none"]
@@ -74,7 +74,7 @@ def softmax_kl(
     if inplace:
         check_inplace(student_logits)
     chosen = backends.choose(student_logits, backend)
-    student, flat, flat_mask = flatten(student_logits, target, mask, detach=chosen == "torch")
+    student, flat, flat_mask = flatten(student_logits, target, mask)
     if not torch.compiler.is_compiling():
         check_values(flat, student.shape[-1], flat_mask, chosen)
     per_row = reduction == "none"
@@ -93,32 +93,21 @@ def softmax_kl(
     return loss.reshape(student_logits.shape[:-1]) if per_row and student_logits.dim() != 2 else loss
 
 
-def flatten(
-    student: Tensor, target: Target, mask: Tensor | None, *, detach: bool = True
-) -> tuple[Tensor, Target, Tensor | None]:
-    """Everything with one leading dimension N; the target detached.
-
-    An operator that has no derivative in the target need not ``detach`` what requires no gradient: tangents and outer
-    levels of torch.func end there.
-    """
+def flatten(student: Tensor, target: Target, mask: Tensor | None) -> tuple[Tensor, Target, Tensor | None]:
+    """Everything with one leading dimension N; the target detached."""
 
     def rows(x: Tensor) -> Tensor:
         return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
-    def follows(x: Tensor | None) -> bool:
-        return x is not None and (detach or x.requires_grad)
-
-    def fixed(x: Tensor) -> Tensor:
-        return rows(x.detach() if follows(x) else x)
-
-    if isinstance(target, Tensor):
-        target = fixed(target)
-    elif isinstance(target, Sampled):
-        target = replace(target, indices=rows(target.indices), weights=fixed(target.weights))
-    elif target.indices.dim() != 2 or follows(target.log_probs) or follows(target.log_rest):
+    if isinstance(target, TopK):
         rest = None if target.log_rest is None else target.log_rest.detach().reshape(-1)
-        log_probs = fixed(target.log_probs)
-        target = replace(target, indices=rows(target.indices), log_probs=log_probs, log_rest=rest)
+        target = replace(
+            target, indices=rows(target.indices), log_probs=rows(target.log_probs.detach()), log_rest=rest
+        )
+    elif isinstance(target, Sampled):
+        target = replace(target, indices=rows(target.indices), weights=rows(target.weights.detach()))
+    else:
+        target = rows(target.detach())
     return rows(student), target, None if mask is None else mask.reshape(-1)
 
 
