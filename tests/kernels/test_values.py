@@ -146,6 +146,43 @@ def test_closed_forms_begin_where_they_lose_nothing(divergence, beta, width, tem
     assert wrong[some].max() <= 1e-6
 
 
+def smoothed(rows, width, place, most):
+    """One entry above all others, which are equal."""
+    x = torch.zeros(rows, width)
+    x[:, place] = torch.linspace(0.1, most, rows)
+    return x
+
+
+def striped(rows, width, every, most):
+    x = torch.zeros(rows, width)
+    x[:, ::every] = torch.linspace(0.1, most, rows)[:, None]
+    return x
+
+
+ALIKE = {  # (student, teacher) of little but equal numbers
+    "label smoothing": lambda rows, width: (logits(rows, width, 1), smoothed(rows, width, 5, 12.0)),
+    "no agreement": lambda rows, width: (smoothed(rows, width, -1, 8.0), smoothed(rows, width, 5, 12.0)),
+    "agreement": lambda rows, width: (
+        smoothed(rows, width, 5, 12.0) + smoothed(rows, width, 7, 3.0) + smoothed(rows, width, 5, 0.3),
+        smoothed(rows, width, 5, 12.0),
+    ),
+    "two values": lambda rows, width: (striped(rows, width, 2, 3.0), striped(rows, width, 3, 4.0)),
+}
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("width", [1000, 2048, 32000])
+@pytest.mark.parametrize("alike", ALIKE)
+def test_equal_logits_are_as_exact_as_others(alike, width, divergence):
+    """What equal numbers round to in a sum is equal too, and does not average out."""
+    student, teacher = ALIKE[alike](64, width)
+    rows_exact, gradient_exact = exact(student, teacher, divergence=divergence)
+    rows_fused, gradient_fused = fused(student, teacher, divergence=divergence)
+    assert ((rows_fused - rows_exact) / rows_exact)[8:].abs().max() <= 1e-6  # the first rows nearly agree
+    wrong = (gradient_fused - gradient_exact).norm(dim=-1) / gradient_exact.norm(dim=-1)
+    assert wrong[8:].max() <= 1e-6
+
+
 @pytest.mark.parametrize("width", [16, 100, 256, 513, 1025, 5000])
 @pytest.mark.parametrize("tail", [0, 40, 600])
 def test_rows_that_differ_are_told_from_rows_that_agree(width, tail):

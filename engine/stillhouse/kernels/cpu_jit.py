@@ -24,7 +24,10 @@ import llvmlite.binding as llvm
 BLOCK = 2048  # columns at a time: what they are summed in, and redone where a reference has to rise
 SOURCES = (
     "series.py",
-    *(f"cpu_{name}.py" for name in ("jit", "lanes", "math", "read", "rows", "dense", "outcomes", "sparse")),
+    *(
+        f"cpu_{n}.py"
+        for n in ("jit", "lanes", "math", "read", "blocks", "rows", "dense", "outcomes", "sparse")
+    ),
 )
 ENTRIES = {"dense_rows": "cpu_dense", "sparse_rows": "cpu_sparse"}  # function and module
 SYMBOL = "stillhouse_rows"

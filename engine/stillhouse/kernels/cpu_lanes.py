@@ -39,7 +39,9 @@ class _BFloat(ir.types._BaseFloatType):  # type: ignore[misc]
 
 _BFloat._create_instance()
 BFLOAT = _BFloat()
-VECTOR, INTEGERS, BITS = (ir.VectorType(element, LANES) for element in (FLOAT, I32, I1))
+VECTOR, INTEGERS, BITS, DOUBLES = (
+    ir.VectorType(element, LANES) for element in (FLOAT, I32, I1, ir.DoubleType())
+)
 
 
 class Lanes(types.Type):  # type: ignore[misc]
@@ -50,7 +52,11 @@ class Mask(types.Type):  # type: ignore[misc]
     """Sixteen truth values."""
 
 
-lanes, mask = Lanes("lanes"), Mask("mask")
+class Wide(types.Type):  # type: ignore[misc]
+    """Sixteen float64, which sums of lanes go to."""
+
+
+lanes, mask, wide = Lanes("lanes"), Mask("mask"), Wide("wide")
 
 
 def _model(kind: Any, held: Any) -> None:
@@ -63,6 +69,7 @@ def _model(kind: Any, held: Any) -> None:
 
 _model(Lanes, VECTOR)
 _model(Mask, BITS)
+_model(Wide, DOUBLES)
 
 
 def _splat(builder: Any, value: Any) -> Any:
@@ -191,6 +198,38 @@ def _reduction(name: str, start: float | None, flags: tuple[str, ...]) -> Any:
 
 total = _reduction("fadd", -0.0, ("reassoc", "nsz"))
 top = _reduction("fmax", None, ("nnan", "nsz"))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def nothing(typingctx: Any) -> Any:
+    """Sixteen float64 zeros."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return ir.Constant(DOUBLES, [0.0] * LANES)
+
+    return wide(), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def plus(typingctx: Any, sums: Any, x: Any) -> Any:
+    """Sums in float64 and lanes of float32 more."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fadd(args[0], builder.fpext(args[1], DOUBLES))
+
+    return wide(wide, lanes), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def whole(typingctx: Any, sums: Any) -> Any:
+    """The sum of sixteen float64."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        double = ir.DoubleType()
+        called = function(builder, f"llvm.vector.reduce.fadd.v{LANES}f64", double, [double, DOUBLES])
+        return builder.call(called, [ir.Constant(double, -0.0), args[0]], fastmath=("reassoc", "nsz"))
+
+    return types.float64(wide), codegen
 
 
 def _pointer(builder: Any, address: Any, kind: Any) -> Any:

@@ -127,7 +127,7 @@ shifted_wide = _doubles(
 MAGIC_WIDE = 1.5 * 2**52 + 1023
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def exp2(z):  # type: ignore[no-untyped-def]
     """2^z of lanes to 1e-7 relative; 0 below 2^-127, NaN for NaN."""
     z = where(z < LEAST, LEAST, z)
@@ -135,14 +135,14 @@ def exp2(z):  # type: ignore[no-untyped-def]
     return exp2_of_rest(z - (biased - MAGIC)) * shifted(biased)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def exp2_of_product(a, k, k_low):  # type: ignore[no-untyped-def]
     """2^(a (k + k_low)) for a >= LEAST / k, without the rounding of the product, which is that of a large exponent."""
     biased = fma(a, k, MAGIC)  # rounds to the nearest integer; at LEAST it gives 0
     return exp2_of_rest(fma(a, k_low, fma(a, k, MAGIC - biased))) * shifted(biased)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def exp2_of_rest(x):  # type: ignore[no-untyped-def]
     """2^x for |x| <= 1/2. Minimax polynomial."""
     p = fma(f32(0.000154697351565), x, f32(0.00133908668598))
@@ -153,7 +153,7 @@ def exp2_of_rest(x):  # type: ignore[no-untyped-def]
     return fma(p, x, f32(1.0))
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def log1p_of_ratio(r):  # type: ignore[no-untyped-def]
     """log(1 + r) for 0 <= r <= 1, to 1.4e-7 relative. Minimax polynomial."""
     p = fma(f32(0.00523269268483), r, f32(-0.0295052324425))
@@ -166,7 +166,7 @@ def log1p_of_ratio(r):  # type: ignore[no-untyped-def]
     return fma(p, r, f32(0.99999996988)) * r
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def phi_over_square(x):  # type: ignore[no-untyped-def]
     """(exp(x) - 1 - x) / x^2 for |x| < NEAR."""
     q = fma(PHI[6], x, PHI[5])
@@ -177,7 +177,7 @@ def phi_over_square(x):  # type: ignore[no-untyped-def]
     return fma(q, x, PHI[0])
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def gap(a, b, offset):  # type: ignore[no-untyped-def]
     """A - b - offset with one rounding where offset is near a - b: what rounds off a - b is found and added back.
 
@@ -188,7 +188,7 @@ def gap(a, b, offset):  # type: ignore[no-untyped-def]
     return where(a > FLOOR, d - offset, d) + ((a - (d - back)) - (b + back))
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(forceinline=True)  # type: ignore[untyped-decorator]
 def exp_wide(x):  # type: ignore[no-untyped-def]
     """exp(x) of a float64 at most 0, to 1e-14 relative, in vector lanes; 0 far below."""
     z = max(x * 1.4426950408889634, -1022.0)

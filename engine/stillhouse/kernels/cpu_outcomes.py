@@ -103,7 +103,7 @@ def compare(logits, values, pt_at, x, k, rs, it, log_z, power, top_t, mass):
     narrow_k = f32(wide_k)
     least = LEAST / narrow_k
     for i in range(0, k, LANES):
-        b = take(values, 0, i, k) - f32(top_t)
+        b = take(values, 0, i, k, False) - f32(top_t)
         b = where(b < least, least, b)
         p = exp2_of_product(b, narrow_k, f32(wide_k - np.float64(narrow_k)))
         store(pt_at + i * 4, p * f32(1.0 / mass))

@@ -18,6 +18,8 @@ from stillhouse.kernels.cpu_lanes import (
     load_first,
     load_first_bf16,
     load_first_f16,
+    nothing,
+    plus,
     store,
     store_bf16,
     store_f16,
@@ -25,8 +27,8 @@ from stillhouse.kernels.cpu_lanes import (
     store_first_bf16,
     store_first_f16,
     top,
-    total,
     where,
+    whole,
 )
 from stillhouse.kernels.cpu_math import (
     FLOOR,
@@ -47,25 +49,26 @@ ROOM = f32(8.0)  # how far, in powers of two, an exponential may exceed its refe
 # bytes that are asked for before they are read: the processor's own prefetching ends where a page does, and a page's first
 # line and its translation take longer than what it looks ahead. Two fifths of the time at large shapes went there
 AHEAD = 4096
+CHUNK = 8 * LANES  # columns that are summed in float32, before float64 goes on
 LOG2E = 1.4426950408889634
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def look_ahead(address, dtype, i):
     """Before :func:`take` of these columns, where a row is read for the first time."""
     prefetch(address + (4 if dtype == 0 else 2) * i + AHEAD)
 
 
-@njit(inline="always")
+@njit(forceinline=True)
 def look_ahead_to_write(address, dtype, i):
     """While a row is read: stores that come later in one go would wait for each line of another array."""
     prefetch_to_write(address + (4 if dtype == 0 else 2) * i)
 
 
-@njit(inline="always")
-def take(address, dtype, i, n):
+@njit(forceinline=True)
+def take(address, dtype, i, n, full):
     """Columns i .. i + 16 of a row of n, as float32; what is beyond them has probability zero."""
-    if i + LANES <= n:
+    if full or i + LANES <= n:
         if dtype == 0:
             return load(address + 4 * i)
         return load_bf16(address + 2 * i) if dtype == 1 else load_f16(address + 2 * i)
@@ -78,10 +81,10 @@ def take(address, dtype, i, n):
     return load_first_f16(address + 2 * i, n - i, FLOOR)
 
 
-@njit(inline="always")
-def put(address, dtype, i, n, value):
+@njit(forceinline=True)
+def put(address, dtype, i, n, value, full):
     """Columns i .. i + 16 of a row of n, none beyond them."""
-    if i + LANES <= n:
+    if full or i + LANES <= n:
         if dtype == 0:
             store(address + 4 * i, value)
         elif dtype == 1:
@@ -115,7 +118,7 @@ def maximum(x, dtype, first, last):
     """The largest logit of these columns; FLOOR where all are below."""
     highest = fill(FLOOR)
     for i in range(first, last, LANES):
-        highest = maximum_of(highest, take(x, dtype, i, last))
+        highest = maximum_of(highest, take(x, dtype, i, last, False))
     return top(highest)
 
 
@@ -128,49 +131,63 @@ def reference_of(x, dtype, width):
     return highest if highest > FLOOR else f32(0.0)  # nothing but -inf: all is zero against any other number
 
 
-@njit(error_model="numpy", inline="always")
+@njit(error_model="numpy", forceinline=True)
+def columns(s, t, sd, td, vs, vt, i, es, et, diff, rs, rt, least, k, k_low, out, sums, full):
+    """Pass A on sixteen columns."""
+    zs, zt, top_s, top_t, far = sums
+    look_ahead(s, sd, i)
+    look_ahead(t, td, i)
+    look_ahead_to_write(out, sd, i)
+    a = take(s, sd, i, vs, full)
+    b = take(t, td, i, vt, full)
+    a = where(a < FLOOR, FLOOR, a)
+    b = where(b < FLOOR, FLOOR, b)
+    if sd != 0 and td != 0:
+        a = a - rs
+        b = b - rt
+        d = a - b
+    else:
+        d = gap(a, b, rs - rt)
+        a = a - rs
+        b = b - rt
+    a = where(a < least, least, a)
+    b = where(b < least, least, b)
+    x = exp2_of_product(a, k, k_low)
+    y = exp2_of_product(b, k, k_low)
+    store(es + i * 4, x)
+    store(et + i * 4, y)
+    store(diff + i * 4, d)
+    return zs + x, zt + y, maximum_of(top_s, a), maximum_of(top_t, b), maximum_of(far, absolute(d))
+
+
+@njit(error_model="numpy", forceinline=True)
+def span(s, t, sd, td, vs, vt, first, last, es, et, diff, rs, rt, least, k, k_low, out, sums, full):
+    none = fill(f32(0.0))
+    zs, zt, top_s, top_t, far = sums
+    for j in range(first, last, CHUNK):
+        part = none, none, top_s, top_t, far
+        for i in range(j, min(j + CHUNK, last), LANES):
+            part = columns(s, t, sd, td, vs, vt, i, es, et, diff, rs, rt, least, k, k_low, out, part, full)
+        x, y, top_s, top_t, far = part
+        zs = plus(zs, x)
+        zt = plus(zt, y)
+    return zs, zt, top_s, top_t, far
+
+
+@njit(error_model="numpy", forceinline=True)
 def any_exponentials(s, t, sd, td, vs, vt, first, last, es, et, diff, rs, rt, k, k_low, out):
     """Pass A on one block: sums, maxima, and the largest difference, all of logits less their references.
 
     Of float32 logits it is rounded once, with what the references' difference rounds to (``gap``). 16-bit ones less
     their reference are exact, unless they are tiny beside it, and are subtracted as they are.
     """
-    zs = fill(f32(0.0))
-    zt = fill(f32(0.0))
-    top_s = fill(FLOOR)
-    top_t = fill(FLOOR)
-    far = fill(f32(0.0))
+    sums = nothing(), nothing(), fill(FLOOR), fill(FLOOR), fill(f32(0.0))
     least = LEAST / k
-    offset = rs - rt
-    for i in range(first, last, LANES):
-        look_ahead(s, sd, i)
-        look_ahead(t, td, i)
-        look_ahead_to_write(out, sd, i)
-        a = take(s, sd, i, vs)
-        b = take(t, td, i, vt)
-        a = where(a < FLOOR, FLOOR, a)
-        b = where(b < FLOOR, FLOOR, b)
-        if sd != 0 and td != 0:
-            a = a - rs
-            b = b - rt
-            d = a - b
-        else:
-            d = gap(a, b, offset)
-            a = a - rs
-            b = b - rt
-        a = where(a < least, least, a)
-        b = where(b < least, least, b)
-        x = exp2_of_product(a, k, k_low)
-        y = exp2_of_product(b, k, k_low)
-        store(es + i * 4, x)
-        store(et + i * 4, y)
-        store(diff + i * 4, d)
-        zs = zs + x
-        zt = zt + y
-        top_s = maximum_of(top_s, a)
-        top_t = maximum_of(top_t, b)
-        far = maximum_of(far, absolute(d))
-    return total(zs), total(zt), top(top_s), top(top_t), top(far)
+    full = first + max(min(last, vs, vt) - first, 0) // LANES * LANES
+    sums = span(s, t, sd, td, vs, vt, first, full, es, et, diff, rs, rt, least, k, k_low, out, sums, True)
+    sums = span(s, t, sd, td, vs, vt, full, last, es, et, diff, rs, rt, least, k, k_low, out, sums, False)
+    zs, zt, top_s, top_t, far = sums
+    return whole(zs), whole(zt), top(top_s), top(top_t), top(far)
 
 
 @njit(error_model="numpy")

@@ -21,21 +21,10 @@ import math
 import numpy as np
 from numba import njit
 
+from stillhouse.kernels.cpu_blocks import forward_block, jsd_block, jsd_gradient, reverse_block, weighted_sum
 from stillhouse.kernels.cpu_jit import BLOCK
-from stillhouse.kernels.cpu_lanes import LANES, fill, load, store, total, where
-from stillhouse.kernels.cpu_math import (
-    LEAST_MASS,
-    NEAR,
-    absolute,
-    exp2,
-    f32,
-    f32_at,
-    fma,
-    log1p_of_ratio,
-    maximum_of,
-    minimum_of,
-    phi_over_square,
-)
+from stillhouse.kernels.cpu_lanes import LANES, fill, load, total, where
+from stillhouse.kernels.cpu_math import NEAR, absolute, exp2, f32, f32_at, fma, phi_over_square
 from stillhouse.kernels.cpu_read import LOG2E, pass_a, put, zero
 
 # sums of |s - t|, of 2 at most, from which on closed forms serve a whole row. By Pinsker's inequality a KL is then an eighth
@@ -76,114 +65,6 @@ def apart(enough, v, es_at, et_at, zs, zt):
     return False
 
 
-@njit(error_model="numpy", inline="always")
-def forward_block(es, et, diff, g, gd, m, n, it, high, low, zs, zt, scale, differ):
-    """KL(t || s): gradient s - t, loss t phi(log s - log t); neither cancels where s is near t, unless the sides ``differ``.
-
-    A short loop, so one of its own for each dtype where they do, as in pass A.
-    """
-    loss = fill(f32(0.0))
-    summed = fill(f32(0.0))
-    size = fill(f32(0.0))
-    ratio = f32(zt / zs)
-    factor = f32(scale / zt)
-    for i in range(0, n, LANES):
-        t = load(et + i * 4)  # all of it in multiples of 1 / zt
-        x = fma(load(diff + i * 4), it, -high) - low
-        grad = fma(load(es + i * 4), ratio, -t)
-        if differ:
-            loss = loss + fma(-t, x, grad)
-        else:
-            first = t * x
-            second = first * (phi_over_square(x) * x)
-            near = absolute(x) < NEAR
-            loss = loss + where(near, second, grad - first)
-            grad = where(near, first + second, grad)
-            size = size + absolute(grad)
-        summed = summed + grad
-        put(g, gd, i, m, grad * factor)
-    return total(loss), total(summed), total(size)
-
-
-@njit(error_model="numpy")
-def weighted_sum(p, diff, n, it, high, low):
-    weighted = fill(f32(0.0))
-    for i in range(0, n, LANES):
-        weighted = fma(load(p + i * 4), fma(load(diff + i * 4), it, -high) - low, weighted)
-    return total(weighted)
-
-
-@njit(error_model="numpy", inline="always")
-def reverse_block(es, et, diff, g, gd, m, n, it, high, low, centre, zs, zt, scale, differ):
-    """KL(s || t): gradient s (log s/t - its mean), loss s phi(log t - log s), whose closed form serves where they ``differ``."""
-    loss = fill(f32(0.0))
-    summed = fill(f32(0.0))
-    size = fill(f32(0.0))
-    ratio = f32(zs / zt)
-    factor = f32(scale / zs)
-    for i in range(0, n, LANES):
-        s = load(es + i * 4)  # all of it in multiples of 1 / zs
-        x = fma(load(diff + i * 4), it, -high) - low
-        grad = s * (x - centre)
-        summed = summed + grad
-        size = size + absolute(grad)
-        first = s * x
-        closed = fma(load(et + i * 4), ratio, first - s)
-        if differ:
-            loss = loss + closed
-        else:
-            second = first * (phi_over_square(-x) * x)
-            loss = loss + where(absolute(x) < NEAR, second, closed)
-        put(g, gd, i, m, grad * factor)  # last, since g may be et
-    return total(loss), total(summed), total(size)
-
-
-@njit(error_model="numpy", inline="always")
-def jsd_block(es, et, diff, n, it, high, low, to_a, to_b, series, constant, differ):
-    """Loss, and the sum of b w with w = log(s/m) + log(1 - beta), which replaces the teacher in the scratch row.
-
-    With a = beta t and b = (1 - beta) s, whose factors are ``to_a`` and ``to_b``, log(a / (a + b)) and log(b / (a + b))
-    are had from the ratio of the smaller to the larger, and from x. Where the two sides share little, log(s/m) is
-    log 1/(1 - beta) nearly everywhere, and only w tells entries apart. Where they nearly agree it is near 0, and only
-    without that constant are entries told apart: ``constant`` is 0 if all entries of the row are near, else
-    log(1 - beta), as it always is where the sides ``differ``.
-    """
-    loss = fill(f32(0.0))
-    weighted = fill(f32(0.0))
-    s0, s1, s2, s3, s4, s5, s6, s7, l0, l1, l2, l3, l4, l5, l6, l7, log_beta, log_rest, log_odds = series
-    for i in range(0, n, LANES):
-        a = load(et + i * 4) * to_a
-        b = load(es + i * 4) * to_b
-        x = fma(load(diff + i * 4), it, -high) - low
-        more = maximum_of(maximum_of(a, b), LEAST_MASS)  # neither side may have any
-        grown = log1p_of_ratio(minimum_of(a, b) / more)
-        w = minimum_of(x - log_odds, f32(0.0)) - grown
-        t_over_m = minimum_of(-log_rest - x, -log_beta) - grown
-        term = fma(a, t_over_m, b * (w - log_rest))
-        if not differ:
-            near = absolute(x) < NEAR
-            close = fma(fma(fma(fma(fma(fma(fma(l7, x, l6), x, l5), x, l4), x, l3), x, l2), x, l1), x, l0)
-            term = where(near, a * x * (x * close), term)
-            s_over_m = fma(fma(fma(fma(fma(fma(fma(s7, x, s6), x, s5), x, s4), x, s3), x, s2), x, s1), x, s0)
-            w = where(near, fma(s_over_m, x, constant), w)
-        loss = loss + term
-        weighted = fma(b, w, weighted)
-        store(et + i * 4, w)
-    return total(loss), total(weighted)
-
-
-@njit(error_model="numpy")
-def jsd_gradient(es, w, g, gd, m, n, centre, factor, scale):
-    summed = fill(f32(0.0))
-    size = fill(f32(0.0))
-    for i in range(0, n, LANES):
-        grad = load(es + i * 4) * ((load(w + i * 4) - centre) * factor)
-        summed = summed + grad
-        size = size + absolute(grad)
-        put(g, gd, i, m, grad * scale)
-    return total(summed), total(size)
-
-
 @njit
 def impossible(p, diff, n, sign):
     """Does p have mass where the other side has none?"""
@@ -208,7 +89,7 @@ def write_centred(divergence, out, gd, n, es, et, diff, zs, zt, high, low, centr
     )
     factor = f32(-summed / zs * scale)
     for i in range(0, n, LANES):
-        put(out, gd, i, n, fma(load(es + i * 4), factor, load(et + i * 4)))
+        put(out, gd, i, n, fma(load(es + i * 4), factor, load(et + i * 4)), False)
 
 
 @njit(error_model="numpy")
@@ -279,7 +160,7 @@ def row_gradient(
     if divergence == REVERSE:
         return reverse_block(es, et, diff, out, gd, m, n, it, high, low, centre, zs, zt, scale, False)
     summed, size = jsd_gradient(es, et, out, gd, m, n, centre, f32((1.0 - beta) / zs), scale)
-    return f32(0.0), summed, size
+    return 0.0, summed, size
 
 
 @njit(error_model="numpy")

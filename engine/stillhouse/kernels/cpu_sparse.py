@@ -10,7 +10,7 @@ from numba import njit
 
 from stillhouse.kernels.cpu_dense import coefficients, leave_rows, own_scratch, take_rows
 from stillhouse.kernels.cpu_jit import BLOCK, HEADER, ROWS
-from stillhouse.kernels.cpu_lanes import LANES, fill, load, store, top, total, where
+from stillhouse.kernels.cpu_lanes import LANES, fill, load, nothing, plus, store, top, where, whole
 from stillhouse.kernels.cpu_math import (
     FLOOR,
     LEAST,
@@ -36,6 +36,7 @@ from stillhouse.kernels.cpu_outcomes import (
     outcome,
 )
 from stillhouse.kernels.cpu_read import (
+    CHUNK,
     LOG2E,
     ROOM,
     look_ahead,
@@ -60,22 +61,46 @@ from stillhouse.kernels.cpu_rows import (
 OUT_OF_RANGE = -np.inf  # the loss that reports an index outside the row
 
 
+@njit(error_model="numpy", forceinline=True)
+def student_columns(s, dtype, v, i, es, rs, least, k, k_low, out, zs, highest, full):
+    """Pass A on sixteen columns of a student alone."""
+    look_ahead(s, dtype, i)
+    look_ahead_to_write(out, dtype, i)
+    a = take(s, dtype, i, v, full) - rs
+    a = where(a < least, least, a)
+    x = exp2_of_product(a, k, k_low)
+    store(es + i * 4, x)
+    return zs + x, maximum_of(highest, a)
+
+
+@njit(error_model="numpy", forceinline=True)
+def student_span(s, dtype, v, first, last, es, rs, least, k, k_low, out, zs, highest, full):
+    for j in range(first, last, CHUNK):
+        x = fill(f32(0.0))
+        for i in range(j, min(j + CHUNK, last), LANES):
+            x, highest = student_columns(s, dtype, v, i, es, rs, least, k, k_low, out, x, highest, full)
+        zs = plus(zs, x)
+    return zs, highest
+
+
+@njit(error_model="numpy", forceinline=True)
+def any_student_exponentials(s, dtype, v, first, last, es, rs, k, k_low, out):
+    zs, highest = nothing(), fill(FLOOR)
+    least = LEAST / k
+    full = first + (min(last, v) - first) // LANES * LANES
+    zs, highest = student_span(s, dtype, v, first, full, es, rs, least, k, k_low, out, zs, highest, True)
+    zs, highest = student_span(s, dtype, v, full, last, es, rs, least, k, k_low, out, zs, highest, False)
+    return whole(zs), top(highest)
+
+
 @njit(error_model="numpy")
 def student_exponentials(s, dtype, v, first, last, es, rs, k, k_low, out):
     """Pass A for a student alone."""
-    zs = fill(f32(0.0))
-    highest = fill(FLOOR)
-    least = LEAST / k
-    for i in range(first, last, LANES):
-        look_ahead(s, dtype, i)
-        look_ahead_to_write(out, dtype, i)
-        a = take(s, dtype, i, v) - rs
-        a = where(a < least, least, a)
-        x = exp2_of_product(a, k, k_low)
-        store(es + i * 4, x)
-        zs = zs + x
-        highest = maximum_of(highest, a)
-    return total(zs), top(highest)
+    if dtype == 0:
+        return any_student_exponentials(s, 0, v, first, last, es, rs, k, k_low, out)
+    if dtype == 1:
+        return any_student_exponentials(s, 1, v, first, last, es, rs, k, k_low, out)
+    return any_student_exponentials(s, 2, v, first, last, es, rs, k, k_low, out)
 
 
 @njit(error_model="numpy")
@@ -100,10 +125,12 @@ def student_pass(s, dtype, v, it, es, out):
     return z, rs
 
 
-@njit(error_model="numpy", inline="always")
+@njit(error_model="numpy", forceinline=True)
 def any_scaled_row(out, dtype, v, es, factor):
-    for i in range((v - 1) & -LANES, -1, -LANES):  # from the end, which the caches still hold
-        put(out, dtype, i, v, load(es + i * 4) * factor)
+    full = v & -LANES
+    put(out, dtype, full, v, load(es + full * 4) * factor, False)
+    for i in range(full - LANES, -1, -LANES):  # from the end, which the caches still hold
+        put(out, dtype, i, v, load(es + i * 4) * factor, True)
 
 
 @njit(error_model="numpy")
@@ -118,14 +145,37 @@ def scaled_row(out, dtype, v, es, factor):
 
 
 @njit(error_model="numpy")
-def row_sum(es_at, vs):
-    whole = 0.0
-    for j in range(0, vs, BLOCK):
+def sum_of_others(es_at, v, indices, k):
+    """Sum of a scratch row without k entries, which become 0 there."""
+    es = f32_at(es_at)
+    for i in range(k):
+        es[indices[i]] = f32(0.0)
+    rest = nothing()
+    for j in range(0, v, CHUNK):
         part = fill(f32(0.0))
-        for i in range(j, min(j + BLOCK, vs), LANES):
+        for i in range(j, min(j + CHUNK, v), LANES):
             part = part + load(es_at + i * 4)
-        whole += total(part)
-    return whole
+        rest = plus(rest, part)
+    return whole(rest)
+
+
+@njit(error_model="numpy", forceinline=True)
+def any_gather(student, dtype, v, indices, k, es, kept, logits):
+    for i in range(k):
+        j = indices[i]
+        if np.uint64(j) >= np.uint64(v):
+            return False
+        kept[i] = es[j]
+        logits[i] = f32(logit(student, dtype, j))
+    return True
+
+
+@njit(error_model="numpy")
+def gather(student, dtype, v, indices, k, es, kept, logits):
+    """The k entries of the scratch row and of the logits; False where an index is out of range."""
+    if dtype == 0:
+        return any_gather(student, 0, v, indices, k, es, kept, logits)
+    return any_gather(student, dtype, v, indices, k, es, kept, logits)
 
 
 @njit
@@ -165,18 +215,13 @@ def top_k_row(
     z, rs = student_pass(student, dtype, v, it, es_at, out if out != 0 else es_at)
     if not (z > 0.0 and z < np.inf):
         return np.nan
-    for i in range(k):
-        j = indices[i]
-        if j < 0 or j >= v:
-            return OUT_OF_RANGE
-        kept[i] = es[j]
-        logits[i] = f32(logit(student, dtype, j))
-        es[j] = f32(0.0)
+    if not gather(student, dtype, v, indices, k, es, kept, logits):
+        return OUT_OF_RANGE
     inside = 0.0
     for i in range(k):  # apart from the loop above, where each addition would wait for the one before
         inside = reduce_add_wide(inside, np.float64(kept[i]))
     # a difference that cancels is summed instead
-    rest = z - inside if inside < 0.5 * z else row_sum(es_at, v)
+    rest = z - inside if inside < 0.5 * z else sum_of_others(es_at, v, indices, k)
     z = inside + rest
     log_z = math.log(z)
     rest, log_ghost_s, ghost_s = ghost_of_student(rest, z, log_z, student, dtype, v, indices, k, rs, it, es)
