@@ -180,18 +180,27 @@ def jsd_block(es, et, diff, n, it, high, low, to_a, to_b, series, constant, diff
     return whole(loss), whole(weighted)
 
 
-@njit(error_model="numpy")
-def jsd_gradient(es, w, g, gd, m, n, centre, factor, scale):
-    summed = nothing()
-    size = nothing()
-    for j in range(0, n, CHUNK):
+@njit(error_model="numpy", forceinline=True)
+def jsd_span(es, w, g, gd, first, last, m, centre, factor, scale, sums, full):
+    summed, size = sums
+    for j in range(first, last, CHUNK):
         part = fill(f32(0.0))
         absolutes = fill(f32(0.0))
-        for i in range(j, min(j + CHUNK, n), LANES):
+        for i in range(j, min(j + CHUNK, last), LANES):
             grad = load(es + i * 4) * ((load(w + i * 4) - centre) * factor)
             part = part + grad
             absolutes = absolutes + absolute(grad)
-            put(g, gd, i, m, grad * scale, False)
+            put(g, gd, i, m, grad * scale, full)
         summed = plus(summed, part)
         size = plus(size, absolutes)
+    return summed, size
+
+
+@njit(error_model="numpy")
+def jsd_gradient(es, w, g, gd, m, n, centre, factor, scale):
+    sums = nothing(), nothing()
+    full = max(m, 0) // LANES * LANES
+    sums = jsd_span(es, w, g, gd, 0, full, m, centre, factor, scale, sums, True)
+    sums = jsd_span(es, w, g, gd, full, n, m, centre, factor, scale, sums, False)
+    summed, size = sums
     return whole(summed), whole(size)
