@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from numba import njit
 
-from stillhouse.kernels.cpu_lanes import LANES, fill, load, nothing, plus, store, where, whole
+from stillhouse.kernels.cpu_lanes import LANES, add_wide, fill, load, store, total_wide, where, zero_wide
 from stillhouse.kernels.cpu_math import (
     LEAST_MASS,
     NEAR,
@@ -54,10 +54,10 @@ def forward_span(es, et, diff, g, gd, first, last, m, it, high, low, ratio, fact
                 es, et, diff, g, gd, i, m, it, high, low, ratio, factor, part, differ, full
             )
         x, y, z = part
-        loss = plus(loss, x)
-        summed = plus(summed, y)
+        loss = add_wide(loss, x)
+        summed = add_wide(summed, y)
         if not differ:
-            size = plus(size, z)
+            size = add_wide(size, z)
     return loss, summed, size
 
 
@@ -67,25 +67,25 @@ def forward_block(es, et, diff, g, gd, m, n, it, high, low, zs, zt, scale, diffe
 
     A short loop, so one of its own for each dtype where they do, as in pass A.
     """
-    sums = nothing(), nothing(), nothing()
+    sums = zero_wide(), zero_wide(), zero_wide()
     ratio = f32(zt / zs)
     factor = f32(scale / zt)
     full = max(m, 0) // LANES * LANES
     sums = forward_span(es, et, diff, g, gd, 0, full, m, it, high, low, ratio, factor, sums, differ, True)
     sums = forward_span(es, et, diff, g, gd, full, n, m, it, high, low, ratio, factor, sums, differ, False)
     loss, summed, size = sums
-    return whole(loss), whole(summed), whole(size)
+    return total_wide(loss), total_wide(summed), total_wide(size)
 
 
 @njit(error_model="numpy")
 def weighted_sum(p, diff, n, it, high, low):
-    weighted = nothing()
+    weighted = zero_wide()
     for j in range(0, n, CHUNK):
         part = fill(f32(0.0))
         for i in range(j, min(j + CHUNK, n), LANES):
             part = fma(load(p + i * 4), fma(load(diff + i * 4), it, -high) - low, part)
-        weighted = plus(weighted, part)
-    return whole(weighted)
+        weighted = add_wide(weighted, part)
+    return total_wide(weighted)
 
 
 @njit(error_model="numpy", forceinline=True)
@@ -116,16 +116,16 @@ def reverse_span(
                 es, et, diff, g, gd, i, m, it, high, low, centre, ratio, factor, part, differ, full
             )
         x, y, z = part
-        loss = plus(loss, x)
-        summed = plus(summed, y)
-        size = plus(size, z)
+        loss = add_wide(loss, x)
+        summed = add_wide(summed, y)
+        size = add_wide(size, z)
     return loss, summed, size
 
 
 @njit(error_model="numpy", forceinline=True)
 def reverse_block(es, et, diff, g, gd, m, n, it, high, low, centre, zs, zt, scale, differ):
     """KL(s || t): gradient s (log s/t - its mean), loss s phi(log t - log s), whose closed form serves where they ``differ``."""
-    sums = nothing(), nothing(), nothing()
+    sums = zero_wide(), zero_wide(), zero_wide()
     ratio = f32(zs / zt)
     factor = f32(scale / zs)
     full = max(m, 0) // LANES * LANES
@@ -136,7 +136,7 @@ def reverse_block(es, et, diff, g, gd, m, n, it, high, low, centre, zs, zt, scal
         es, et, diff, g, gd, full, n, m, it, high, low, centre, ratio, factor, sums, differ, False
     )
     loss, summed, size = sums
-    return whole(loss), whole(summed), whole(size)
+    return total_wide(loss), total_wide(summed), total_wide(size)
 
 
 @njit(error_model="numpy", forceinline=True)
@@ -149,8 +149,8 @@ def jsd_block(es, et, diff, n, it, high, low, to_a, to_b, series, constant, diff
     without that constant are entries told apart: ``constant`` is 0 if all entries of the row are near, else
     log(1 - beta), as it always is where the sides ``differ``.
     """
-    loss = nothing()
-    weighted = nothing()
+    loss = zero_wide()
+    weighted = zero_wide()
     s0, s1, s2, s3, s4, s5, s6, s7, l0, l1, l2, l3, l4, l5, l6, l7, log_beta, log_rest, log_odds = series
     for j in range(0, n, CHUNK):
         part = fill(f32(0.0))
@@ -175,9 +175,9 @@ def jsd_block(es, et, diff, n, it, high, low, to_a, to_b, series, constant, diff
             part = part + term
             sum_w = fma(b, w, sum_w)
             store(et + i * 4, w)
-        loss = plus(loss, part)
-        weighted = plus(weighted, sum_w)
-    return whole(loss), whole(weighted)
+        loss = add_wide(loss, part)
+        weighted = add_wide(weighted, sum_w)
+    return total_wide(loss), total_wide(weighted)
 
 
 @njit(error_model="numpy", forceinline=True)
@@ -191,16 +191,16 @@ def jsd_span(es, w, g, gd, first, last, m, centre, factor, scale, sums, full):
             part = part + grad
             absolutes = absolutes + absolute(grad)
             put(g, gd, i, m, grad * scale, full)
-        summed = plus(summed, part)
-        size = plus(size, absolutes)
+        summed = add_wide(summed, part)
+        size = add_wide(size, absolutes)
     return summed, size
 
 
 @njit(error_model="numpy")
 def jsd_gradient(es, w, g, gd, m, n, centre, factor, scale):
-    sums = nothing(), nothing()
+    sums = zero_wide(), zero_wide()
     full = max(m, 0) // LANES * LANES
     sums = jsd_span(es, w, g, gd, 0, full, m, centre, factor, scale, sums, True)
     sums = jsd_span(es, w, g, gd, full, n, m, centre, factor, scale, sums, False)
     summed, size = sums
-    return whole(summed), whole(size)
+    return total_wide(summed), total_wide(size)

@@ -201,7 +201,7 @@ top = _reduction("fmax", None, ("nnan", "nsz"))
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def nothing(typingctx: Any) -> Any:
+def zero_wide(typingctx: Any) -> Any:
     """Sixteen float64 zeros."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -211,7 +211,7 @@ def nothing(typingctx: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def plus(typingctx: Any, sums: Any, x: Any) -> Any:
+def add_wide(typingctx: Any, sums: Any, x: Any) -> Any:
     """Sums in float64 and lanes of float32 more."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -221,7 +221,7 @@ def plus(typingctx: Any, sums: Any, x: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def whole(typingctx: Any, sums: Any) -> Any:
+def total_wide(typingctx: Any, sums: Any) -> Any:
     """The sum of sixteen float64."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:

@@ -11,6 +11,7 @@ from numba import njit
 from stillhouse.kernels.cpu_jit import BLOCK
 from stillhouse.kernels.cpu_lanes import (
     LANES,
+    add_wide,
     fill,
     load,
     load_bf16,
@@ -18,8 +19,6 @@ from stillhouse.kernels.cpu_lanes import (
     load_first,
     load_first_bf16,
     load_first_f16,
-    nothing,
-    plus,
     store,
     store_bf16,
     store_f16,
@@ -27,8 +26,9 @@ from stillhouse.kernels.cpu_lanes import (
     store_first_bf16,
     store_first_f16,
     top,
+    total_wide,
     where,
-    whole,
+    zero_wide,
 )
 from stillhouse.kernels.cpu_math import (
     FLOOR,
@@ -162,6 +162,7 @@ def columns(s, t, sd, td, vs, vt, i, es, et, diff, rs, rt, least, k, k_low, out,
 
 @njit(error_model="numpy", forceinline=True)
 def span(s, t, sd, td, vs, vt, first, last, es, et, diff, rs, rt, least, k, k_low, out, sums, full):
+    """Pass A on columns that are all there, where ``full``, or on any."""
     none = fill(f32(0.0))
     zs, zt, top_s, top_t, far = sums
     for j in range(first, last, CHUNK):
@@ -169,8 +170,8 @@ def span(s, t, sd, td, vs, vt, first, last, es, et, diff, rs, rt, least, k, k_lo
         for i in range(j, min(j + CHUNK, last), LANES):
             part = columns(s, t, sd, td, vs, vt, i, es, et, diff, rs, rt, least, k, k_low, out, part, full)
         x, y, top_s, top_t, far = part
-        zs = plus(zs, x)
-        zt = plus(zt, y)
+        zs = add_wide(zs, x)
+        zt = add_wide(zt, y)
     return zs, zt, top_s, top_t, far
 
 
@@ -181,13 +182,13 @@ def any_exponentials(s, t, sd, td, vs, vt, first, last, es, et, diff, rs, rt, k,
     Of float32 logits it is rounded once, with what the references' difference rounds to (``gap``). 16-bit ones less
     their reference are exact, unless they are tiny beside it, and are subtracted as they are.
     """
-    sums = nothing(), nothing(), fill(FLOOR), fill(FLOOR), fill(f32(0.0))
+    sums = zero_wide(), zero_wide(), fill(FLOOR), fill(FLOOR), fill(f32(0.0))
     least = LEAST / k
     full = first + max(min(last, vs, vt) - first, 0) // LANES * LANES
     sums = span(s, t, sd, td, vs, vt, first, full, es, et, diff, rs, rt, least, k, k_low, out, sums, True)
     sums = span(s, t, sd, td, vs, vt, full, last, es, et, diff, rs, rt, least, k, k_low, out, sums, False)
     zs, zt, top_s, top_t, far = sums
-    return whole(zs), whole(zt), top(top_s), top(top_t), top(far)
+    return total_wide(zs), total_wide(zt), top(top_s), top(top_t), top(far)
 
 
 @njit(error_model="numpy")

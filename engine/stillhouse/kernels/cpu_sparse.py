@@ -10,7 +10,7 @@ from numba import njit
 
 from stillhouse.kernels.cpu_dense import coefficients, leave_rows, own_scratch, take_rows
 from stillhouse.kernels.cpu_jit import BLOCK, HEADER, ROWS
-from stillhouse.kernels.cpu_lanes import LANES, fill, load, nothing, plus, store, top, where, whole
+from stillhouse.kernels.cpu_lanes import LANES, add_wide, fill, load, store, top, total_wide, where, zero_wide
 from stillhouse.kernels.cpu_math import (
     FLOOR,
     LEAST,
@@ -79,18 +79,18 @@ def student_span(s, dtype, v, first, last, es, rs, least, k, k_low, out, zs, hig
         x = fill(f32(0.0))
         for i in range(j, min(j + CHUNK, last), LANES):
             x, highest = student_columns(s, dtype, v, i, es, rs, least, k, k_low, out, x, highest, full)
-        zs = plus(zs, x)
+        zs = add_wide(zs, x)
     return zs, highest
 
 
 @njit(error_model="numpy", forceinline=True)
 def any_student_exponentials(s, dtype, v, first, last, es, rs, k, k_low, out):
-    zs, highest = nothing(), fill(FLOOR)
+    zs, highest = zero_wide(), fill(FLOOR)
     least = LEAST / k
     full = first + (min(last, v) - first) // LANES * LANES
     zs, highest = student_span(s, dtype, v, first, full, es, rs, least, k, k_low, out, zs, highest, True)
     zs, highest = student_span(s, dtype, v, full, last, es, rs, least, k, k_low, out, zs, highest, False)
-    return whole(zs), top(highest)
+    return total_wide(zs), top(highest)
 
 
 @njit(error_model="numpy")
@@ -150,13 +150,13 @@ def sum_of_others(es_at, v, indices, k):
     es = f32_at(es_at)
     for i in range(k):
         es[indices[i]] = f32(0.0)
-    rest = nothing()
+    rest = zero_wide()
     for j in range(0, v, CHUNK):
         part = fill(f32(0.0))
         for i in range(j, min(j + CHUNK, v), LANES):
             part = part + load(es_at + i * 4)
-        rest = plus(rest, part)
-    return whole(rest)
+        rest = add_wide(rest, part)
+    return total_wide(rest)
 
 
 @njit(error_model="numpy", forceinline=True)
