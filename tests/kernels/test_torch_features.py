@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import exact, logits, relative
+from cases import DIVERGENCES, exact, logits, relative
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -297,6 +297,35 @@ def test_no_gradient_is_computed_where_none_is_wanted():
     assert torch.equal(student, before)
     with torch.inference_mode():
         assert torch.equal(softmax_kl(student, teacher), loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("width", [3, 17, 100, 1000, 5000])
+def test_a_loss_is_the_same_bits_with_and_without_a_gradient(width, divergence, dtype):
+    teacher = logits(100, width, 2, dtype=dtype)
+    for student in (logits(100, width, 1, dtype=dtype), (teacher + logits(100, width, 3) / 10).to(dtype)):
+        settings = {"divergence": divergence, "reduction": "none"}
+        alone = softmax_kl(student, teacher, **settings)
+        assert torch.equal(alone, softmax_kl(student.requires_grad_(), teacher, **settings))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("target", ["dense", "top-k", "sampled"])
+def test_no_valid_row_at_all_gives_zero(target, dtype):
+    teacher = logits(4, 17, 2)
+    against = {"top-k": TopK.from_logits, "sampled": Sampled.from_logits}.get(target, lambda x, k: x)(
+        teacher, 5
+    )
+    for nothing in (
+        {"mask": torch.zeros(4, dtype=torch.bool)}, {"count": 0}, {"count": torch.tensor(0)},
+        {"count": torch.tensor(0.0)},
+    ):  # fmt: skip
+        student = logits(4, 17, 1, dtype=dtype).requires_grad_()
+        loss = softmax_kl(student, against, **nothing)
+        loss.backward()
+        assert loss == 0
+        assert torch.equal(student.grad, torch.zeros_like(student)), nothing
 
 
 def test_the_target_gets_no_gradient():

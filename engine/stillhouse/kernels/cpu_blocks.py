@@ -70,9 +70,9 @@ def forward_block(es, et, diff, g, gd, m, n, it, high, low, zs, zt, scale, diffe
     sums = zero_wide(), zero_wide(), zero_wide()
     ratio = f32(zt / zs)
     factor = f32(scale / zt)
-    full = max(m, 0) // LANES * LANES
-    sums = forward_span(es, et, diff, g, gd, 0, full, m, it, high, low, ratio, factor, sums, differ, True)
-    sums = forward_span(es, et, diff, g, gd, full, n, m, it, high, low, ratio, factor, sums, differ, False)
+    split = max(m, 0) // LANES * LANES
+    sums = forward_span(es, et, diff, g, gd, 0, split, m, it, high, low, ratio, factor, sums, differ, True)
+    sums = forward_span(es, et, diff, g, gd, split, n, m, it, high, low, ratio, factor, sums, differ, False)
     loss, summed, size = sums
     return total_wide(loss), total_wide(summed), total_wide(size)
 
@@ -128,12 +128,12 @@ def reverse_block(es, et, diff, g, gd, m, n, it, high, low, centre, zs, zt, scal
     sums = zero_wide(), zero_wide(), zero_wide()
     ratio = f32(zs / zt)
     factor = f32(scale / zs)
-    full = max(m, 0) // LANES * LANES
+    split = max(m, 0) // LANES * LANES
     sums = reverse_span(
-        es, et, diff, g, gd, 0, full, m, it, high, low, centre, ratio, factor, sums, differ, True
+        es, et, diff, g, gd, 0, split, m, it, high, low, centre, ratio, factor, sums, differ, True
     )
     sums = reverse_span(
-        es, et, diff, g, gd, full, n, m, it, high, low, centre, ratio, factor, sums, differ, False
+        es, et, diff, g, gd, split, n, m, it, high, low, centre, ratio, factor, sums, differ, False
     )
     loss, summed, size = sums
     return total_wide(loss), total_wide(summed), total_wide(size)
@@ -199,8 +199,8 @@ def jsd_span(es, w, g, gd, first, last, m, centre, factor, scale, sums, full):
 @njit(error_model="numpy")
 def jsd_gradient(es, w, g, gd, m, n, centre, factor, scale):
     sums = zero_wide(), zero_wide()
-    full = max(m, 0) // LANES * LANES
-    sums = jsd_span(es, w, g, gd, 0, full, m, centre, factor, scale, sums, True)
-    sums = jsd_span(es, w, g, gd, full, n, m, centre, factor, scale, sums, False)
+    split = max(m, 0) // LANES * LANES
+    sums = jsd_span(es, w, g, gd, 0, split, m, centre, factor, scale, sums, True)
+    sums = jsd_span(es, w, g, gd, split, n, m, centre, factor, scale, sums, False)
     summed, size = sums
     return total_wide(summed), total_wide(size)

@@ -21,7 +21,7 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 
-BLOCK = 2048  # columns at a time: what they are summed in, and redone where a reference has to rise
+BLOCK = 2048  # columns at a time, which are redone where a reference has to rise
 SOURCES = (
     "series.py",
     *(

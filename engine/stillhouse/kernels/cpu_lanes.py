@@ -56,7 +56,7 @@ class Wide(types.Type):  # type: ignore[misc]
     """Sixteen float64, which sums of lanes go to."""
 
 
-lanes, mask, wide = Lanes("lanes"), Mask("mask"), Wide("wide")
+lanes, mask, wide_lanes = Lanes("lanes"), Mask("mask"), Wide("wide")
 
 
 def _model(kind: Any, held: Any) -> None:
@@ -207,7 +207,7 @@ def zero_wide(typingctx: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return ir.Constant(DOUBLES, [0.0] * LANES)
 
-    return wide(), codegen
+    return wide_lanes(), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -217,7 +217,7 @@ def add_wide(typingctx: Any, sums: Any, x: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.fadd(args[0], builder.fpext(args[1], DOUBLES))
 
-    return wide(wide, lanes), codegen
+    return wide_lanes(wide_lanes, lanes), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -229,7 +229,7 @@ def total_wide(typingctx: Any, sums: Any) -> Any:
         called = function(builder, f"llvm.vector.reduce.fadd.v{LANES}f64", double, [double, DOUBLES])
         return builder.call(called, [ir.Constant(double, -0.0), args[0]], fastmath=("reassoc", "nsz"))
 
-    return types.float64(wide), codegen
+    return types.float64(wide_lanes), codegen
 
 
 def _pointer(builder: Any, address: Any, kind: Any) -> Any:

@@ -67,7 +67,10 @@ def look_ahead_to_write(address, dtype, i):
 
 @njit(forceinline=True)
 def take(address, dtype, i, n, full):
-    """Columns i .. i + 16 of a row of n, as float32; what is beyond them has probability zero."""
+    """Columns i .. i + 16 of a row of n, as float32; what is beyond them has probability zero.
+
+    ``full``: all sixteen are there, which is not looked at. To ask in each step of a loop costs a twentieth of it.
+    """
     if full or i + LANES <= n:
         if dtype == 0:
             return load(address + 4 * i)
@@ -83,7 +86,7 @@ def take(address, dtype, i, n, full):
 
 @njit(forceinline=True)
 def put(address, dtype, i, n, value, full):
-    """Columns i .. i + 16 of a row of n, none beyond them."""
+    """Columns i .. i + 16 of a row of n, none beyond them; ``full``: all sixteen are there."""
     if full or i + LANES <= n:
         if dtype == 0:
             store(address + 4 * i, value)
@@ -184,9 +187,9 @@ def any_exponentials(s, t, sd, td, vs, vt, first, last, es, et, diff, rs, rt, k,
     """
     sums = zero_wide(), zero_wide(), fill(FLOOR), fill(FLOOR), fill(f32(0.0))
     least = LEAST / k
-    full = first + max(min(last, vs, vt) - first, 0) // LANES * LANES
-    sums = span(s, t, sd, td, vs, vt, first, full, es, et, diff, rs, rt, least, k, k_low, out, sums, True)
-    sums = span(s, t, sd, td, vs, vt, full, last, es, et, diff, rs, rt, least, k, k_low, out, sums, False)
+    split = first + max(min(last, vs, vt) - first, 0) // LANES * LANES
+    sums = span(s, t, sd, td, vs, vt, first, split, es, et, diff, rs, rt, least, k, k_low, out, sums, True)
+    sums = span(s, t, sd, td, vs, vt, split, last, es, et, diff, rs, rt, least, k, k_low, out, sums, False)
     zs, zt, top_s, top_t, far = sums
     return total_wide(zs), total_wide(zt), top(top_s), top(top_t), top(far)
 

@@ -169,7 +169,7 @@ def write_row(
 ):
     """Gradient of one row: (the loss that comes with it, the gradient's sum, and that of its absolute values).
 
-    ``out`` is 0 where no gradient is asked for.
+    Where none is asked for, ``out`` is the teacher's place in the scratch, which nothing reads any more: sums keep their order.
     """
     loss = 0.0
     summed = 0.0
@@ -178,7 +178,7 @@ def write_row(
     for i in range(0, v, BLOCK):
         j = last - i if divergence == FORWARD else i  # the pass before ended where this one begins
         n = min(BLOCK, v - j)
-        m = min(n, vs - j) if out != 0 else 0
+        m = min(n, vs - j)
         place = out + j * (4 if gd == 0 else 2)
         part, t, a = row_gradient(
             divergence, j, n, es_at, et_at, diff_at, place, gd, m, zs, zt, high, low, centre, it, beta, scale,
@@ -228,8 +228,9 @@ def dense_row(
         divergence, v, es_at, et_at, diff_at, zs, zt, high, low, it, beta, series, constant, differ
     )
     if divergence != JSD or out != 0:
+        place, stored = (out, gd) if out != 0 else (et_at, 0)
         part, summed, size = write_row(
-            divergence, out, gd, vs, v, es_at, et_at, diff_at, zs, zt, high, low, centre, it, beta, scale,
+            divergence, place, stored, vs, v, es_at, et_at, diff_at, zs, zt, high, low, centre, it, beta, scale,
             differ,
         )  # fmt: skip
         loss += part

@@ -87,9 +87,9 @@ def student_span(s, dtype, v, first, last, es, rs, least, k, k_low, out, zs, hig
 def any_student_exponentials(s, dtype, v, first, last, es, rs, k, k_low, out):
     zs, highest = zero_wide(), fill(FLOOR)
     least = LEAST / k
-    full = first + (min(last, v) - first) // LANES * LANES
-    zs, highest = student_span(s, dtype, v, first, full, es, rs, least, k, k_low, out, zs, highest, True)
-    zs, highest = student_span(s, dtype, v, full, last, es, rs, least, k, k_low, out, zs, highest, False)
+    split = first + (last - first) // LANES * LANES
+    zs, highest = student_span(s, dtype, v, first, split, es, rs, least, k, k_low, out, zs, highest, True)
+    zs, highest = student_span(s, dtype, v, split, last, es, rs, least, k, k_low, out, zs, highest, False)
     return total_wide(zs), top(highest)
 
 
@@ -127,9 +127,11 @@ def student_pass(s, dtype, v, it, es, out):
 
 @njit(error_model="numpy", forceinline=True)
 def any_scaled_row(out, dtype, v, es, factor):
-    full = v & -LANES
-    put(out, dtype, full, v, load(es + full * 4) * factor, False)
-    for i in range(full - LANES, -1, -LANES):  # from the end, which the caches still hold
+    split = v & -LANES
+    put(
+        out, dtype, split, v, load(es + split * 4) * factor, False
+    )  # beyond the row where v is a multiple: not stored
+    for i in range(split - LANES, -1, -LANES):  # from the end, which the caches still hold
         put(out, dtype, i, v, load(es + i * 4) * factor, True)
 
 

@@ -78,9 +78,9 @@ def _compute(student: Tensor, arguments: Arguments, out: Tensor | None) -> Tenso
     late = student.dtype == torch.float16  # its gradient is divided in backward
     restricted = divergence == "reverse" and isinstance(against, TopK) and against.rest == "renormalise"
     if student.device.type == "cuda":
-        factor: Any = 1.0 if per_row else 1.0 / divisor if divisor else 0.0
+        factor: Any = 1.0 if per_row else _reciprocal(divisor)
         if count is not None and not per_row:
-            factor = torch.where(count > 0, 1.0 / count, 0.0).to(device=student.device, dtype=torch.float32)
+            factor = _reciprocal(count).to(device=student.device, dtype=torch.float32)
         rows_of = _within(_cuda_rows) if restricted else _cuda_rows
         rows = rows_of(student, against, scale=1.0 if late else factor, **settings)
         return rows if per_row else rows.sum() * factor
@@ -89,7 +89,7 @@ def _compute(student: Tensor, arguments: Arguments, out: Tensor | None) -> Tenso
         check_count_value(divisor)
     if look:
         check_values(against, student.shape[1], mask)
-    factor = 1.0 if per_row else 1.0 / divisor if divisor else 0.0
+    factor = 1.0 if per_row else _reciprocal(divisor)
     return _cpu_loss(student, against, factor, restricted, per_row, scale=1.0 if late else factor, **settings)
 
 
@@ -111,6 +111,13 @@ def _cpu_loss(
     # by its address: the first torch operator after the kernel, whose code left the caches, takes as long as 40 rows
     ctypes.c_float.from_address(loss.data_ptr()).value = total if factor else 0.0
     return loss
+
+
+def _reciprocal(count: Any) -> Any:
+    """1 / count; 0 for no valid row at all."""
+    if isinstance(count, Tensor):
+        return torch.where(count > 0, 1.0 / count, 0.0)
+    return 1.0 / count if count else 0.0
 
 
 @lru_cache(maxsize=1)
@@ -263,9 +270,7 @@ class _SoftmaxKL(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor, None, None]:  # type: ignore[override]
         gradient, anchor = ctx.saved_tensors
         if ctx.divisor is not None:
-            upstream = (
-                upstream / ctx.divisor if isinstance(ctx.divisor, Tensor) or ctx.divisor else upstream * 0
-            )
+            upstream = upstream * _reciprocal(ctx.divisor)
         if torch.compiler.is_compiling():
             return _scaled(gradient, upstream), None, None
         gradient = scaled_in_place(gradient, upstream)

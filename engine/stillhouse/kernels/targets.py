@@ -29,7 +29,8 @@ class TopK:
         temperature: the temperature at which ``log_probs`` were taken (1 for plain log-probabilities). A ghost
             cannot be moved to another temperature, because that needs the entries it stands for.
         trusted: skip the checks that read the values (indices in range and distinct, log-probabilities valid).
-            They cost a pass over (..., k), and a host synchronisation on a GPU.
+            They cost a pass over (..., k), and a host synchronisation on a GPU. An index that is there twice then
+            gives a loss without meaning.
         log_rest: (...) floating, the natural log of the mass outside the k entries, for ``"ghost"``. Without it the
             mass is 1 less that of the k entries, which leaves nothing of a rest of 1e-7 where those are float32.
     """
