@@ -128,9 +128,8 @@ def student_pass(s, dtype, v, it, es, out):
 @njit(error_model="numpy", forceinline=True)
 def any_scaled_row(out, dtype, v, es, factor):
     split = v & -LANES
-    put(
-        out, dtype, split, v, load(es + split * 4) * factor, False
-    )  # beyond the row where v is a multiple: not stored
+    # where v is a multiple of sixteen, what is loaded lies beyond the row and is not stored
+    put(out, dtype, split, v, load(es + split * 4) * factor, False)
     for i in range(split - LANES, -1, -LANES):  # from the end, which the caches still hold
         put(out, dtype, i, v, load(es + i * 4) * factor, True)
 
