@@ -201,26 +201,6 @@ top = _reduction("fmax", None, ("nnan", "nsz"))
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def zero_wide(typingctx: Any) -> Any:
-    """Sixteen float64 zeros."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return ir.Constant(DOUBLES, [0.0] * LANES)
-
-    return wide_lanes(), codegen
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def add_wide(typingctx: Any, sums: Any, x: Any) -> Any:
-    """Sums in float64 and lanes of float32 more."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.fadd(args[0], builder.fpext(args[1], DOUBLES))
-
-    return wide_lanes(wide_lanes, lanes), codegen
-
-
-@intrinsic  # type: ignore[untyped-decorator]
 def total_wide(typingctx: Any, sums: Any) -> Any:
     """The sum of sixteen float64."""
 

@@ -11,7 +11,6 @@ from numba import njit
 from stillhouse.kernels.cpu_jit import BLOCK
 from stillhouse.kernels.cpu_lanes import (
     LANES,
-    add_wide,
     fill,
     load,
     load_bf16,
@@ -28,8 +27,8 @@ from stillhouse.kernels.cpu_lanes import (
     top,
     total_wide,
     where,
-    zero_wide,
 )
+from stillhouse.kernels.cpu_loops import no_sums, over_row
 from stillhouse.kernels.cpu_math import (
     FLOOR,
     LEAST,
@@ -49,7 +48,6 @@ ROOM = f32(8.0)  # how far, in powers of two, an exponential may exceed its refe
 # bytes that are asked for before they are read: the processor's own prefetching ends where a page does, and a page's first
 # line and its translation take longer than what it looks ahead. Two fifths of the time at large shapes went there
 AHEAD = 4096
-CHUNK = 8 * LANES  # columns that are summed in float32, before float64 goes on
 LOG2E = 1.4426950408889634
 
 
@@ -69,7 +67,7 @@ def look_ahead_to_write(address, dtype, i):
 def take(address, dtype, i, n, full):
     """Columns i .. i + 16 of a row of n, as float32; what is beyond them has probability zero.
 
-    ``full``: all sixteen are there, which is not looked at. To ask in each step of a loop costs a twentieth of it.
+    ``full``: all sixteen are there, which is not looked at.
     """
     if full or i + LANES <= n:
         if dtype == 0:
@@ -135,9 +133,11 @@ def reference_of(x, dtype, width):
 
 
 @njit(error_model="numpy", forceinline=True)
-def columns(s, t, sd, td, vs, vt, i, es, et, diff, rs, rt, least, k, k_low, out, sums, full):
+def exponential_columns(i, given, sums, seen, full):
     """Pass A on sixteen columns."""
-    zs, zt, top_s, top_t, far = sums
+    s, t, sd, td, vs, vt, es, et, diff, rs, rt, least, k, k_low, out = given
+    zs, zt = sums
+    top_s, top_t, far = seen
     look_ahead(s, sd, i)
     look_ahead(t, td, i)
     look_ahead_to_write(out, sd, i)
@@ -160,22 +160,8 @@ def columns(s, t, sd, td, vs, vt, i, es, et, diff, rs, rt, least, k, k_low, out,
     store(es + i * 4, x)
     store(et + i * 4, y)
     store(diff + i * 4, d)
-    return zs + x, zt + y, maximum_of(top_s, a), maximum_of(top_t, b), maximum_of(far, absolute(d))
-
-
-@njit(error_model="numpy", forceinline=True)
-def span(s, t, sd, td, vs, vt, first, last, es, et, diff, rs, rt, least, k, k_low, out, sums, full):
-    """Pass A on columns that are all there, where ``full``, or on any."""
-    none = fill(f32(0.0))
-    zs, zt, top_s, top_t, far = sums
-    for j in range(first, last, CHUNK):
-        part = none, none, top_s, top_t, far
-        for i in range(j, min(j + CHUNK, last), LANES):
-            part = columns(s, t, sd, td, vs, vt, i, es, et, diff, rs, rt, least, k, k_low, out, part, full)
-        x, y, top_s, top_t, far = part
-        zs = add_wide(zs, x)
-        zt = add_wide(zt, y)
-    return zs, zt, top_s, top_t, far
+    seen = maximum_of(top_s, a), maximum_of(top_t, b), maximum_of(far, absolute(d))
+    return (zs + x, zt + y), seen
 
 
 @njit(error_model="numpy", forceinline=True)
@@ -185,13 +171,10 @@ def any_exponentials(s, t, sd, td, vs, vt, first, last, es, et, diff, rs, rt, k,
     Of float32 logits it is rounded once, with what the references' difference rounds to (``gap``). 16-bit ones less
     their reference are exact, unless they are tiny beside it, and are subtracted as they are.
     """
-    sums = zero_wide(), zero_wide(), fill(FLOOR), fill(FLOOR), fill(f32(0.0))
-    least = LEAST / k
-    split = first + max(min(last, vs, vt) - first, 0) // LANES * LANES
-    sums = span(s, t, sd, td, vs, vt, first, split, es, et, diff, rs, rt, least, k, k_low, out, sums, True)
-    sums = span(s, t, sd, td, vs, vt, split, last, es, et, diff, rs, rt, least, k, k_low, out, sums, False)
-    zs, zt, top_s, top_t, far = sums
-    return total_wide(zs), total_wide(zt), top(top_s), top(top_t), top(far)
+    given = s, t, sd, td, vs, vt, es, et, diff, rs, rt, LEAST / k, k, k_low, out
+    seen = fill(FLOOR), fill(FLOOR), fill(f32(0.0))
+    sums, seen = over_row(exponential_columns, first, last, min(vs, vt), given, no_sums(2), seen)
+    return total_wide(sums[0]), total_wide(sums[1]), top(seen[0]), top(seen[1]), top(seen[2])
 
 
 @njit(error_model="numpy")

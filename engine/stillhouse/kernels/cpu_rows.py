@@ -16,8 +16,6 @@ as -inf. ``wide`` is the student's row in the output; columns from ``vs`` on get
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numba import njit
 
@@ -26,6 +24,7 @@ from stillhouse.kernels.cpu_jit import BLOCK
 from stillhouse.kernels.cpu_lanes import LANES, fill, load, total, where
 from stillhouse.kernels.cpu_math import NEAR, absolute, exp2, f32, f32_at, fma, phi_over_square
 from stillhouse.kernels.cpu_read import LOG2E, pass_a, put, zero
+from stillhouse.kernels.series import LOG_REST
 
 # sums of |s - t|, of 2 at most, from which on closed forms serve a whole row. By Pinsker's inequality a KL is then an eighth
 # at least, and a jsd beta (1 - beta) / 2: what they round to is a millionth of that
@@ -221,7 +220,7 @@ def dense_row(
                 zero(out, gd, 0, wide)
             return np.inf
     all_near = far * it + abs(high) < NEAR
-    constant = f32(0.0) if all_near else f32(math.log(1.0 - beta))
+    constant = f32(0.0) if all_near else series[LOG_REST]
     enough = APART_JSD if divergence == JSD else APART
     differ = not all_near and apart(enough, v, es_at, et_at, zs, zt)
     loss, centre = row_loss(

@@ -10,7 +10,8 @@ from numba import njit
 
 from stillhouse.kernels.cpu_dense import coefficients, leave_rows, own_scratch, take_rows
 from stillhouse.kernels.cpu_jit import BLOCK, HEADER, ROWS
-from stillhouse.kernels.cpu_lanes import LANES, add_wide, fill, load, store, top, total_wide, where, zero_wide
+from stillhouse.kernels.cpu_lanes import LANES, fill, load, store, top, total_wide, where
+from stillhouse.kernels.cpu_loops import no_sums, over, over_row
 from stillhouse.kernels.cpu_math import (
     FLOOR,
     LEAST,
@@ -36,7 +37,6 @@ from stillhouse.kernels.cpu_outcomes import (
     outcome,
 )
 from stillhouse.kernels.cpu_read import (
-    CHUNK,
     LOG2E,
     ROOM,
     look_ahead,
@@ -57,40 +57,29 @@ from stillhouse.kernels.cpu_rows import (
     row_loss,
     write_row,
 )
+from stillhouse.kernels.series import LOG_REST
 
 OUT_OF_RANGE = -np.inf  # the loss that reports an index outside the row
 
 
 @njit(error_model="numpy", forceinline=True)
-def student_columns(s, dtype, v, i, es, rs, least, k, k_low, out, zs, highest, full):
+def student_columns(i, given, sums, seen, full):
     """Pass A on sixteen columns of a student alone."""
+    s, dtype, v, es, rs, least, k, k_low, out = given
     look_ahead(s, dtype, i)
     look_ahead_to_write(out, dtype, i)
     a = take(s, dtype, i, v, full) - rs
     a = where(a < least, least, a)
     x = exp2_of_product(a, k, k_low)
     store(es + i * 4, x)
-    return zs + x, maximum_of(highest, a)
-
-
-@njit(error_model="numpy", forceinline=True)
-def student_span(s, dtype, v, first, last, es, rs, least, k, k_low, out, zs, highest, full):
-    for j in range(first, last, CHUNK):
-        x = fill(f32(0.0))
-        for i in range(j, min(j + CHUNK, last), LANES):
-            x, highest = student_columns(s, dtype, v, i, es, rs, least, k, k_low, out, x, highest, full)
-        zs = add_wide(zs, x)
-    return zs, highest
+    return (sums[0] + x,), maximum_of(seen, a)
 
 
 @njit(error_model="numpy", forceinline=True)
 def any_student_exponentials(s, dtype, v, first, last, es, rs, k, k_low, out):
-    zs, highest = zero_wide(), fill(FLOOR)
-    least = LEAST / k
-    split = first + (last - first) // LANES * LANES
-    zs, highest = student_span(s, dtype, v, first, split, es, rs, least, k, k_low, out, zs, highest, True)
-    zs, highest = student_span(s, dtype, v, split, last, es, rs, least, k, k_low, out, zs, highest, False)
-    return total_wide(zs), top(highest)
+    given = s, dtype, v, es, rs, LEAST / k, k, k_low, out
+    sums, highest = over_row(student_columns, first, last, v, given, no_sums(1), fill(FLOOR))
+    return total_wide(sums[0]), top(highest)
 
 
 @njit(error_model="numpy")
@@ -145,38 +134,45 @@ def scaled_row(out, dtype, v, es, factor):
         any_scaled_row(out, 2, v, es, factor)
 
 
+@njit(error_model="numpy", forceinline=True)
+def plain_columns(i, row, sums, seen, full):
+    return (sums[0] + load(row + i * 4),), seen
+
+
 @njit(error_model="numpy")
 def sum_of_others(es_at, v, indices, k):
     """Sum of a scratch row without k entries, which become 0 there."""
     es = f32_at(es_at)
     for i in range(k):
         es[indices[i]] = f32(0.0)
-    rest = zero_wide()
-    for j in range(0, v, CHUNK):
-        part = fill(f32(0.0))
-        for i in range(j, min(j + CHUNK, v), LANES):
-            part = part + load(es_at + i * 4)
-        rest = add_wide(rest, part)
-    return total_wide(rest)
+    sums, _ = over(plain_columns, 0, v, es_at, no_sums(1), (), True)
+    return total_wide(sums[0])
+
+
+@njit
+def outside(indices, k, v):
+    """Is one of the indices none of the row's? Apart from :func:`gather`, where the question would keep each from the next."""
+    wrong = False
+    for i in range(k):
+        wrong |= np.uint64(indices[i]) >= np.uint64(v)
+    return wrong
 
 
 @njit(error_model="numpy", forceinline=True)
-def any_gather(student, dtype, v, indices, k, es, kept, logits):
+def any_gather(student, dtype, indices, k, es, kept, logits):
     for i in range(k):
         j = indices[i]
-        if np.uint64(j) >= np.uint64(v):
-            return False
         kept[i] = es[j]
         logits[i] = f32(logit(student, dtype, j))
-    return True
 
 
 @njit(error_model="numpy")
-def gather(student, dtype, v, indices, k, es, kept, logits):
-    """The k entries of the scratch row and of the logits; False where an index is out of range."""
+def gather(student, dtype, indices, k, es, kept, logits):
+    """The k entries of the scratch row and of the logits."""
     if dtype == 0:
-        return any_gather(student, 0, v, indices, k, es, kept, logits)
-    return any_gather(student, dtype, v, indices, k, es, kept, logits)
+        any_gather(student, 0, indices, k, es, kept, logits)
+    else:
+        any_gather(student, dtype, indices, k, es, kept, logits)
 
 
 @njit
@@ -216,8 +212,9 @@ def top_k_row(
     z, rs = student_pass(student, dtype, v, it, es_at, out if out != 0 else es_at)
     if not (z > 0.0 and z < np.inf):
         return np.nan
-    if not gather(student, dtype, v, indices, k, es, kept, logits):
+    if outside(indices, k, v):
         return OUT_OF_RANGE
+    gather(student, dtype, indices, k, es, kept, logits)
     inside = 0.0
     for i in range(k):  # apart from the loop above, where each addition would wait for the one before
         inside = reduce_add_wide(inside, np.float64(kept[i]))
@@ -240,7 +237,7 @@ def top_k_row(
         return np.inf
     one = f32(1.0)
     none = f32(0.0)
-    constant = none if far < NEAR else f32(math.log(1.0 - beta))
+    constant = none if far < NEAR else series[LOG_REST]
     part, centre = row_loss(
         divergence, k, kept_at, pt_at, x_at, z, 1.0, none, none, one, beta, series, constant, False
     )

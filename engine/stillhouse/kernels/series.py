@@ -22,6 +22,7 @@ PHI = (
     2.48915265149e-05,
 )
 TERMS = 8  # even, so that no node lies at zero; errors stay below 1e-8 relative, less than coefficients of float32 give
+LOG_REST = 2 * TERMS + 1  # where jsd_series has log(1 - beta)
 
 
 @lru_cache(maxsize=64)
