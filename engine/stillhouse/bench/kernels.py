@@ -136,21 +136,13 @@ def _eager(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _step(loss: Callable[[Tensor], Tensor], logits: Tensor) -> Step:
-    def step() -> None:
-        leaf = logits.detach().requires_grad_()
-        loss(leaf).backward()  # type: ignore[no-untyped-call]
-
-    return step
-
-
-def _in_place(logits: Tensor, target: Any) -> Step:
-    """The kernel overwrites the logits; they hold a gradient afterwards, which costs the next round the same."""
+    """Forward and backward; a loss in place leaves its gradient in ``logits``, which costs the next round the same."""
 
     def step() -> None:
         leaf = logits.detach().requires_grad_()
-        # logits as a layer gives them, which are no view of a leaf; nothing is copied
+        # logits as a layer gives them to every loss: no leaf, and no view of one; nothing is copied
         out = torch.ops.aten._unsafe_view.default(leaf, leaf.shape)  # noqa: SLF001
-        softmax_kl(out, target, temperature=TEMPERATURE, inplace=True).backward()  # type: ignore[no-untyped-call]
+        loss(out).backward()  # type: ignore[no-untyped-call]
 
     return step
 
@@ -173,17 +165,17 @@ def _dense(rows: int, width: int, device: torch.device, rounds: int, *, compiled
         "floor": lambda: (other.copy_(teacher), student.sum()),
         "eager": _step(lambda s: _eager(s, teacher), student),
         "fused": _step(kernel(teacher), student),
-        "fused in place": _in_place(scratch, teacher),
+        "fused in place": _step(kernel(teacher, inplace=True), scratch),
         "fused reverse": _step(kernel(teacher, divergence="reverse"), student),
         "fused jsd": _step(kernel(teacher, divergence="jsd"), student),
         "close": _step(kernel(teacher), close),
         "close jsd": _step(kernel(teacher, divergence="jsd"), close),
         "fused top-k": _step(kernel(top_k), student),
-        "top-k in place": _in_place(scratch, top_k),
+        "top-k in place": _step(kernel(top_k, inplace=True), scratch),
         "fused sampled": _step(kernel(sampled), student),
         "eager bf16": _step(lambda s: _eager(s, half_teacher), half),
         "fused bf16": _step(kernel(half_teacher), half),
-        "bf16 in place": _in_place(half_scratch, half_teacher),
+        "bf16 in place": _step(kernel(half_teacher, inplace=True), half_scratch),
     }
     if compiled:
         program = torch.compile(_eager)

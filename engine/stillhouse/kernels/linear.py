@@ -6,7 +6,7 @@ gradient in place, and folded into the gradients of hidden states, weight and bi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -222,13 +222,15 @@ def _run(
     d_hidden = torch.empty_like(hidden) if wanted[0] else None
     d_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if wanted[1] else None
     d_bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if wanted[2] else None
+    chunks = _chunks(hidden.shape[0], weight.shape[0])
+    most = max(chunk.stop - chunk.start for chunk in chunks)
+    layer, target_of = _Layer(weight, bias, most), _target_of(target, most)
     losses = []
-    for chunk in _chunks(hidden.shape[0], weight.shape[0]):
+    for chunk in chunks:
         part, kept = hidden[chunk], None if mask is None else mask[chunk]
         if kept is not None:  # what a masked row holds may be NaN, and 0 times NaN would reach the weight
             part = part.masked_fill(~kept[:, None], 0)
-        logits = torch.nn.functional.linear(part, weight, bias)
-        loss, gradient = _chunk_loss(logits, _at(target, chunk), kept, settings, any(wanted))
+        loss, gradient = _chunk_loss(layer(part), target_of(chunk), kept, settings, any(wanted))
         losses.append(loss)
         if upstream is not None and gradient is not None:
             gradient.mul_(upstream[chunk, None])
@@ -238,11 +240,24 @@ def _run(
             _accumulate(d_weight, gradient, part)
         if d_bias is not None and gradient is not None:
             d_bias += gradient.sum(0, dtype=wide)
-        del logits, gradient  # before the next chunk is multiplied out, or two of them exist
     loss = torch.cat(losses) if settings.per_row else torch.stack(losses).sum()
     dtype = None if _late(settings, hidden.dtype) else hidden.dtype
     cast = tuple(g if g is None or dtype is None else g.to(dtype) for g in (d_hidden, d_weight, d_bias))
     return loss, cast  # type: ignore[return-value]
+
+
+class _Layer:
+    """A linear layer whose outputs take each other's place: the page faults of new memory cost as much as a third of its product."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
+        self.weight, self.bias = weight.t(), bias
+        self.room = weight.new_empty(rows, weight.shape[0])
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        out = self.room[: hidden.shape[0]]
+        if self.bias is None:
+            return torch.mm(hidden, self.weight, out=out)
+        return torch.addmm(self.bias, hidden, self.weight, out=out)
 
 
 def _accumulate(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
@@ -254,16 +269,22 @@ def _accumulate(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
         total += gradient.t() @ hidden
 
 
-def _chunks(rows: int, width: int) -> Iterator[slice]:
+def _chunks(rows: int, width: int) -> list[slice]:
     step = max(1, min(rows, CHUNK // width))
     parts = max(1, -(-rows // step))
     even = -(-rows // parts)  # no short last chunk, which a matrix product makes poor use of
-    return (slice(first, min(first + even, rows)) for first in range(0, max(rows, 1), max(even, 1)))
+    return [slice(first, min(first + even, rows)) for first in range(0, max(rows, 1), max(even, 1))]
 
 
-def _at(target: Target | TeacherHead, chunk: slice) -> Target:
+def _target_of(target: Target | TeacherHead, most: int) -> Callable[[slice], Target]:
+    """The target of a chunk, of ``most`` rows at most."""
     if isinstance(target, TeacherHead):
-        return torch.nn.functional.linear(target.hidden[chunk], target.weight, target.bias)
+        layer, hidden = _Layer(target.weight, target.bias, most), target.hidden
+        return lambda chunk: layer(hidden[chunk])
+    return lambda chunk: _at(target, chunk)
+
+
+def _at(target: Target, chunk: slice) -> Target:
     if isinstance(target, TopK):
         rest = None if target.log_rest is None else target.log_rest[chunk]
         return replace(
