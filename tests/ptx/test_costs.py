@@ -61,6 +61,7 @@ def report(figure, v, dtype, divergence, kind, figures):
         (4096, "f32", "forward"),
         (32000, "bf16", "forward"),
         (50257, "bf16", "forward"),
+        (1000, "f32", "reverse"),
         (50257, "f32", "reverse"),
         (262144, "bf16", "forward"),
     ],
@@ -75,12 +76,11 @@ def test_one_pass_meets_every_target(v, dtype, divergence, figure):
     assert narrow < 0.001
 
 
-# Measured; the targets of 4.5 and 45 are missed here, and the limits only keep it from growing
+# Measured; targets are missed here, a jsd's of instructions only, and the limits keep it from growing
 MISSES = [
     (100, "bf16", "forward", 6.1, 109),
-    (1000, "f32", "reverse", 4.5, 46),
-    (1000, "f32", "jsd", 4.95, 63),
-    (128256, "f16", "jsd", 4.95, 64),
+    (1000, "f32", "jsd", SPECIAL, 63),
+    (128256, "f16", "jsd", SPECIAL, 63),
 ]
 
 

@@ -105,6 +105,7 @@ MAGIC = f32(1.5 * 2**23 + 127)
 LEAST = f32(-127.0)  # the exponent that stands for a probability of zero
 LEAST_MASS = f32(2.0**-126)  # what divides a probability, where that may be zero
 PHI = tuple(f32(c) for c in series.PHI)
+LOG1P = tuple(f32(c) for c in series.LOG1P)
 NEAR = f32(
     series.RADIUS
 )  # |log(p/q)| below which a KL's term is summed as a series, because its closed form cancels
@@ -155,15 +156,15 @@ def exp2_of_rest(x):  # type: ignore[no-untyped-def]
 
 @njit(forceinline=True)  # type: ignore[untyped-decorator]
 def log1p_of_ratio(r):  # type: ignore[no-untyped-def]
-    """log(1 + r) for 0 <= r <= 1, to 1.4e-7 relative. Minimax polynomial."""
-    p = fma(f32(0.00523269268483), r, f32(-0.0295052324425))
-    p = fma(p, r, f32(0.0782259415495))
-    p = fma(p, r, f32(-0.136632449171))
-    p = fma(p, r, f32(0.191060063469))
-    p = fma(p, r, f32(-0.248429821074))
-    p = fma(p, r, f32(0.333190967941))
-    p = fma(p, r, f32(-0.499994931398))
-    return fma(p, r, f32(0.99999996988)) * r
+    """log(1 + r) for 0 <= r <= 1, to 1.4e-7 relative."""
+    p = fma(LOG1P[8], r, LOG1P[7])
+    p = fma(p, r, LOG1P[6])
+    p = fma(p, r, LOG1P[5])
+    p = fma(p, r, LOG1P[4])
+    p = fma(p, r, LOG1P[3])
+    p = fma(p, r, LOG1P[2])
+    p = fma(p, r, LOG1P[1])
+    return fma(p, r, LOG1P[0]) * r
 
 
 @njit(forceinline=True)  # type: ignore[untyped-decorator]

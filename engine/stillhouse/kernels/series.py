@@ -1,4 +1,4 @@
-"""Polynomials for terms of the divergences about equal distributions, where the closed forms cancel."""
+"""Polynomials: of terms of the divergences about equal distributions, where the closed forms cancel, and a logarithm."""
 
 from __future__ import annotations
 
@@ -20,6 +20,18 @@ PHI = (
     0.00138896581156,
     0.000201131610344,
     2.48915265149e-05,
+)
+# log(1 + r) / r for r from 0 to 1, lowest power first, to 1.4e-7 relative: minimax
+LOG1P = (
+    0.99999996988,
+    -0.499994931398,
+    0.333190967941,
+    -0.248429821074,
+    0.191060063469,
+    -0.136632449171,
+    0.0782259415495,
+    -0.0295052324425,
+    0.00523269268483,
 )
 TERMS = 8  # even, so that no node lies at zero; errors stay below 1e-8 relative, less than coefficients of float32 give
 LOG_REST = 2 * TERMS + 1  # where jsd_series has log(1 - beta)

@@ -15,6 +15,7 @@ import math
 
 import numpy as np
 
+from stillhouse.kernels import series
 from stillhouse.kernels.cuda import intrinsics as ptx
 
 device = ptx.device
@@ -25,8 +26,7 @@ LN2 = F32(0.6931471805599453)
 TWO_OVER_LN2 = F32(2.8853900817779268)
 THIRD, FIFTH, SEVENTH, NINTH = F32(1 / 3), F32(1 / 5), F32(1 / 7), F32(1 / 9)
 ZERO, ONE, LARGE = F32(0.0), F32(1.0), F32(1.0e30)
-ONE_PLUS = tuple(F32((-1) ** n / (n + 1) / math.log(2)) for n in range(5))
-SMALL = F32(0.0625)
+LOG = tuple(F32(c / math.log(2)) for c in series.LOG1P)
 RATIO_HIGH = F32(1.4)
 
 
@@ -154,8 +154,8 @@ def log2_of_normal(x):
         exponent = I32(exponent + 1)
     u = (m - ONE) * ptx.reciprocal(m + ONE)
     v = u * u
-    series = ptx.fma(v, ptx.fma(v, ptx.fma(v, ptx.fma(v, NINTH, SEVENTH), FIFTH), THIRD), ONE)
-    return ptx.fma(u * series, TWO_OVER_LN2, F32(exponent))
+    odd = ptx.fma(v, ptx.fma(v, ptx.fma(v, ptx.fma(v, NINTH, SEVENTH), FIFTH), THIRD), ONE)
+    return ptx.fma(u * odd, TWO_OVER_LN2, F32(exponent))
 
 
 @device
@@ -167,9 +167,7 @@ def quotient(a, b):
 
 
 @device
-def log2_one_plus(y):
-    """log2(1 + y) for y >= 0, with a relative error also where 1 + y loses the digits of y."""
-    series = ptx.fma(
-        y, ptx.fma(y, ptx.fma(y, ptx.fma(y, ONE_PLUS[4], ONE_PLUS[3]), ONE_PLUS[2]), ONE_PLUS[1]), ONE_PLUS[0]
-    )
-    return y * series if y < SMALL else ptx.log2_approx(ONE + y)
+def log2_one_plus(r):
+    """log2(1 + r) for r from 0 to 1, relative to itself: the approximate logarithm of 1 + r loses the digits of r."""
+    high = ptx.fma(r, ptx.fma(r, ptx.fma(r, ptx.fma(r, LOG[8], LOG[7]), LOG[6]), LOG[5]), LOG[4])
+    return r * ptx.fma(r, ptx.fma(r, ptx.fma(r, ptx.fma(r, high, LOG[3]), LOG[2]), LOG[1]), LOG[0])
