@@ -144,7 +144,8 @@ def test_hot_loops_move_128_bits_at_a_time(v, dtype, tmp_path, figure):
 def test_a_second_process_finds_the_cubin_on_disk(tmp_path, monkeypatch):
     monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path))
     spec = plan(64, 4096, "f32", "forward", "dense", (9, 0)).spec
-    monkeypatch.setattr(build, "compile_ptx", ptx_of)
+    text = ptx_of(spec, (9, 0))
+    monkeypatch.setattr(build, "compile_ptx", lambda spec, cc: text)
     first = build.cubin(spec, (9, 0))
     monkeypatch.setattr(build, "compile_ptx", None)  # not needed again
     assert build.cubin(spec, (9, 0)) == first
