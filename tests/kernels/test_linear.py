@@ -86,6 +86,19 @@ def test_only_the_gradients_that_are_wanted():
     assert not linear_softmax_kl(hidden, weight.detach(), target, bias=bias).requires_grad
 
 
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_gradient_is_computed_where_none_is_wanted(reduction, without, backend, monkeypatch):
+    monkeypatch.setattr(linear, "_accumulate", None)
+    hidden, weight, bias = layer()
+    target, settings = targets()["dense"], {"reduction": reduction, "backend": backend}
+    with without():
+        got = linear_softmax_kl(hidden, weight, target, bias=bias, **settings)
+        expected = softmax_kl(torch.nn.functional.linear(hidden, weight, bias), target, **settings)
+    assert torch.allclose(got, expected, rtol=1e-5)
+
+
 def test_leading_dimensions_and_no_rows():
     hidden, weight, _ = layer()
     target = targets()["dense"]
@@ -93,6 +106,33 @@ def test_leading_dimensions_and_no_rows():
     shaped = linear_softmax_kl(hidden.reshape(4, 10, 16), weight, target.reshape(4, 10, 50), reduction="none")
     assert torch.equal(shaped.reshape(-1), flat)
     assert linear_softmax_kl(hidden[:0], weight, target[:0]).item() == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "backend", "head", "chunks"),
+    [
+        (torch.float32, None, False, 2.2),
+        (torch.float32, None, True, 3.2),
+        (torch.bfloat16, None, True, 6.2),
+        (torch.float16, None, True, 5.2),
+        (torch.float32, "torch", False, 28.8),
+    ],
+)
+def test_no_more_is_held_than_the_chunk_at_hand(dtype, backend, head, chunks, monkeypatch):
+    """In multiples of a chunk's logits, which are as many as weights. The torch backend keeps what autograd does."""
+    rows, width, size = 4 * 64, 4096, 64
+    monkeypatch.setattr(linear, "CHUNK", 64 * width)
+    hidden, weight, states, other = (
+        torch.randn(n, size, dtype=dtype).requires_grad_() for n in (rows, width, rows, width)
+    )
+    target = TeacherHead(states, other) if head else torch.randn(rows, width, dtype=dtype)
+
+    def run():
+        linear_softmax_kl(hidden, weight, target, backend=backend).backward()
+        # at the end: the profiler may or may not see what goes that was there before
+        hidden.grad = weight.grad = None
+
+    assert allocated(run) <= chunks * 64 * width * hidden.element_size()
 
 
 @pytest.mark.slow

@@ -76,7 +76,7 @@ def test_one_pass_meets_every_target(v, dtype, divergence, figure):
     assert narrow < 0.001
 
 
-# Measured; targets are missed here, a jsd's of instructions only, and the limits keep it from growing
+# Measured; targets are missed here, by jsd that of instructions only, and these limits keep the costs from growing
 MISSES = [
     (100, "bf16", "forward", 6.1, 109),
     (1000, "f32", "jsd", SPECIAL, 63),

@@ -25,7 +25,7 @@ def over(columns, first, last, given, sums, seen, full):
 
     ``columns(i, given, part, seen, full)`` does sixteen, from ``i`` on, and gives back ``part``, a tuple of lanes to be
     summed, with theirs added, and ``seen``, which goes from one to the next as it is. ``full`` tells it, when it is
-    compiled, that no column of the sixteen is beyond the row.
+    compiled, that memory holds all sixteen; of a scratch row it does, since that is padded.
     """
     for j in range(first, last, CHUNK):
         part = _nothing(sums)

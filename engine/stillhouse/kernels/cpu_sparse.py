@@ -275,13 +275,13 @@ def sampled_row(student, out, dtype, v, wide_indices, values, k, it, scale, es_a
     z, rs = student_pass(student, dtype, v, it, es_at, out if out != 0 else es_at)
     if not (z > 0.0 and z < np.inf):
         return np.nan
+    if outside(indices, k, v):
+        return OUT_OF_RANGE
     log_z = math.log(z)
     loss = 0.0
     weight = 0.0
     for i in range(k):
         j = indices[i]
-        if j < 0 or j >= v:
-            return OUT_OF_RANGE
         if weights[i] > f32(0.0):
             x = logit(student, dtype, j)
             loss -= weights[i] * (((x if x >= FLOOR else -np.inf) - rs) * it - log_z)

@@ -127,6 +127,9 @@ def linear_softmax_kl(
         count = flat_hidden.shape[0] if flat_mask is None else flat_mask.sum()
     settings = _Settings(temperature, divergence, beta, count, reduction == "none", chosen)
     ops.refuse_forward_mode(hidden, weight, bias)
+    if not torch.is_grad_enabled():  # a Function is told what requires a gradient, not that none is wanted
+        flat_hidden, weight = flat_hidden.detach(), weight.detach()
+        bias = None if bias is None else bias.detach()
     with torch.autocast(hidden.device.type, enabled=False):
         loss: Tensor = _LinearSoftmaxKL.apply(flat_hidden, weight, bias, flat, flat_mask, settings)[0]  # type: ignore[no-untyped-call]
     return loss.reshape(rows) if settings.per_row else loss
@@ -224,7 +227,7 @@ def _run(
     d_bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if wanted[2] else None
     chunks = _chunks(hidden.shape[0], weight.shape[0])
     most = max(chunk.stop - chunk.start for chunk in chunks)
-    layer, target_of = _Layer(weight, bias, most), _target_of(target, most)
+    layer, target_of = _Layer(weight, bias, most), _target_of(target, most, keep=wide == hidden.dtype)
     losses = []
     for chunk in chunks:
         part, kept = hidden[chunk], None if mask is None else mask[chunk]
@@ -240,6 +243,8 @@ def _run(
             _accumulate(d_weight, gradient, part)
         if d_bias is not None and gradient is not None:
             d_bias += gradient.sum(0, dtype=wide)
+        # the torch backend's is no part of the layer's room: two would exist with the next chunk
+        del gradient
     loss = torch.cat(losses) if settings.per_row else torch.stack(losses).sum()
     dtype = None if _late(settings, hidden.dtype) else hidden.dtype
     cast = tuple(g if g is None or dtype is None else g.to(dtype) for g in (d_hidden, d_weight, d_bias))
@@ -247,7 +252,7 @@ def _run(
 
 
 class _Layer:
-    """A linear layer whose outputs take each other's place: the page faults of new memory cost as much as a third of its product."""
+    """A linear layer whose outputs take each other's place: on a CPU new memory costs page faults, a third of such a product."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
         self.weight, self.bias = weight.t(), bias
@@ -276,12 +281,17 @@ def _chunks(rows: int, width: int) -> list[slice]:
     return [slice(first, min(first + even, rows)) for first in range(0, max(rows, 1), max(even, 1))]
 
 
-def _target_of(target: Target | TeacherHead, most: int) -> Callable[[slice], Target]:
-    """The target of a chunk, of ``most`` rows at most."""
-    if isinstance(target, TeacherHead):
-        layer, hidden = _Layer(target.weight, target.bias, most), target.hidden
-        return lambda chunk: layer(hidden[chunk])
-    return lambda chunk: _at(target, chunk)
+def _target_of(target: Target | TeacherHead, most: int, *, keep: bool) -> Callable[[slice], Target]:
+    """The target of a chunk, of ``most`` rows at most.
+
+    ``keep``: a teacher's logits may lie there while gradients are added up, which takes memory of its own in 16 bits.
+    """
+    if not isinstance(target, TeacherHead):
+        return lambda chunk: _at(target, chunk)
+    if not keep:
+        return lambda chunk: torch.nn.functional.linear(target.hidden[chunk], target.weight, target.bias)
+    layer = _Layer(target.weight, target.bias, most)
+    return lambda chunk: layer(target.hidden[chunk])
 
 
 def _at(target: Target, chunk: slice) -> Target:

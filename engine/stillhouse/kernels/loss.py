@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -100,13 +101,11 @@ def flatten(student: Tensor, target: Target, mask: Tensor | None) -> tuple[Tenso
 
     if isinstance(target, TopK):
         rest = None if target.log_rest is None else target.log_rest.detach().reshape(-1)
-        target = TopK(
-            rows(target.indices), rows(target.log_probs.detach()), target.rest, target.temperature, target.trusted, rest
-        )  # fmt: skip
-    elif isinstance(target, Sampled):
-        target = Sampled(
-            rows(target.indices), rows(target.weights.detach()), target.temperature, target.trusted
+        target = replace(
+            target, indices=rows(target.indices), log_probs=rows(target.log_probs.detach()), log_rest=rest
         )
+    elif isinstance(target, Sampled):
+        target = replace(target, indices=rows(target.indices), weights=rows(target.weights.detach()))
     else:
         target = rows(target.detach())
     return rows(student), target, None if mask is None else mask.reshape(-1)

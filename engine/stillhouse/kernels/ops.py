@@ -311,6 +311,6 @@ class _NoSecondDerivative(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *upstream: Tensor) -> None:  # noqa: ARG004
         raise RuntimeError(
             "softmax_kl: got a request for its second derivative; expected a first derivative only, since the fused "
-            "kernel keeps the gradient and not the logits. Fix: pass backend='torch', which can be differentiated "
-            "any number of times."
+            "kernel keeps the gradient and not the logits. Fix: pass softmax_kl backend='torch' (after the layer, where this "
+            "was linear_softmax_kl), which can be differentiated any number of times."
         )

@@ -21,7 +21,7 @@ PHI = (
     0.000201131610344,
     2.48915265149e-05,
 )
-# log(1 + r) / r for r from 0 to 1, lowest power first, to 1.4e-7 relative: minimax
+# log(1 + r) / r for r from 0 to 1, lowest power first, to 3e-8 relative: minimax
 LOG1P = (
     0.99999996988,
     -0.499994931398,

@@ -168,6 +168,6 @@ def quotient(a, b):
 
 @device
 def log2_one_plus(r):
-    """log2(1 + r) for r from 0 to 1, relative to itself: the approximate logarithm of 1 + r loses the digits of r."""
+    """log2(1 + r) for r from 0 to 1, to 2e-7 of itself: the approximate logarithm of 1 + r loses the digits of r."""
     high = ptx.fma(r, ptx.fma(r, ptx.fma(r, ptx.fma(r, LOG[8], LOG[7]), LOG[6]), LOG[5]), LOG[4])
     return r * ptx.fma(r, ptx.fma(r, ptx.fma(r, ptx.fma(r, high, LOG[3]), LOG[2]), LOG[1]), LOG[0])
