@@ -98,6 +98,8 @@ CASES = {
         lambda b: linear_softmax_kl(torch.zeros(4, 3), torch.zeros(5, 3).double(), T, backend=b), "weight dtype"),
     "a layer without outputs": (
         lambda b: linear_softmax_kl(torch.zeros(4, 3), torch.zeros(0, 3), TeacherHead(S, T), backend=b), "weight shape"),
+    "a layer without inputs": (
+        lambda b: linear_softmax_kl(torch.zeros(4, 0), torch.zeros(5, 0), torch.zeros(4, 5), backend=b), "weight shape"),
     "a teacher without outputs": (
         lambda b: linear_softmax_kl(torch.zeros(4, 3), torch.zeros(5, 3), TeacherHead(S, T[:0]), backend=b),
         "teacher weight shape"),

@@ -154,9 +154,9 @@ def _check_layer(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None)
         raise fail(
             f"{side}layer shapes", got, "(..., H) and (V, H)", "pass weight as torch.nn.Linear holds it"
         )
-    if weight.shape[0] < 1:
+    if weight.numel() == 0:
         raise fail(
-            f"{side}weight shape", tuple(weight.shape), "(V, H) with V >= 1", "pass the output layer's weight"
+            f"{side}weight shape", tuple(weight.shape), "(V, H), both >= 1", "pass the output layer's weight"
         )
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.device != hidden.device:
@@ -233,7 +233,12 @@ def _run(
         part, kept = hidden[chunk], None if mask is None else mask[chunk]
         if kept is not None:  # what a masked row holds may be NaN, and 0 times NaN would reach the weight
             part = part.masked_fill(~kept[:, None], 0)
-        loss, gradient = _chunk_loss(layer(part), target_of(chunk), kept, settings, any(wanted))
+        try:
+            loss, gradient = _chunk_loss(layer(part), target_of(chunk), kept, settings, any(wanted))
+        except ValueError as error:  # which counts the chunk's rows
+            if chunk.start == 0:
+                raise
+            raise ValueError(f"{error} (Its row 0 is row {chunk.start} of the hidden states.)") from error
         losses.append(loss)
         if upstream is not None and gradient is not None:
             gradient.mul_(upstream[chunk, None])
