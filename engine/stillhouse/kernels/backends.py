@@ -70,10 +70,3 @@ def explain(device: str | torch.device) -> tuple[str, str]:
         available, why = cuda_available()
         return ("cuda", f"CUDA tensors: {why}") if available else ("torch", f"no CUDA kernel: {why}")
     return "torch", f"no kernel for {kind} tensors: the plain torch path"
-
-
-def check(device: str | torch.device) -> list[tuple[str, bool, str]]:
-    """A quick correctness check on ``device`` against float64: (name, passed, detail) for each case."""
-    from stillhouse.kernels.selfcheck import check_device
-
-    return check_device(torch.device(device))

@@ -17,8 +17,9 @@ from stillhouse.kernels.targets import Sampled, Target, TopK
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
-def check_device(device: torch.device) -> list[tuple[str, bool, str]]:
-    """(name, passed, detail) for each divergence, target and dtype."""
+def check(device: str | torch.device) -> list[tuple[str, bool, str]]:
+    """A quick correctness check on ``device`` against float64: (name, passed, detail) for each case."""
+    device = torch.device(device)
     generator = torch.Generator().manual_seed(0)
     rows, width = 8, 1003
     student, teacher = (3 * torch.randn(rows, width, generator=generator) for _ in range(2))
