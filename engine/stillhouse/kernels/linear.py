@@ -238,7 +238,9 @@ def _run(
         except ValueError as error:  # which counts the chunk's rows
             if chunk.start == 0:
                 raise
-            raise ValueError(f"{error} (Its row 0 is row {chunk.start} of the hidden states.)") from error
+            raise ValueError(
+                f"{error} (Rows are counted from row {chunk.start} of the flattened hidden states on.)"
+            ) from error
         losses.append(loss)
         if upstream is not None and gradient is not None:
             gradient.mul_(upstream[chunk, None])

@@ -242,7 +242,8 @@ def refuse_forward_mode(*inputs: Tensor | None) -> None:
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
         raise RuntimeError(
             "softmax_kl: got a forward-mode derivative (jvp, a dual tensor); expected backward, since the fused kernel "
-            "has no other. Fix: pass softmax_kl backend='torch', or take the derivative by backward."
+            "has no other. Fix: pass softmax_kl backend='torch' (after the layer, where this was linear_softmax_kl), or take the "
+            "derivative by backward."
         )
 
 
