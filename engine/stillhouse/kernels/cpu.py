@@ -97,10 +97,9 @@ def _sparse(
     values = target.weights if isinstance(target, Sampled) else target.log_probs
     if values.dtype == torch.float64 and not sampled and not ghost:  # what the kernel makes them relative to
         values = values - values.amax(-1, keepdim=True)
-    values = values.to(torch.float32).contiguous()
-    indices = target.indices.contiguous()
+    values, indices = _plain(values), target.indices.contiguous()
     rest = target.log_rest if isinstance(target, TopK) else None
-    rest = None if rest is None else rest.to(torch.float32).contiguous()
+    rest = None if rest is None else _plain(rest)
     v, k = student.shape[1], indices.shape[1]
     return _workers.run(
         entry("sparse_rows"), student.shape[0], v, v + (2 * v if sampled else 4 * k) + 6 * LINE,
@@ -111,6 +110,10 @@ def _sparse(
         ),
         (1.0 / temperature, scales[0], beta, scales[1], target.temperature / temperature),
     )  # fmt: skip
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -13,16 +13,6 @@ from stillhouse.kernels.cpu_rows import dense_row
 
 
 @njit
-def coefficients(address):
-    """What series.jsd_series gives."""
-    x = f32_at(address)
-    return (
-        x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9],
-        x[10], x[11], x[12], x[13], x[14], x[15], x[16], x[17], x[18],
-    )  # fmt: skip
-
-
-@njit
 def own_scratch(call):
     """This thread's part of the scratch."""
     q = i64_at(call)
@@ -75,7 +65,6 @@ def dense_rows(call):
     it = f32(inverse_t)
     k = f32(inverse_t * LOG2E)
     loss = f32_at(losses)
-    terms = coefficients(series)
     keep = bool_at(mask)
     item = 4 if dtype == 0 else 2
     first, last = take_rows(call)
@@ -89,7 +78,7 @@ def dense_rows(call):
                 continue
             loss[r] = loss_scale * dense_row(
                 divergence, student + r * student_stride, teacher + r * teacher_stride, out, dtype,
-                teacher_dtype, dtype, vs, vt, v, wide, it, k, f32(scale * inverse_t), beta, terms,
+                teacher_dtype, dtype, vs, vt, v, wide, it, k, f32(scale * inverse_t), beta, series,
                 scratch, scratch_stride,
             )  # fmt: skip
         leave_rows(call, last - first, losses)

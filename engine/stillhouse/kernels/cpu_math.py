@@ -118,13 +118,16 @@ def _doubles(arity: int, emit: Callable[[Any, Any], Any]) -> Any:
     signature = types.float64(*[types.float64] * arity)
     if arity == 1:
         return intrinsic(lambda typingctx, a: (signature, codegen))
-    return intrinsic(lambda typingctx, a, b: (signature, codegen))
+    if arity == 2:
+        return intrinsic(lambda typingctx, a, b: (signature, codegen))
+    return intrinsic(lambda typingctx, a, b, c: (signature, codegen))
 
 
 reduce_add_wide = _doubles(2, lambda builder, args: builder.fadd(*args, flags=("reassoc", "nsz")))
 shifted_wide = _doubles(
     1, lambda b, a: b.bitcast(b.shl(b.bitcast(a[0], I64), ir.Constant(I64, 52)), ir.DoubleType())
 )
+fma_wide = _doubles(3, lambda builder, args: builder.fma(*args))
 MAGIC_WIDE = 1.5 * 2**52 + 1023
 
 

@@ -19,6 +19,7 @@ from stillhouse.kernels.cpu_math import (
     exp_wide,
     f32,
     f32_at,
+    fma_wide,
     maximum_of,
     reduce_add_wide,
     u16_at,
@@ -92,13 +93,9 @@ def normaliser(log_t, k, power):
     return np.float64(highest), mass_of(log_t, k, power, np.float64(highest))
 
 
-@njit(error_model="numpy")
-def compare(logits, values, pt_at, x, k, rs, it, log_z, power, top_t, mass):
-    """The teacher's probabilities and x = log(student / teacher) of the k entries; the largest x.
-
-    The teacher's logarithms are ``power`` times what the values are relative to ``top_t``, less that of ``mass``.
-    """
-    log_t = f32_at(values)
+@njit(error_model="numpy", forceinline=True)
+def teacher_probabilities(values, pt_at, k, power, top_t, mass):
+    """Of the k entries: their logarithms are ``power`` times what the values are relative to ``top_t``, less that of ``mass``."""
     wide_k = power * LOG2E
     narrow_k = f32(wide_k)
     least = LEAST / narrow_k
@@ -107,18 +104,45 @@ def compare(logits, values, pt_at, x, k, rs, it, log_z, power, top_t, mass):
         b = where(b < least, least, b)
         p = exp2_of_product(b, narrow_k, f32(wide_k - np.float64(narrow_k)))
         store(pt_at + i * 4, p * f32(1.0 / mass))
-    log_mass = 0.0 if mass == 1.0 else math.log(mass)
+
+
+@njit(error_model="numpy", forceinline=True)
+def compare(logits, values, x, k, rs, it, log_z, power, top_t, mass):
+    """Writes x = log(student / teacher) of the k entries; the largest of |x|. The teacher's as in :func:`teacher_probabilities`."""
+    log_t = f32_at(values)
+    constant = (0.0 if mass == 1.0 else math.log(mass)) - log_z
     far = f32(0.0)
+    if all_possible(logits, log_t, k):
+        for i in range(k):
+            d = f32(logarithm(logits[i], log_t[i], rs, it, power, top_t, constant))
+            x[i] = d
+            far = maximum_of(far, absolute(d))
+        return far
     for i in range(k):
         no_s = logits[i] < FLOOR
         no_t = log_t[i] < FLOOR
-        a = np.float64(FLOOR if no_s else logits[i])
-        b = np.float64(FLOOR if no_t else log_t[i])
-        d = f32((a - rs) * it - log_z - ((b - top_t) * power - log_mass))
+        a = FLOOR if no_s else logits[i]
+        b = FLOOR if no_t else log_t[i]
+        d = f32(logarithm(a, b, rs, it, power, top_t, constant))
         d = (f32(0.0) if no_t else FLOOR) if no_s else (-FLOOR if no_t else d)
         x[i] = d
         far = maximum_of(far, absolute(d))
     return far
+
+
+@njit(forceinline=True)
+def logarithm(a, b, rs, it, power, top_t, constant):
+    """Log(student / teacher) of one entry, in float64: where both are nearly equal, little is left of it."""
+    return fma_wide(np.float64(a) - rs, it, fma_wide(top_t - np.float64(b), power, constant))
+
+
+@njit
+def all_possible(logits, log_t, k):
+    """Does no entry have probability zero? Nearly always, and then nothing needs to be asked of each."""
+    zero = False
+    for i in range(k):
+        zero |= (logits[i] < FLOOR) | (log_t[i] < FLOOR)
+    return not zero
 
 
 @njit(error_model="numpy")
@@ -150,7 +174,7 @@ def ghost_of_student(rest, z, log_z, student, dtype, v, indices, k, rs, it, es):
     if k == v:
         return rest, -np.inf, 0.0
     if rest >= LITTLE * z:
-        return rest, math.log(rest / z), rest / z
+        return rest, math.log(rest) - log_z, rest / z
     rest, lower = lift_rest(student, dtype, v, indices, k, rs, it, es)
     log_mass = math.log(rest) + lower - log_z if rest > 0.0 else -np.inf
     return rest, log_mass, math.exp(log_mass)

@@ -109,6 +109,16 @@ def normaliser_error(v, es_at, diff_at, zs, it, high, low):
     return whole / zs
 
 
+@njit
+def coefficients(address):
+    """What series.jsd_series gives, from where it lies."""
+    x = f32_at(address)
+    return (
+        x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9],
+        x[10], x[11], x[12], x[13], x[14], x[15], x[16], x[17], x[18],
+    )  # fmt: skip
+
+
 @njit(error_model="numpy")
 def row_loss(divergence, v, es_at, et_at, diff_at, zs, zt, high, low, it, beta, series, constant, differ):
     """The passes over the scratch that come before a gradient can be written: (loss so far, centre)."""
@@ -118,6 +128,7 @@ def row_loss(divergence, v, es_at, et_at, diff_at, zs, zt, high, low, it, beta, 
     centre = 0.0
     if divergence == FORWARD:
         return loss, f32(centre)
+    terms = coefficients(series)
     for j in range((v - 1) // BLOCK * BLOCK, -1, -BLOCK):  # from the end, which the caches still hold
         n = min(BLOCK, v - j)
         es = es_at + j * 4
@@ -127,11 +138,9 @@ def row_loss(divergence, v, es_at, et_at, diff_at, zs, zt, high, low, it, beta, 
             centre += weighted_sum(es, diff, n, it, high, low)
         else:
             if differ:
-                part, weighted = jsd_block(es, et, diff, n, it, high, low, to_a, to_b, series, constant, True)
+                part, weighted = jsd_block(es, et, diff, n, it, high, low, to_a, to_b, terms, constant, True)
             else:
-                part, weighted = jsd_block(
-                    es, et, diff, n, it, high, low, to_a, to_b, series, constant, False
-                )
+                part, weighted = jsd_block(es, et, diff, n, it, high, low, to_a, to_b, terms, constant, False)
             loss += part
             centre += weighted
     centre /= zs if divergence == REVERSE else 1.0 - beta
@@ -194,7 +203,7 @@ def write_row(
     return loss * unit, summed * unit, size * unit
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", forceinline=True)
 def dense_row(
     divergence, sa, ta, out, sd, td, gd, vs, vt, v, wide, it, k, scale, beta, series, scratch, stride
 ):
@@ -220,7 +229,7 @@ def dense_row(
                 zero(out, gd, 0, wide)
             return np.inf
     all_near = far * it + abs(high) < NEAR
-    constant = f32(0.0) if all_near else series[LOG_REST]
+    constant = f32(0.0) if all_near else f32_at(series)[LOG_REST]
     enough = APART_JSD if divergence == JSD else APART
     differ = not all_near and apart(enough, v, es_at, et_at, zs, zt)
     loss, centre = row_loss(

@@ -8,7 +8,8 @@ import math
 import numpy as np
 from numba import njit
 
-from stillhouse.kernels.cpu_dense import coefficients, leave_rows, own_scratch, take_rows
+from stillhouse.kernels.cpu_blocks import forward_block
+from stillhouse.kernels.cpu_dense import leave_rows, own_scratch, take_rows
 from stillhouse.kernels.cpu_jit import BLOCK, HEADER, ROWS
 from stillhouse.kernels.cpu_lanes import LANES, fill, load, store, top, total_wide, where
 from stillhouse.kernels.cpu_loops import no_sums, over, over_row
@@ -25,7 +26,6 @@ from stillhouse.kernels.cpu_math import (
     f64_at,
     i64_at,
     maximum_of,
-    reduce_add_wide,
     u16_at,
 )
 from stillhouse.kernels.cpu_outcomes import (
@@ -35,6 +35,7 @@ from stillhouse.kernels.cpu_outcomes import (
     logit,
     normaliser,
     outcome,
+    teacher_probabilities,
 )
 from stillhouse.kernels.cpu_read import (
     LOG2E,
@@ -92,7 +93,7 @@ def student_exponentials(s, dtype, v, first, last, es, rs, k, k_low, out):
     return any_student_exponentials(s, 2, v, first, last, es, rs, k, k_low, out)
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", forceinline=True)
 def student_pass(s, dtype, v, it, es, out):
     """Fill the scratch row with exponentials of the student; (their sum, the logit that they refer to).
 
@@ -123,7 +124,7 @@ def any_scaled_row(out, dtype, v, es, factor):
         put(out, dtype, i, v, load(es + i * 4) * factor, True)
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", forceinline=True)
 def scaled_row(out, dtype, v, es, factor):
     """The scratch row times ``factor`` to ``out``; a loop of its own for each dtype, as in pass A."""
     if dtype == 0:
@@ -159,23 +160,40 @@ def outside(indices, k, v):
 
 
 @njit(error_model="numpy", forceinline=True)
+def gather_one(i, student, dtype, indices, es, kept, logits):
+    j = indices[i]
+    mass = es[j]
+    kept[i] = mass
+    logits[i] = f32(logit(student, dtype, j))
+    return np.float64(mass)
+
+
+@njit(error_model="numpy", forceinline=True)
 def any_gather(student, dtype, indices, k, es, kept, logits):
-    for i in range(k):
-        j = indices[i]
-        kept[i] = es[j]
-        logits[i] = f32(logit(student, dtype, j))
+    a = b = c = d = 0.0  # of one sum, each addition would wait for the one before
+    whole = k & -4
+    for i in range(0, whole, 4):
+        a += gather_one(i, student, dtype, indices, es, kept, logits)
+        b += gather_one(i + 1, student, dtype, indices, es, kept, logits)
+        c += gather_one(i + 2, student, dtype, indices, es, kept, logits)
+        d += gather_one(i + 3, student, dtype, indices, es, kept, logits)
+    for i in range(whole, k):
+        a += gather_one(i, student, dtype, indices, es, kept, logits)
+    return (a + b) + (c + d)
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", forceinline=True)
 def gather(student, dtype, indices, k, es, kept, logits):
-    """The k entries of the scratch row and of the logits."""
+    """The k entries of the scratch row and of the logits; the former's sum.
+
+    Not summed in vectors from ``kept``: reading one would wait for the single stores that it was written by.
+    """
     if dtype == 0:
-        any_gather(student, 0, indices, k, es, kept, logits)
-    else:
-        any_gather(student, dtype, indices, k, es, kept, logits)
+        return any_gather(student, 0, indices, k, es, kept, logits)
+    return any_gather(student, dtype, indices, k, es, kept, logits)
 
 
-@njit
+@njit(forceinline=True)
 def scatter(out, dtype, indices, g, k):
     if dtype == 0:
         plain = f32_at(out)
@@ -187,7 +205,7 @@ def scatter(out, dtype, indices, g, k):
         half[indices[i]] = encode_bf16(g[i]) if dtype == 1 else encode_f16(g[i])
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", forceinline=True)
 def top_k_row(
     divergence, student, out, dtype, v, wide_indices, values, ghost, log_rest, power, k, it, scale, beta, series,
     es_at,
@@ -214,19 +232,18 @@ def top_k_row(
         return np.nan
     if outside(indices, k, v):
         return OUT_OF_RANGE
-    gather(student, dtype, indices, k, es, kept, logits)
-    inside = 0.0
-    for i in range(k):  # apart from the loop above, where each addition would wait for the one before
-        inside = reduce_add_wide(inside, np.float64(kept[i]))
+    inside = gather(student, dtype, indices, k, es, kept, logits)
+    # the teacher's part now, while what was gathered is on its way to memory and back
+    log_ghost_t, ghost_t = ghost_of_teacher(log_rest, f32_at(values), k, v)
+    top_t, mass = (0.0, 1.0) if ghost != 0 else normaliser(f32_at(values), k, power)
+    teacher_probabilities(values, pt_at, k, power, top_t, mass)
     # a difference that cancels is summed instead
     rest = z - inside if inside < 0.5 * z else sum_of_others(es_at, v, indices, k)
     z = inside + rest
     log_z = math.log(z)
     rest, log_ghost_s, ghost_s = ghost_of_student(rest, z, log_z, student, dtype, v, indices, k, rs, it, es)
-    log_ghost_t, ghost_t = ghost_of_teacher(log_rest, f32_at(values), k, v)
     loss, d_ghost = outcome(divergence, beta, log_ghost_s, log_ghost_t, ghost_s, ghost_t)
-    top_t, mass = (0.0, 1.0) if ghost != 0 else normaliser(f32_at(values), k, power)
-    far = compare(logits, values, pt_at, f32_at(x_at), k, rs, it, log_z, power, top_t, mass)
+    far = compare(logits, values, f32_at(x_at), k, rs, it, log_z, power, top_t, mass)
     bad = False
     if far > f32(1e29) and divergence != JSD:
         p, sign = (pt_at, f32(-1.0)) if divergence == FORWARD else (kept_at, f32(1.0))
@@ -237,7 +254,7 @@ def top_k_row(
         return np.inf
     one = f32(1.0)
     none = f32(0.0)
-    constant = none if far < NEAR else series[LOG_REST]
+    constant = none if far < NEAR else f32_at(series)[LOG_REST]
     part, centre = row_loss(
         divergence, k, kept_at, pt_at, x_at, z, 1.0, none, none, one, beta, series, constant, False
     )
@@ -245,10 +262,15 @@ def top_k_row(
     if divergence == JSD:  # its mean is of log(s/m) + constant, times 1 - beta
         d_ghost = d_ghost / (1.0 - beta) + constant
     middle = centre + (ghost_s * d_ghost if ghost_s > 0.0 else 0.0)
-    part, summed, size = write_row(
-        divergence, g_at, 0, k, k, kept_at, pt_at, x_at, z, 1.0, none, none, f32(middle), one, beta,
-        f32(scale), False,
-    )  # fmt: skip
+    if divergence == FORWARD:  # what write_row comes to
+        part, summed, size = forward_block(
+            kept_at, pt_at, x_at, g_at, 0, k, k, one, none, none, z, 1.0, f32(scale), False
+        )
+    else:
+        part, summed, size = write_row(
+            divergence, g_at, 0, k, k, kept_at, pt_at, x_at, z, 1.0, none, none, f32(middle), one, beta,
+            f32(scale), False,
+        )  # fmt: skip
     loss += part
     if out != 0:
         if divergence == FORWARD:
@@ -266,7 +288,7 @@ def top_k_row(
     return np.inf if bad else loss
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", forceinline=True)
 def sampled_row(student, out, dtype, v, wide_indices, values, k, it, scale, es_at):
     es = f32_at(es_at)
     drawn = f64_at(es_at + ((v + LANES - 1) & -LANES) * 4)  # where repeated draws add up
@@ -311,7 +333,6 @@ def sparse_rows(call):
     d = f64_at(call + 8 * (HEADER + 15))
     inverse_t, scale, beta, loss_scale, power = d[0], d[1], d[2], d[3], d[4]  # T^2 is in both scales
     loss = f32_at(losses)
-    terms = coefficients(series)
     keep = bool_at(mask)
     item = 4 if dtype == 0 else 2
     first, last = take_rows(call)
@@ -334,7 +355,7 @@ def sparse_rows(call):
             else:
                 loss[r] = loss_scale * top_k_row(
                     divergence, row, out, dtype, v, place, value, ghost, log_rest, power, k, inverse_t, scale * inverse_t,
-                    beta, terms, scratch,
+                    beta, series, scratch,
                 )  # fmt: skip
         leave_rows(call, last - first, losses)
         first, last = take_rows(call)
