@@ -137,12 +137,13 @@ def _eager(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _step(loss: Callable[[Tensor], Tensor], logits: Tensor) -> Step:
     """Forward and backward; a loss in place leaves its gradient in ``logits``, which costs the next round the same."""
+    leaf = logits.detach().requires_grad_()
+    # logits as a layer gives them to every loss: no leaf, and no view of one; nothing is copied
+    out = torch.ops.aten._unsafe_view.default(leaf, leaf.shape)  # noqa: SLF001
 
     def step() -> None:
-        leaf = logits.detach().requires_grad_()
-        # logits as a layer gives them to every loss: no leaf, and no view of one; nothing is copied
-        out = torch.ops.aten._unsafe_view.default(leaf, leaf.shape)  # noqa: SLF001
         loss(out).backward()  # type: ignore[no-untyped-call]
+        leaf.grad = None
 
     return step
 

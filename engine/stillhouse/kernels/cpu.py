@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stillhouse.kernels.cpu_jit import entry
+from stillhouse.kernels.cpu_jit import BLOCK, entry
 from stillhouse.kernels.series import jsd_series
 from stillhouse.kernels.targets import Sampled, Target, TopK
 from stillhouse.kernels.workers import LINE, Workers
@@ -101,12 +101,16 @@ def _sparse(
     rest = target.log_rest if isinstance(target, TopK) else None
     rest = None if rest is None else _plain(rest)
     v, k = student.shape[1], indices.shape[1]
+    stride = -(-(v + (2 * v if sampled else 4 * k)) // LINE) * LINE + 6 * LINE
+    pairs = (
+        v <= BLOCK and out_grad is not None
+    )  # of rows that the caches hold, one is written while the next is read
     return _workers.run(
-        entry("sparse_rows"), student.shape[0], v, v + (2 * v if sampled else 4 * k) + 6 * LINE,
+        entry("sparse_rows"), student.shape[0], v, (1 + pairs) * stride,
         (
             DIVERGENCES[divergence], student.data_ptr(), _address(out_grad), losses.data_ptr(),
             _address(mask), student.stride(0) * student.element_size(), DTYPES[student.dtype], v,
-            indices.data_ptr(), values.data_ptr(), _address(rest), k, sampled, ghost, _series(beta)[1],
+            indices.data_ptr(), values.data_ptr(), _address(rest), k, sampled, ghost, _series(beta)[1], pairs * stride * 4,
         ),
         (1.0 / temperature, scales[0], beta, scales[1], target.temperature / temperature),
     )  # fmt: skip

@@ -26,7 +26,19 @@ SOURCES = (
     "series.py",
     *(
         f"cpu_{n}.py"
-        for n in ("jit", "lanes", "loops", "math", "read", "blocks", "rows", "dense", "outcomes", "sparse")
+        for n in (
+            "jit",
+            "lanes",
+            "loops",
+            "math",
+            "read",
+            "blocks",
+            "rows",
+            "dense",
+            "student",
+            "outcomes",
+            "sparse",
+        )
     ),
 )
 ENTRIES = {"dense_rows": "cpu_dense", "sparse_rows": "cpu_sparse"}  # function and module

@@ -10,23 +10,17 @@ from numba import njit
 
 from stillhouse.kernels.cpu_blocks import forward_block
 from stillhouse.kernels.cpu_dense import leave_rows, own_scratch, take_rows
-from stillhouse.kernels.cpu_jit import BLOCK, HEADER, ROWS
-from stillhouse.kernels.cpu_lanes import LANES, fill, load, store, top, total_wide, where
-from stillhouse.kernels.cpu_loops import no_sums, over, over_row
+from stillhouse.kernels.cpu_jit import HEADER, ROWS
+from stillhouse.kernels.cpu_lanes import LANES, fill, load, store, total_wide
+from stillhouse.kernels.cpu_loops import no_sums, over
 from stillhouse.kernels.cpu_math import (
     FLOOR,
-    LEAST,
     NEAR,
     bool_at,
-    encode_bf16,
-    encode_f16,
-    exp2_of_product,
     f32,
     f32_at,
     f64_at,
     i64_at,
-    maximum_of,
-    u16_at,
 )
 from stillhouse.kernels.cpu_outcomes import (
     compare,
@@ -37,18 +31,7 @@ from stillhouse.kernels.cpu_outcomes import (
     outcome,
     teacher_probabilities,
 )
-from stillhouse.kernels.cpu_read import (
-    LOG2E,
-    ROOM,
-    look_ahead,
-    look_ahead_to_write,
-    maximum,
-    put,
-    reference_of,
-    rescale,
-    take,
-    zero,
-)
+from stillhouse.kernels.cpu_read import zero
 from stillhouse.kernels.cpu_rows import (
     FORWARD,
     JSD,
@@ -58,81 +41,11 @@ from stillhouse.kernels.cpu_rows import (
     row_loss,
     write_row,
 )
+from stillhouse.kernels.cpu_student import entries_of, finish, scatter, student_pass
 from stillhouse.kernels.series import LOG_REST
 
 OUT_OF_RANGE = -np.inf  # the loss that reports an index outside the row
-
-
-@njit(error_model="numpy", forceinline=True)
-def student_columns(i, given, sums, seen, full):
-    """Pass A on sixteen columns of a student alone."""
-    s, dtype, v, es, rs, least, k, k_low, out = given
-    look_ahead(s, dtype, i)
-    look_ahead_to_write(out, dtype, i)
-    a = take(s, dtype, i, v, full) - rs
-    a = where(a < least, least, a)
-    x = exp2_of_product(a, k, k_low)
-    store(es + i * 4, x)
-    return (sums[0] + x,), maximum_of(seen, a)
-
-
-@njit(error_model="numpy", forceinline=True)
-def any_student_exponentials(s, dtype, v, first, last, es, rs, k, k_low, out):
-    given = s, dtype, v, es, rs, LEAST / k, k, k_low, out
-    sums, highest = over_row(student_columns, first, last, v, given, no_sums(1), fill(FLOOR))
-    return total_wide(sums[0]), top(highest)
-
-
-@njit(error_model="numpy")
-def student_exponentials(s, dtype, v, first, last, es, rs, k, k_low, out):
-    """Pass A for a student alone."""
-    if dtype == 0:
-        return any_student_exponentials(s, 0, v, first, last, es, rs, k, k_low, out)
-    if dtype == 1:
-        return any_student_exponentials(s, 1, v, first, last, es, rs, k, k_low, out)
-    return any_student_exponentials(s, 2, v, first, last, es, rs, k, k_low, out)
-
-
-@njit(error_model="numpy", forceinline=True)
-def student_pass(s, dtype, v, it, es, out):
-    """Fill the scratch row with exponentials of the student; (their sum, the logit that they refer to).
-
-    ``out`` is what will be written afterwards.
-    """
-    z = 0.0
-    k = f32(it * LOG2E)
-    k_low = f32(it * LOG2E - np.float64(k))
-    rs = reference_of(s, dtype, v)
-    for j in range(0, v, BLOCK):
-        n = min(j + BLOCK, v)
-        part, highest = student_exponentials(s, dtype, v, j, n, es, rs, k, k_low, out)
-        if highest * k > ROOM:
-            reference = maximum(s, dtype, j, n)
-            z *= rescale(f32_at(es), j, (np.float64(reference) - rs) * (it * LOG2E))
-            rs = reference
-            part, highest = student_exponentials(s, dtype, v, j, n, es, rs, k, k_low, out)
-        z += part
-    return z, rs
-
-
-@njit(error_model="numpy", forceinline=True)
-def any_scaled_row(out, dtype, v, es, factor):
-    split = v & -LANES
-    # where v is a multiple of sixteen, what is loaded lies beyond the row and is not stored
-    put(out, dtype, split, v, load(es + split * 4) * factor, False)
-    for i in range(split - LANES, -1, -LANES):  # from the end, which the caches still hold
-        put(out, dtype, i, v, load(es + i * 4) * factor, True)
-
-
-@njit(error_model="numpy", forceinline=True)
-def scaled_row(out, dtype, v, es, factor):
-    """The scratch row times ``factor`` to ``out``; a loop of its own for each dtype, as in pass A."""
-    if dtype == 0:
-        any_scaled_row(out, 0, v, es, factor)
-    elif dtype == 1:
-        any_scaled_row(out, 1, v, es, factor)
-    else:
-        any_scaled_row(out, 2, v, es, factor)
+NOT_WRITTEN = np.nan  # in place of the factor of a gradient that is undefined, or written already
 
 
 @njit(error_model="numpy", forceinline=True)
@@ -193,45 +106,34 @@ def gather(student, dtype, indices, k, es, kept, logits):
     return any_gather(student, dtype, indices, k, es, kept, logits)
 
 
-@njit(forceinline=True)
-def scatter(out, dtype, indices, g, k):
-    if dtype == 0:
-        plain = f32_at(out)
-        for i in range(k):
-            plain[indices[i]] = g[i]
-        return
-    half = u16_at(out)
-    for i in range(k):
-        half[indices[i]] = encode_bf16(g[i]) if dtype == 1 else encode_f16(g[i])
-
-
 @njit(error_model="numpy", forceinline=True)
 def top_k_row(
     divergence, student, out, dtype, v, wide_indices, values, ghost, log_rest, power, k, it, scale, beta, series,
-    es_at,
+    es_at, z, rs,
 ):  # fmt: skip
-    """One row against k entries, which are compared as a dense row of their own, and the rest as one outcome.
+    """One row, read already, against k entries, compared as a dense row of their own, and the rest as one outcome.
+
+    (Loss, factor): the gradient is the scratch row times the factor, but for the k entries, where it follows the row.
 
     ``log_rest`` is the logarithm of the teacher's mass there, NaN where it is what the entries leave of 1. Without a
     ``ghost`` the k log-probabilities are taken to the call's temperature by ``power``, and normalised.
     """
     es = f32_at(es_at)
     room = (k + LANES - 1) & -LANES
-    kept_at = es_at + ((v + LANES - 1) & -LANES) * 4
+    g_at = entries_of(es_at, v)
+    kept_at = g_at + room * 4
     pt_at = kept_at + room * 4
     x_at = pt_at + room * 4
-    g_at = x_at + room * 4
     kept = f32_at(kept_at)
     if k < room:
         for place in (kept_at, x_at):  # lanes beyond the k entries have probability zero
             store(place + (room - LANES) * 4, fill(f32(0.0)))
     logits = f32_at(g_at)  # until the gradient takes their place
     indices = i64_at(wide_indices)
-    z, rs = student_pass(student, dtype, v, it, es_at, out if out != 0 else es_at)
     if not (z > 0.0 and z < np.inf):
-        return np.nan
+        return np.nan, NOT_WRITTEN
     if outside(indices, k, v):
-        return OUT_OF_RANGE
+        return OUT_OF_RANGE, NOT_WRITTEN
     inside = gather(student, dtype, indices, k, es, kept, logits)
     # the teacher's part now, while what was gathered is on its way to memory and back
     log_ghost_t, ghost_t = ghost_of_teacher(log_rest, f32_at(values), k, v)
@@ -251,7 +153,7 @@ def top_k_row(
     if divergence == REVERSE and (bad or loss == np.inf):
         if out != 0:
             zero(out, dtype, 0, v)
-        return np.inf
+        return np.inf, NOT_WRITTEN
     one = f32(1.0)
     none = f32(0.0)
     constant = none if far < NEAR else f32_at(series)[LOG_REST]
@@ -272,6 +174,7 @@ def top_k_row(
             f32(scale), False,
         )  # fmt: skip
     loss += part
+    factor = 0.0
     if out != 0:
         if divergence == FORWARD:
             alpha = ghost_s + d_ghost
@@ -283,22 +186,21 @@ def top_k_row(
         summed += alpha
         centre_gradient(kept, f32_at(g_at), k, f32(-summed / z * scale))
         alpha -= summed * ghost_s
-        scaled_row(out, dtype, v, es_at, f32(alpha / rest * scale) if rest > 0.0 else f32(0.0))
-        scatter(out, dtype, indices, f32_at(g_at), k)
-    return np.inf if bad else loss
+        factor = alpha / rest * scale if rest > 0.0 else 0.0
+    return np.inf if bad else loss, factor
 
 
 @njit(error_model="numpy", forceinline=True)
-def sampled_row(student, out, dtype, v, wide_indices, values, k, it, scale, es_at):
+def sampled_row(student, out, dtype, v, wide_indices, values, k, it, scale, es_at, z, rs):
+    """One row, read already, against labels drawn: as :func:`top_k_row`."""
     es = f32_at(es_at)
-    drawn = f64_at(es_at + ((v + LANES - 1) & -LANES) * 4)  # where repeated draws add up
+    drawn = f64_at(entries_of(es_at, v))  # where repeated draws add up
     indices = i64_at(wide_indices)
     weights = f32_at(values)
-    z, rs = student_pass(student, dtype, v, it, es_at, out if out != 0 else es_at)
     if not (z > 0.0 and z < np.inf):
-        return np.nan
+        return np.nan, NOT_WRITTEN
     if outside(indices, k, v):
-        return OUT_OF_RANGE
+        return OUT_OF_RANGE, NOT_WRITTEN
     log_z = math.log(z)
     loss = 0.0
     weight = 0.0
@@ -308,6 +210,7 @@ def sampled_row(student, out, dtype, v, wide_indices, values, k, it, scale, es_a
             x = logit(student, dtype, j)
             loss -= weights[i] * (((x if x >= FLOOR else -np.inf) - rs) * it - log_z)
             weight += weights[i]
+    factor = 0.0
     if out != 0:
         for i in range(k):
             drawn[indices[i]] = 0.0
@@ -318,8 +221,8 @@ def sampled_row(student, out, dtype, v, wide_indices, values, k, it, scale, es_a
             j = indices[i]
             es[j] -= f32(drawn[j] * unit)
             drawn[j] = 0.0
-        scaled_row(out, dtype, v, es_at, f32(weight / z * scale))
-    return loss
+        factor = weight / z * scale
+    return loss, factor
 
 
 def sparse_rows(call):
@@ -329,14 +232,19 @@ def sparse_rows(call):
     divergence, student, gradient, losses, mask, student_stride, dtype = (
         q[0], q[1], q[2], q[3], q[4], q[5], q[6],
     )  # fmt: skip
-    v, indices, values, rests, k, sampled, ghost, series = q[7], q[8], q[9], q[10], q[11], q[12], q[13], q[14]
-    d = f64_at(call + 8 * (HEADER + 15))
+    v, indices, values, rests, k, sampled, ghost, series, stride = (
+        q[7], q[8], q[9], q[10], q[11], q[12], q[13], q[14], q[15],
+    )  # fmt: skip
+    d = f64_at(call + 8 * (HEADER + 16))
     inverse_t, scale, beta, loss_scale, power = d[0], d[1], d[2], d[3], d[4]  # T^2 is in both scales
     loss = f32_at(losses)
     keep = bool_at(mask)
     item = 4 if dtype == 0 else 2
+    entries = 0 if sampled != 0 else k  # that the gradient has values of their own for
     first, last = take_rows(call)
     while first < rows:
+        # a row that was compared and is written while the next is read: where to, its entries, its scratch row, the factor
+        late, late_place, late_es, late_factor = 0, indices, scratch, f32(0.0)
         for r in range(first, last):
             out = gradient + r * v * item if gradient != 0 else gradient
             if mask != 0 and keep[r] == 0:
@@ -347,15 +255,30 @@ def sparse_rows(call):
             row = student + r * student_stride
             place = indices + r * k * 8
             value = values + r * k * 4
+            es = scratch + stride if late_es == scratch else scratch
             log_rest = np.float64(f32_at(rests)[r]) if rests != 0 else np.nan if ghost != 0 else -np.inf
+            z, rs = student_pass(
+                row, dtype, v, inverse_t, es, out if out != 0 else es, late, late_es, late_factor
+            )
+            if late != 0:
+                scatter(late, dtype, v, late_es, late_place, entries)
             if sampled != 0:
-                loss[r] = loss_scale * sampled_row(
-                    row, out, dtype, v, place, value, k, inverse_t, scale * inverse_t, scratch
+                part, factor = sampled_row(
+                    row, out, dtype, v, place, value, k, inverse_t, scale * inverse_t, es, z, rs
                 )
             else:
-                loss[r] = loss_scale * top_k_row(
+                part, factor = top_k_row(
                     divergence, row, out, dtype, v, place, value, ghost, log_rest, power, k, inverse_t, scale * inverse_t,
-                    beta, series, scratch,
+                    beta, series, es, z, rs,
                 )  # fmt: skip
+            loss[r] = loss_scale * part
+            late, late_place, late_es, late_factor = out, place, es, f32(factor)
+            if math.isnan(factor):
+                late = 0
+            if late != 0 and stride == 0:
+                finish(late, dtype, v, late_es, late_factor, late_place, entries)
+                late = 0
+        if late != 0:
+            finish(late, dtype, v, late_es, late_factor, late_place, entries)
         leave_rows(call, last - first, losses)
         first, last = take_rows(call)
