@@ -114,7 +114,7 @@ before = len(os.listdir("/proc/self/task"))
 softmax_kl(torch.randn(64, 3000), torch.randn(64, 3000))
 print(workers.openmp() is None or len(os.listdir("/proc/self/task")) == before)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
     assert done.stdout.strip() == "True", done.stderr
 
 
@@ -227,7 +227,7 @@ print(first, "compiled" if "numba" in sys.modules else "loaded")
 def run_program(cache):
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache)}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
@@ -248,7 +248,7 @@ def test_a_second_process_finds_the_compiled_kernels(tmp_path):
 def test_imports_are_late_and_the_first_call_of_a_process_works():
     environment = dict(os.environ)
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
 
@@ -315,7 +315,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         env={**os.environ, **chosen},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
 
@@ -329,7 +329,7 @@ def test_a_processor_that_lacks_an_instruction_is_refused_and_nothing_is_kept(tm
         env={**os.environ, **chosen},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 1
     assert "got a processor without float16 conversions (generic)" in done.stderr

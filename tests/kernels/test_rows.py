@@ -63,14 +63,13 @@ def threads(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    "width", [9, 1000, 2048, 2049]
-)  # up to 2048 a sparse row is written while the next is read
+@pytest.mark.parametrize("width", [9, 1000, 2048, 2049])
 @pytest.mark.parametrize(
     ("kind", "divergence"),
     [*itertools.product(["dense", "ghost", "renormalise"], DIVERGENCES), ("sampled", "forward")],
 )
 def test_a_row_is_the_same_alone_and_among_others(kind, divergence, width, dtype, threads):
+    """Up to 2,048 columns a row against a top k or samples is written while the next is read."""
     student, teacher = logits(ROWS, width, 1, dtype=dtype), logits(ROWS, width, 2, dtype=dtype)
     target = target_of(kind, teacher)
     losses, gradients = torch.empty(ROWS), torch.full_like(student, math.nan)

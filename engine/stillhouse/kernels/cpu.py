@@ -102,9 +102,8 @@ def _sparse(
     rest = None if rest is None else _plain(rest)
     v, k = student.shape[1], indices.shape[1]
     stride = -(-(v + (2 * v if sampled else 4 * k)) // LINE) * LINE + 6 * LINE
-    pairs = (
-        v <= BLOCK and out_grad is not None
-    )  # of rows that the caches hold, one is written while the next is read
+    # of rows that the caches hold, one is written while the next is read; only of float32, for each kind takes seconds to compile
+    pairs = v <= BLOCK and out_grad is not None and student.dtype == torch.float32
     return _workers.run(
         entry("sparse_rows"), student.shape[0], v, (1 + pairs) * stride,
         (

@@ -45,7 +45,6 @@ from stillhouse.kernels.cpu_student import entries_of, finish, scatter, student_
 from stillhouse.kernels.series import LOG_REST
 
 OUT_OF_RANGE = -np.inf  # the loss that reports an index outside the row
-NOT_WRITTEN = np.nan  # in place of the factor of a gradient that is undefined, or written already
 
 
 @njit(error_model="numpy", forceinline=True)
@@ -113,7 +112,7 @@ def top_k_row(
 ):  # fmt: skip
     """One row, read already, against k entries, compared as a dense row of their own, and the rest as one outcome.
 
-    (Loss, factor): the gradient is the scratch row times the factor, but for the k entries, where it follows the row.
+    (Loss, factor, whether a gradient is to be written): that is the scratch row times the factor, but for the k entries.
 
     ``log_rest`` is the logarithm of the teacher's mass there, NaN where it is what the entries leave of 1. Without a
     ``ghost`` the k log-probabilities are taken to the call's temperature by ``power``, and normalised.
@@ -131,9 +130,9 @@ def top_k_row(
     logits = f32_at(g_at)  # until the gradient takes their place
     indices = i64_at(wide_indices)
     if not (z > 0.0 and z < np.inf):
-        return np.nan, NOT_WRITTEN
+        return np.nan, 0.0, False
     if outside(indices, k, v):
-        return OUT_OF_RANGE, NOT_WRITTEN
+        return OUT_OF_RANGE, 0.0, False
     inside = gather(student, dtype, indices, k, es, kept, logits)
     # the teacher's part now, while what was gathered is on its way to memory and back
     log_ghost_t, ghost_t = ghost_of_teacher(log_rest, f32_at(values), k, v)
@@ -153,7 +152,7 @@ def top_k_row(
     if divergence == REVERSE and (bad or loss == np.inf):
         if out != 0:
             zero(out, dtype, 0, v)
-        return np.inf, NOT_WRITTEN
+        return np.inf, 0.0, False
     one = f32(1.0)
     none = f32(0.0)
     constant = none if far < NEAR else f32_at(series)[LOG_REST]
@@ -187,20 +186,20 @@ def top_k_row(
         centre_gradient(kept, f32_at(g_at), k, f32(-summed / z * scale))
         alpha -= summed * ghost_s
         factor = alpha / rest * scale if rest > 0.0 else 0.0
-    return np.inf if bad else loss, factor
+    return np.inf if bad else loss, factor, out != 0
 
 
 @njit(error_model="numpy", forceinline=True)
 def sampled_row(student, out, dtype, v, wide_indices, values, k, it, scale, es_at, z, rs):
-    """One row, read already, against labels drawn: as :func:`top_k_row`."""
+    """One row, read already, against labels drawn, which go into the scratch row itself; gives what :func:`top_k_row` does."""
     es = f32_at(es_at)
     drawn = f64_at(entries_of(es_at, v))  # where repeated draws add up
     indices = i64_at(wide_indices)
     weights = f32_at(values)
     if not (z > 0.0 and z < np.inf):
-        return np.nan, NOT_WRITTEN
+        return np.nan, 0.0, False
     if outside(indices, k, v):
-        return OUT_OF_RANGE, NOT_WRITTEN
+        return OUT_OF_RANGE, 0.0, False
     log_z = math.log(z)
     loss = 0.0
     weight = 0.0
@@ -222,7 +221,7 @@ def sampled_row(student, out, dtype, v, wide_indices, values, k, it, scale, es_a
             es[j] -= f32(drawn[j] * unit)
             drawn[j] = 0.0
         factor = weight / z * scale
-    return loss, factor
+    return loss, factor, out != 0
 
 
 def sparse_rows(call):
@@ -263,18 +262,16 @@ def sparse_rows(call):
             if late != 0:
                 scatter(late, dtype, v, late_es, late_place, entries)
             if sampled != 0:
-                part, factor = sampled_row(
+                part, factor, write = sampled_row(
                     row, out, dtype, v, place, value, k, inverse_t, scale * inverse_t, es, z, rs
                 )
             else:
-                part, factor = top_k_row(
+                part, factor, write = top_k_row(
                     divergence, row, out, dtype, v, place, value, ghost, log_rest, power, k, inverse_t, scale * inverse_t,
                     beta, series, es, z, rs,
                 )  # fmt: skip
             loss[r] = loss_scale * part
-            late, late_place, late_es, late_factor = out, place, es, f32(factor)
-            if math.isnan(factor):
-                late = 0
+            late, late_place, late_es, late_factor = out if write else 0, place, es, f32(factor)
             if late != 0 and stride == 0:
                 finish(late, dtype, v, late_es, late_factor, late_place, entries)
                 late = 0

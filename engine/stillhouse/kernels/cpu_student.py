@@ -1,6 +1,6 @@
 """What rows of the CPU kernel for top-k and sampled teachers begin and end with, which only the student's logits take part in.
 
-The gradient is the scratch row times a factor, but for a few entries. Reading a row keeps the arithmetic busy and writing
+The gradient is the scratch row times a factor, but for the entries of a top k. Reading a row keeps the arithmetic busy and writing
 one the memory, so that a short row's gradient is written while the next row is read (``late``).
 """
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,call-arg,var-annotated"
@@ -60,9 +60,7 @@ def student_columns(i, given, sums, seen, full):
 
 
 @njit(error_model="numpy", forceinline=True)
-def any_student_exponentials(
-    s, dtype, v, first, last, es, rs, k, k_low, out, late, late_es, factor, writes
-):  # fmt: skip
+def any_student_exponentials(s, dtype, v, first, last, es, rs, k, k_low, out, late, late_es, factor, writes):
     given = s, dtype, v, es, rs, LEAST / k, k, k_low, out, late, late_es, factor, writes
     sums, highest = over_row(student_columns, first, last, v, given, no_sums(1), fill(FLOOR))
     return total_wide(sums[0]), top(highest)
@@ -70,8 +68,8 @@ def any_student_exponentials(
 
 @njit(error_model="numpy")
 def student_exponentials(s, dtype, v, first, last, es, rs, k, k_low, out, late, late_es, factor):
-    """Pass A on one block of a student alone."""
-    if dtype == 0 and late != 0:
+    """Pass A on one block of a student alone; a loop of its own for each dtype, and for a ``late`` row, of float32."""
+    if late != 0:
         return any_student_exponentials(
             s, 0, v, first, last, es, rs, k, k_low, out, late, late_es, factor, True
         )
@@ -79,17 +77,9 @@ def student_exponentials(s, dtype, v, first, last, es, rs, k, k_low, out, late, 
         return any_student_exponentials(
             s, 0, v, first, last, es, rs, k, k_low, out, late, late_es, factor, False
         )
-    if dtype == 1 and late != 0:
-        return any_student_exponentials(
-            s, 1, v, first, last, es, rs, k, k_low, out, late, late_es, factor, True
-        )
     if dtype == 1:
         return any_student_exponentials(
             s, 1, v, first, last, es, rs, k, k_low, out, late, late_es, factor, False
-        )
-    if late != 0:
-        return any_student_exponentials(
-            s, 2, v, first, last, es, rs, k, k_low, out, late, late_es, factor, True
         )
     return any_student_exponentials(s, 2, v, first, last, es, rs, k, k_low, out, late, late_es, factor, False)
 

@@ -102,9 +102,13 @@ def flatten(student: Tensor, target: Target, mask: Tensor | None) -> tuple[Tenso
     if isinstance(target, TopK):
         rest = target.log_rest
         target = TopK(
-            rows(target.indices), rows(target.log_probs.detach()), target.rest, target.temperature, target.trusted,
-            None if rest is None else rest.detach().reshape(-1),
-        )  # fmt: skip
+            indices=rows(target.indices),
+            log_probs=rows(target.log_probs.detach()),
+            rest=target.rest,
+            temperature=target.temperature,
+            trusted=target.trusted,
+            log_rest=None if rest is None else rest.detach().reshape(-1),
+        )
     elif isinstance(target, Sampled):
         target = replace(target, indices=rows(target.indices), weights=rows(target.weights.detach()))
     else:
