@@ -100,14 +100,9 @@ def flatten(student: Tensor, target: Target, mask: Tensor | None) -> tuple[Tenso
         return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
     if isinstance(target, TopK):
-        rest = target.log_rest
-        target = TopK(
-            indices=rows(target.indices),
-            log_probs=rows(target.log_probs.detach()),
-            rest=target.rest,
-            temperature=target.temperature,
-            trusted=target.trusted,
-            log_rest=None if rest is None else rest.detach().reshape(-1),
+        rest = None if target.log_rest is None else target.log_rest.detach().reshape(-1)
+        target = replace(
+            target, indices=rows(target.indices), log_probs=rows(target.log_probs.detach()), log_rest=rest
         )
     elif isinstance(target, Sampled):
         target = replace(target, indices=rows(target.indices), weights=rows(target.weights.detach()))
