@@ -1,5 +1,6 @@
 """Every path against the one specification, in value and gradient."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from cases import DIVERGENCES, TEMPERATURES, exact, fused, logits, relative
 from torch.nn.functional import kl_div
 
 from stillhouse.kernels import Sampled, TopK, reference, softmax_kl
+from stillhouse.kernels.series import jsd_apart
 
 WIDTHS = (2, 10, 100, 1000, 4096, 32000, 50257, 151936)
 
@@ -121,7 +123,8 @@ PAIRS = {  # logits of the teacher from the student's, from noise, and from the 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 @pytest.mark.parametrize("width", [3, 100, 700, 5000])
 @pytest.mark.parametrize(
-    ("divergence", "beta"), [("forward", 0.5), ("reverse", 0.5), ("jsd", 0.5), ("jsd", 0.1)]
+    ("divergence", "beta"),
+    [("forward", 0.5), ("reverse", 0.5), ("jsd", 0.5), ("jsd", 0.1), ("jsd", 0.01)],
 )
 def test_closed_forms_begin_where_they_lose_nothing(divergence, beta, width, temperature):
     """Rows from those that a series is summed for to those that differ too much to need one, each by itself."""
@@ -136,7 +139,9 @@ def test_closed_forms_begin_where_they_lose_nothing(divergence, beta, width, tem
     apart = [x.double().div(temperature).softmax(-1) for x in (student, teacher)]
     size = (apart[0] - apart[1]).abs().sum(-1)
     assert size.min() < 0.3
-    assert ((size > 0.4) & (size < 1.0)).sum() >= 30
+    begin = jsd_apart(beta) if divergence == "jsd" else 0.5
+    assert ((size > begin / 2) & (size < begin)).sum() >= 10
+    assert ((size > begin) & (size < begin * 1.3)).sum() >= 2
     settings = {"temperature": temperature, "divergence": divergence, "beta": beta}
     rows_exact, gradient_exact = exact(student, teacher, **settings)
     rows_fused, gradient_fused = fused(student, teacher, **settings)
@@ -144,6 +149,18 @@ def test_closed_forms_begin_where_they_lose_nothing(divergence, beta, width, tem
     assert ((rows_fused - rows_exact) / rows_exact).abs()[some].max() <= 1e-6
     wrong = (gradient_fused - gradient_exact).norm(dim=-1) / gradient_exact.norm(dim=-1)
     assert wrong[some].max() <= 1e-6
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.3, 0.5, 0.99])
+def test_a_jsd_of_sides_that_differ_is_a_fifth_of_the_most_that_it_can_be(beta):
+    student, teacher = logits(4096, 8, 1), logits(4096, 8, 2)
+    size = (student.double().softmax(-1) - teacher.double().softmax(-1)).abs().sum(-1)
+    rows, _ = exact(student, teacher, divergence="jsd", beta=beta)
+    most = -beta * math.log(beta) - (1 - beta) * math.log1p(-beta)
+    differ = size >= jsd_apart(beta)
+    assert 0 < differ.sum() < 4096
+    assert rows[differ].min() >= most / 5
+    assert rows.max() <= most
 
 
 def smoothed(rows, width, place, most):

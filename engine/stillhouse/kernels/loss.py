@@ -17,7 +17,7 @@ from stillhouse.kernels.checks import (
     check_values,
     checked,
 )
-from stillhouse.kernels.targets import Sampled, Target, TopK
+from stillhouse.kernels.targets import Target, TopK
 
 Divergence = Literal["forward", "reverse", "jsd"]
 Reduction = Literal["mean", "sum", "none"]
@@ -99,16 +99,22 @@ def flatten(student: Tensor, target: Target, mask: Tensor | None) -> tuple[Tenso
     def rows(x: Tensor) -> Tensor:
         return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
-    if isinstance(target, TopK):
-        rest = None if target.log_rest is None else target.log_rest.detach().reshape(-1)
-        target = replace(
-            target, indices=rows(target.indices), log_probs=rows(target.log_probs.detach()), log_rest=rest
-        )
-    elif isinstance(target, Sampled):
-        target = replace(target, indices=rows(target.indices), weights=rows(target.weights.detach()))
-    else:
+    if isinstance(target, Tensor):
         target = rows(target.detach())
+    elif isinstance(target, TopK):
+        if not _as_it_is(target.indices, target.log_probs, target.log_rest):
+            rest = None if target.log_rest is None else target.log_rest.detach().reshape(-1)
+            target = replace(
+                target, indices=rows(target.indices), log_probs=rows(target.log_probs.detach()), log_rest=rest
+            )
+    elif not _as_it_is(target.indices, target.weights):
+        target = replace(target, indices=rows(target.indices), weights=rows(target.weights.detach()))
     return rows(student), target, None if mask is None else mask.reshape(-1)
+
+
+def _as_it_is(indices: Tensor, *values: Tensor | None) -> bool:
+    """Is nothing to be changed? A new target costs as much as thirty rows of a thousand logits, once the caches are cold."""
+    return indices.dim() == 2 and all(map(ops.is_constant, values))
 
 
 def reduce(rows: Tensor, mask: Tensor | None, reduction: str, count: float | Tensor | None) -> Tensor:

@@ -235,6 +235,16 @@ def _span(x: Tensor) -> tuple[int, int]:
     return x.data_ptr(), x.data_ptr() + (reach + 1) * x.element_size()
 
 
+def is_constant(x: Tensor | None) -> bool:
+    """Is there surely nothing to detach ``x`` from, be it for backward, for forward mode or for torch.func?"""
+    return x is None or not (
+        x.requires_grad
+        or torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
 def refuse_forward_mode(*inputs: Tensor | None) -> None:
     """Raise where a tangent would be dropped without a word."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
