@@ -309,6 +309,14 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     rows_exact, gradient_exact = exact(student, teacher)
     assert relative(rows, rows_exact) <= 1e-6
     assert relative(gradient, gradient_exact) <= (1e-6 if dtype == torch.float32 else 1e-2)
+
+# what was compiled into the kernel, and what Numba compiled of its own for it, is there for Python as before
+import math
+import numba
+from stillhouse.kernels.cpu_dense import beginning
+assert beginning(1, 100, 2) == 25
+own = numba.njit(lambda x: max(min(x, 5.0), abs(-3)) + math.log(x) + sum([i for i in range(4)]))
+assert own(4.0) == 10.0 + math.log(4.0)
 """
     done = subprocess.run(
         [sys.executable, "-c", program],

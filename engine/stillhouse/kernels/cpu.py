@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stillhouse.kernels.cpu_jit import BLOCK, entry
-from stillhouse.kernels.series import LOGS, jsd_apart, jsd_series
+from stillhouse.kernels.series import jsd_apart, jsd_series
 from stillhouse.kernels.targets import Sampled, Target, TopK
 from stillhouse.kernels.workers import LINE, Workers
 
@@ -124,9 +124,7 @@ def _address(tensor: Tensor | None) -> int:
 
 
 @lru_cache(maxsize=64)
-def _series(beta: float) -> tuple[NDArray[np.uint8], int]:
+def _series(beta: float) -> tuple[NDArray[np.float32], int]:
     """What jsd needs of beta, and where it lies: an array's address costs as much to ask for as all the others together."""
-    series = jsd_series(beta)
-    narrow, wide = np.array(series[:LOGS], np.float32), np.array([*series[LOGS:], jsd_apart(beta)])
-    memory = np.concatenate([narrow.view(np.uint8), wide.view(np.uint8)])
-    return memory, memory.ctypes.data
+    series = np.array([*jsd_series(beta), jsd_apart(beta)], dtype=np.float32)
+    return series, series.ctypes.data

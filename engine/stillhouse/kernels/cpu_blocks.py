@@ -92,44 +92,46 @@ def reverse_block(es, et, diff, g, gd, m, n, it, high, low, centre, zs, zt, scal
 
 @njit(error_model="numpy", forceinline=True)
 def jsd_columns(i, given, sums, seen, full):
-    es, et, diff, it, high, low, odds, series, constant, differ = given
+    es, et, diff, it, high, low, ratio, series, constant, differ = given
     s0, s1, s2, s3, s4, s5, s6, s7, l0, l1, l2, l3, l4, l5, l6, l7, log_beta, log_rest, log_odds = series
     loss, weighted = sums
     a = load(et + i * 4)
-    b = load(es + i * 4) * odds
+    b = load(es + i * 4) * ratio
     x = fma(load(diff + i * 4), it, -high) - low
-    less, more = minimum_of(a, b), maximum_of(maximum_of(a, b), LEAST_MASS)  # there may be neither
+    less, more = minimum_of(a, b), maximum_of(maximum_of(a, b), LEAST_MASS)  # neither side may have any
     grown = log1p_by_share(less / fma(more, f32(2.0), less))
-    if differ:  # x is log(b / a)
+    if differ:
         w = minimum_of(x, f32(0.0)) - grown
-        loss = fma(less, absolute(x), fma(a + b, grown, loss))
+        term = -fma(a + b, grown, fma(less, absolute(x), fma(a, log_beta, b * log_rest)))
     else:
         w = minimum_of(x - log_odds, f32(0.0)) - grown
         t_over_m = minimum_of(-log_rest - x, -log_beta) - grown
         term = fma(a, t_over_m, b * (w - log_rest))
         near = absolute(x) < NEAR
         close = fma(fma(fma(fma(fma(fma(fma(l7, x, l6), x, l5), x, l4), x, l3), x, l2), x, l1), x, l0)
-        loss = loss + where(near, a * x * (x * close), term)
+        term = where(near, a * x * (x * close), term)
         s_over_m = fma(fma(fma(fma(fma(fma(fma(s7, x, s6), x, s5), x, s4), x, s3), x, s2), x, s1), x, s0)
         w = where(near, fma(s_over_m, x, constant), w)
     store(et + i * 4, w)
-    return (loss, fma(b, w, weighted)), seen
+    return (loss + term, fma(b, w, weighted)), seen
 
 
 @njit(error_model="numpy", forceinline=True)
-def jsd_block(es, et, diff, n, it, high, low, odds, series, constant, differ):
+def jsd_block(es, et, diff, n, it, high, low, ratio, series, constant, differ):
     """Loss, and the sum of b w with w = log(s/m) + log(1 - beta), which replaces the teacher in the scratch row.
 
     With a = beta t and b = (1 - beta) s, both in multiples of beta / zt, log(a / (a + b)) and log(b / (a + b)) are had from
-    the ratio of the smaller to the larger, and from x. Where the sides ``differ``, ``high`` and ``low`` are such that x is
-    log(b / a), and the sum is of what the loss falls short of H(beta) by:
-    -a log(a / (a + b)) - b log(b / (a + b)) = min(a, b) |x| + (a + b) log((a + b) / max(a, b)).
+    the ratio of the smaller to the larger, and from x = log(s/t). Where the sides ``differ``, ``high`` and ``low`` are such
+    that x is log(b / a), which leaves of the loss
+    a log(a / (a + b)) + b log(b / (a + b)) = -min(a, b) |x| - (a + b) log((a + b) / max(a, b)),
+    less a log(beta) + b log(1 - beta). Summed over the row that is H(beta), but it is taken away entry by entry: sums
+    would be of larger numbers than the loss.
 
     Where the two sides share little, log(s/m) is log 1/(1 - beta) nearly everywhere, and only w tells entries apart. Where
     they nearly agree it is near 0, and only without that constant are entries told apart: ``constant`` is 0 if all entries
     of the row are near, else log(1 - beta), as it always is where the sides ``differ``.
     """
-    given = es, et, diff, it, high, low, odds, series, constant, differ
+    given = es, et, diff, it, high, low, ratio, series, constant, differ
     sums, _ = over(jsd_columns, 0, n, given, no_sums(2), (), True)
     return total_wide(sums[0]), total_wide(sums[1])
 

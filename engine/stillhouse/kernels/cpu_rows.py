@@ -22,12 +22,12 @@ from numba import njit
 from stillhouse.kernels.cpu_blocks import forward_block, jsd_block, jsd_gradient, reverse_block, weighted_sum
 from stillhouse.kernels.cpu_jit import BLOCK
 from stillhouse.kernels.cpu_lanes import LANES, fill, load, total, where
-from stillhouse.kernels.cpu_math import NEAR, absolute, exp2, f32, f32_at, f64_at, fma, phi_over_square
+from stillhouse.kernels.cpu_math import NEAR, absolute, exp2, f32, f32_at, fma, phi_over_square
 from stillhouse.kernels.cpu_read import LOG2E, pass_a, put, zero
-from stillhouse.kernels.series import LOGS
+from stillhouse.kernels.series import BEGIN, LOG_ODDS, LOG_REST
 
 # the sum of |s - t|, of 2 at most, from which on closed forms serve a whole row. By Pinsker's inequality a KL is then an
-# eighth at least: what they round to is a millionth of that. For a jsd, see series.jsd_apart
+# eighth at least: what they round to is a millionth of that. For a jsd see series.jsd_apart
 APART = 0.5
 # of the mass seen, once that is a sixteenth of all: where the sides differ by so little of it, the sum will stay small
 UNLIKELY, SEEN = 0.2, 1 / 16
@@ -111,34 +111,27 @@ def normaliser_error(v, es_at, diff_at, zs, it, high, low):
 
 @njit
 def coefficients(address):
-    """What series.jsd_series gives, from where it lies: float32, but for the logarithms."""
-    x, logs = f32_at(address), logarithms(address)
+    """What series.jsd_series gives, from where it lies."""
+    x = f32_at(address)
     return (
         x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9],
-        x[10], x[11], x[12], x[13], x[14], x[15], f32(logs[0]), f32(logs[1]), f32(logs[2]),
+        x[10], x[11], x[12], x[13], x[14], x[15], x[16], x[17], x[18],
     )  # fmt: skip
-
-
-@njit
-def logarithms(address):
-    """Those of beta, of 1 - beta and of their ratio; then, from which sum of |s - t| on closed forms serve."""
-    return f64_at(address + 4 * LOGS)
 
 
 @njit(error_model="numpy")
 def row_loss(divergence, v, es_at, et_at, diff_at, zs, zt, high, low, it, beta, series, constant, differ):
     """The passes over the scratch that come before a gradient can be written: (loss so far, centre)."""
-    unit = beta / zt
-    odds = f32((1.0 - beta) / zs / unit)
     loss = 0.0
     centre = 0.0
     if divergence == FORWARD:
         return loss, f32(centre)
-    terms, logs = coefficients(series), logarithms(series)
+    terms = coefficients(series)
+    ratio = f32((1.0 - beta) * zt / (beta * zs))
     if divergence == JSD and differ:
-        log_odds = np.float64(high) + low + logs[2]
-        high = f32(log_odds)
-        low = f32(log_odds - high)
+        offset = np.float64(high) + low + terms[LOG_ODDS]  # x is to be log(s/t) less the odds' logarithm
+        high = f32(offset)
+        low = f32(offset - high)
     for j in range((v - 1) // BLOCK * BLOCK, -1, -BLOCK):  # from the end, which the caches still hold
         n = min(BLOCK, v - j)
         es = es_at + j * 4
@@ -148,17 +141,14 @@ def row_loss(divergence, v, es_at, et_at, diff_at, zs, zt, high, low, it, beta, 
             centre += weighted_sum(es, diff, n, it, high, low)
         else:
             if differ:
-                part, weighted = jsd_block(es, et, diff, n, it, high, low, odds, terms, constant, True)
+                part, weighted = jsd_block(es, et, diff, n, it, high, low, ratio, terms, constant, True)
             else:
-                part, weighted = jsd_block(es, et, diff, n, it, high, low, odds, terms, constant, False)
+                part, weighted = jsd_block(es, et, diff, n, it, high, low, ratio, terms, constant, False)
             loss += part
             centre += weighted
     if divergence == REVERSE:
         return loss, f32(centre / zs)
-    loss *= unit
-    if differ:  # from H(beta), where the student's mass is what ``odds`` makes of it, rounded
-        loss = -logs[0] * beta - logs[1] * odds * zs * unit - loss
-    return loss, f32(centre * unit / (1.0 - beta))
+    return loss * beta / zt, f32(centre * beta / (zt * (1.0 - beta)))
 
 
 @njit(error_model="numpy")
@@ -243,8 +233,8 @@ def dense_row(
                 zero(out, gd, 0, wide)
             return np.inf
     all_near = far * it + abs(high) < NEAR
-    constant = f32(0.0 if all_near else logarithms(series)[1])
-    enough = logarithms(series)[3] if divergence == JSD else APART
+    constant = f32(0.0) if all_near else f32_at(series)[LOG_REST]
+    enough = f32_at(series)[BEGIN] if divergence == JSD else APART
     differ = not all_near and apart(enough, v, es_at, et_at, zs, zt)
     loss, centre = row_loss(
         divergence, v, es_at, et_at, diff_at, zs, zt, high, low, it, beta, series, constant, differ

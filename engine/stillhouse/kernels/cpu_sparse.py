@@ -38,11 +38,11 @@ from stillhouse.kernels.cpu_rows import (
     REVERSE,
     centre_gradient,
     impossible,
-    logarithms,
     row_loss,
     write_row,
 )
 from stillhouse.kernels.cpu_student import entries_of, finish, scatter, student_pass
+from stillhouse.kernels.series import LOG_REST
 
 OUT_OF_RANGE = -np.inf  # the loss that reports an index outside the row
 
@@ -155,7 +155,7 @@ def top_k_row(
         return np.inf, 0.0, False
     one = f32(1.0)
     none = f32(0.0)
-    constant = f32(0.0 if far < NEAR else logarithms(series)[1])
+    constant = none if far < NEAR else f32_at(series)[LOG_REST]
     part, centre = row_loss(
         divergence, k, kept_at, pt_at, x_at, z, 1.0, none, none, one, beta, series, constant, False
     )

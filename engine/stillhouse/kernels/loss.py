@@ -17,7 +17,7 @@ from stillhouse.kernels.checks import (
     check_values,
     checked,
 )
-from stillhouse.kernels.targets import Target, TopK
+from stillhouse.kernels.targets import Sampled, Target, TopK
 
 Divergence = Literal["forward", "reverse", "jsd"]
 Reduction = Literal["mean", "sum", "none"]
@@ -74,7 +74,7 @@ def softmax_kl(
     if inplace:
         check_inplace(student_logits)
     chosen = backends.choose(student_logits, backend)
-    student, flat, flat_mask = flatten(student_logits, target, mask)
+    student, flat, flat_mask = flatten(student_logits, target, mask, chosen)
     if not torch.compiler.is_compiling():
         check_values(flat, student.shape[-1], flat_mask, chosen)
     per_row = reduction == "none"
@@ -93,28 +93,28 @@ def softmax_kl(
     return loss.reshape(student_logits.shape[:-1]) if per_row and student_logits.dim() != 2 else loss
 
 
-def flatten(student: Tensor, target: Target, mask: Tensor | None) -> tuple[Tensor, Target, Tensor | None]:
-    """Everything with one leading dimension N; the target detached."""
+def flatten(
+    student: Tensor, target: Target, mask: Tensor | None, backend: str = "torch"
+) -> tuple[Tensor, Target, Tensor | None]:
+    """Everything with one leading dimension N; the target such that no derivative reaches it on ``backend``."""
 
     def rows(x: Tensor) -> Tensor:
         return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
-    if isinstance(target, Tensor):
-        target = rows(target.detach())
-    elif isinstance(target, TopK):
-        if not _as_it_is(target.indices, target.log_probs, target.log_rest):
+    if isinstance(target, TopK):
+        # as it is where it can be, and the backend saves nothing of it for backward: a new one costs as much as thirty rows of
+        # a thousand logits, where the operators before have left none of this in the caches
+        parts = (target.log_probs, target.log_rest)
+        if backend == "torch" or target.indices.dim() != 2 or not all(map(ops.is_constant, parts)):
             rest = None if target.log_rest is None else target.log_rest.detach().reshape(-1)
             target = replace(
                 target, indices=rows(target.indices), log_probs=rows(target.log_probs.detach()), log_rest=rest
             )
-    elif not _as_it_is(target.indices, target.weights):
+    elif isinstance(target, Sampled):
         target = replace(target, indices=rows(target.indices), weights=rows(target.weights.detach()))
+    else:
+        target = rows(target.detach())
     return rows(student), target, None if mask is None else mask.reshape(-1)
-
-
-def _as_it_is(indices: Tensor, *values: Tensor | None) -> bool:
-    """Is nothing to be changed? A new target costs as much as thirty rows of a thousand logits, once the caches are cold."""
-    return indices.dim() == 2 and all(map(ops.is_constant, values))
 
 
 def reduce(rows: Tensor, mask: Tensor | None, reduction: str, count: float | Tensor | None) -> Tensor:
