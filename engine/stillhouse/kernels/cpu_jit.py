@@ -44,6 +44,7 @@ SOURCES = (
 )
 ENTRIES = {"dense_rows": "cpu_dense", "sparse_rows": "cpu_sparse"}  # function and module
 SYMBOL = "stillhouse_rows"
+WRAPPERS = ("create_cpython_wrapper", "create_cfunc_wrapper")  # of Numba's target
 # what every call begins with: the next share of the rows, the next part of the scratch, how many rows are done, the sum
 # of their losses (a float64), rows, threads, scratch, size
 NEXT, PART, DONE, TOTAL, ROWS, THREADS, SCRATCH, SIZE = range(8)
@@ -155,11 +156,16 @@ def _write_whole(path: Path, content: bytes) -> bool:
 
 def _compile(name: str) -> bytes:
     """Object code of a function of a call's address, as ``SYMBOL``; it needs nothing of Numba when it runs."""
-    from numba import njit, types
+    from numba import config, njit, types
     from numba.core import compiler
     from numba.core.compiler_lock import global_compiler_lock
     from numba.core.registry import cpu_target
 
+    if config.DISABLE_JIT:  # type: ignore[attr-defined]
+        raise RuntimeError(
+            "stillhouse's CPU kernel: got NUMBA_DISABLE_JIT, and no kernel that was compiled before; expected to compile it. Fix: "
+            "unset the variable, or pass backend='torch'."
+        )
     function = getattr(importlib.import_module(f"stillhouse.kernels.{ENTRIES[name]}"), name)
     dispatcher: Any = njit(error_model="numpy")(function)
     flags: Any = compiler.Flags()  # type: ignore[no-untyped-call]
@@ -169,11 +175,11 @@ def _compile(name: str) -> bytes:
     with global_compiler_lock:
         typing.refresh()
         target.refresh()
-        usual = target._internal_codegen
-        target._internal_codegen = _codegen()
-        # what would make the functions callable from Python takes a third of the time
-        target.create_cpython_wrapper = target.create_cfunc_wrapper = lambda *_, **__: None
+        usual, ours = target._internal_codegen, _codegen()
         try:
+            target._internal_codegen = ours
+            # what would make the functions callable from Python takes a third of the time
+            vars(target).update(dict.fromkeys(WRAPPERS, lambda *_, **__: None))
             _refuse_a_processor_without_float16(target._internal_codegen._tm)
             result: Any = compiler.compile_extra(  # type: ignore[no-untyped-call]
                 typing, target, function, (types.int64,), types.void, flags, {}
@@ -184,7 +190,8 @@ def _compile(name: str) -> bytes:
             plain.finalize()
         finally:
             target._internal_codegen = usual
-            del target.create_cpython_wrapper, target.create_cfunc_wrapper
+            for wrapper in WRAPPERS:
+                vars(target).pop(wrapper, None)
             _forget()
         code: bytes = plain._codegen._tm.emit_object(plain._final_module)
     return code
@@ -207,7 +214,7 @@ def _codegen() -> Any:
             pass
 
         def get_pointer_to_function(self, name: str) -> int:
-            return 0  # see _forget
+            return 0  # what Python would call, if it did: _forget sees to it that it does not
 
     class Codegen(codegen.JITCPUCodegen):  # type: ignore[misc]
         _library_class = Library
@@ -230,7 +237,10 @@ def _codegen() -> Any:
 
 
 def _forget() -> None:
-    """Let Numba compile the kernels' functions anew: what it holds for them has no machine code that Python could call."""
+    """Let Numba compile the kernels' functions anew: what it holds for them has no machine code that Python could call.
+
+    What it compiled of its own for them stays. Python cannot call that in any case, and other functions link it as it is.
+    """
     from numba.core.dispatcher import Dispatcher
 
     modules = [sys.modules.get(f"stillhouse.kernels.{Path(source).stem}") for source in SOURCES]

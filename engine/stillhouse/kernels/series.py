@@ -36,11 +36,9 @@ LOG1P = (
 # log(1 + r) / u of u = r / (2 + r) for r from 0 to 1, lowest power of u^2 first, to 4e-9 relative: minimax
 LOG1P_BY_SHARE = (2.00000000792, 0.666663146821, 0.400249102795, 0.279606027471, 0.281783350867)
 TERMS = 8  # even, so that no node lies at zero; errors stay below 1e-8 relative, less than coefficients of float32 give
-LOG_REST, LOG_ODDS = (
-    2 * TERMS + 1,
-    2 * TERMS + 2,
-)  # where jsd_series has log(1 - beta) and log(beta / (1 - beta))
-BEGIN = LOG_ODDS + 1  # what is put after it for the CPU: jsd_apart
+LOG_REST = 2 * TERMS + 1  # where jsd_series has log(1 - beta)
+LOG_ODDS = LOG_REST + 1  # and log(beta / (1 - beta))
+BEGIN = LOG_ODDS + 1  # where the CPU kernel puts jsd_apart, after it
 
 
 @lru_cache(maxsize=64)
@@ -70,7 +68,7 @@ def jsd_apart(beta: float) -> float:
     """The sum of |s - t|, of 2 at most, from which on a JSD is a fifth of H(beta) or more, by Pinsker's inequality.
 
     H(beta) = -beta log(beta) - (1 - beta) log(1 - beta) is the JSD of sides that share nothing. Closed forms take numbers from
-    each other that add up to it, and round as these do.
+    each other that add up to it, or to five times the loss at most: what they round to is some 1e-7 of that.
     """
     rest = 1 - beta
     most = -beta * math.log(beta) - rest * math.log1p(-beta)
