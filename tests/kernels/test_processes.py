@@ -344,6 +344,19 @@ def test_a_processor_that_lacks_an_instruction_is_refused_and_nothing_is_kept(tm
     assert not list(tmp_path.glob("*.kernel"))
 
 
+def test_without_numbas_compiler_and_without_a_kernel_there_is_a_way_out(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_DISABLE_JIT": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 1
+    assert "got NUMBA_DISABLE_JIT" in done.stderr
+    assert "backend='torch'" in done.stderr
+
+
 def test_an_interrupt_leaves_no_thread_behind(monkeypatch):
     """What it writes to may be given back as soon as the call has ended."""
     release, ended, waits = threading.Event(), threading.Event(), []

@@ -170,6 +170,27 @@ def test_jsd_of_rows_whose_sides_share_a_peak_and_differ_in_a_flat_tail(beta, wi
     assert wrong.max() <= 1e-6
 
 
+@pytest.mark.parametrize(
+    ("width", "beta", "student", "teacher"),
+    [
+        (1000, 0.7, (6.530681610107422, 1.0662868022918701), (13.604265213012695, 5.546928882598877)),
+        (128, 0.7, (4.557050704956055, 2.8505263328552246), (7.508949279785156, 2.260716199874878)),
+        (2049, 0.5, (10.136242866516113, 6.1317291259765625), (14.487923622131348, 6.440001964569092)),
+    ],
+)
+def test_jsd_of_the_worst_rows_that_were_found(width, beta, student, teacher):
+    """Of a peak and a flat tail, whose numbers round alike; above 1e-6, as the documentation says."""
+
+    def row(peak, tail):
+        x = torch.full((1, width), tail)
+        x[0, 0] = peak
+        return x
+
+    rows_exact, _ = exact(row(*student), row(*teacher), divergence="jsd", beta=beta)
+    rows_fused, _ = fused(row(*student), row(*teacher), divergence="jsd", beta=beta)
+    assert abs(rows_fused / rows_exact - 1).item() <= 2.5e-6
+
+
 @pytest.mark.parametrize("beta", [0.01, 0.3, 0.5, 0.99])
 def test_a_jsd_of_sides_that_differ_is_a_fifth_of_the_most_that_it_can_be(beta):
     student, teacher = logits(4096, 8, 1), logits(4096, 8, 2)

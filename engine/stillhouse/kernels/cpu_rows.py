@@ -24,7 +24,7 @@ from stillhouse.kernels.cpu_jit import BLOCK
 from stillhouse.kernels.cpu_lanes import LANES, fill, load, total, where
 from stillhouse.kernels.cpu_math import NEAR, absolute, exp2, f32, f32_at, fma, phi_over_square
 from stillhouse.kernels.cpu_read import LOG2E, pass_a, put, zero
-from stillhouse.kernels.series import BEGIN, LOG_ODDS, LOG_REST
+from stillhouse.kernels.series import JSD_APART, LOG_ODDS, LOG_REST
 
 # the sum of |s - t|, of 2 at most, from which on closed forms serve a whole row. By Pinsker's inequality a KL is then an
 # eighth at least: what they round to is a millionth of that. For a jsd see series.jsd_apart
@@ -234,7 +234,7 @@ def dense_row(
             return np.inf
     all_near = far * it + abs(high) < NEAR
     constant = f32(0.0) if all_near else f32_at(series)[LOG_REST]
-    enough = f32_at(series)[BEGIN] if divergence == JSD else APART
+    enough = f32_at(series)[JSD_APART] if divergence == JSD else APART
     differ = not all_near and apart(enough, v, es_at, et_at, zs, zt)
     loss, centre = row_loss(
         divergence, v, es_at, et_at, diff_at, zs, zt, high, low, it, beta, series, constant, differ

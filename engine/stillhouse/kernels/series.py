@@ -21,7 +21,7 @@ PHI = (
     0.000201131610344,
     2.48915265149e-05,
 )
-# log(1 + r) / r for r from 0 to 1, lowest power first, to 3e-8 relative: minimax
+# log(1 + r) / r for r from 0 to 1, lowest power first, to 3e-8 relative: minimax. For CUDA, where a division is dear
 LOG1P = (
     0.99999996988,
     -0.499994931398,
@@ -38,7 +38,7 @@ LOG1P_BY_SHARE = (2.00000000792, 0.666663146821, 0.400249102795, 0.279606027471,
 TERMS = 8  # even, so that no node lies at zero; errors stay below 1e-8 relative, less than coefficients of float32 give
 LOG_REST = 2 * TERMS + 1  # where jsd_series has log(1 - beta)
 LOG_ODDS = LOG_REST + 1  # and log(beta / (1 - beta))
-BEGIN = LOG_ODDS + 1  # where the CPU kernel puts jsd_apart, after it
+JSD_APART = LOG_ODDS + 1  # where the CPU kernel puts jsd_apart, after it
 
 
 @lru_cache(maxsize=64)
