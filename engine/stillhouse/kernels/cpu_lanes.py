@@ -53,7 +53,7 @@ class Mask(types.Type):  # type: ignore[misc]
 
 
 class Wide(types.Type):  # type: ignore[misc]
-    """Sixteen float64, which sums of lanes go to."""
+    """Sixteen float64, which sums of lanes go to, and what cancels is computed in."""
 
 
 lanes, mask, wide_lanes = Lanes("lanes"), Mask("mask"), Wide("wide")
@@ -73,9 +73,9 @@ _model(Wide, DOUBLES)
 
 
 def _splat(builder: Any, value: Any) -> Any:
-    if value.type == VECTOR:
+    if isinstance(value.type, ir.VectorType):
         return value
-    blank = ir.Constant(VECTOR, ir.Undefined)
+    blank = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
     first = builder.insert_element(blank, value, I32(0))
     return builder.shuffle_vector(first, blank, ir.Constant(INTEGERS, [0] * LANES))
 
@@ -210,6 +210,26 @@ def total_wide(typingctx: Any, sums: Any) -> Any:
         return builder.call(called, [ir.Constant(double, -0.0), args[0]], fastmath=("reassoc", "nsz"))
 
     return types.float64(wide_lanes), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def scaled_gap(typingctx: Any, x: Any, reference: Any, factor: Any, other: Any) -> Any:
+    """(x - reference) factor + other of lanes, in sixteen float64; ``other`` too may be such, all else is one float64."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        reference, factor, other = (_splat(builder, y) for y in args[1:])
+        gap = builder.fsub(builder.fpext(args[0], DOUBLES), reference)
+        fused = function(builder, f"llvm.fma.v{LANES}f64", DOUBLES, [DOUBLES] * 3)
+        return builder.call(fused, [gap, factor, other])
+
+    one = types.float64
+    return wide_lanes(lanes, one, one, other if isinstance(other, Wide) else one), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def narrow(typingctx: Any, x: Any) -> Any:
+    """Sixteen float64, rounded to lanes."""
+    return lanes(wide_lanes), lambda context, builder, signature, args: builder.fptrunc(args[0], VECTOR)
 
 
 def _pointer(builder: Any, address: Any, kind: Any) -> Any:

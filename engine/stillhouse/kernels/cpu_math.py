@@ -127,7 +127,6 @@ reduce_add_wide = _doubles(2, lambda builder, args: builder.fadd(*args, flags=("
 shifted_wide = _doubles(
     1, lambda b, a: b.bitcast(b.shl(b.bitcast(a[0], I64), ir.Constant(I64, 52)), ir.DoubleType())
 )
-fma_wide = _doubles(3, lambda builder, args: builder.fma(*args))
 MAGIC_WIDE = 1.5 * 2**52 + 1023
 
 

@@ -8,7 +8,8 @@ import math
 import numpy as np
 from numba import njit
 
-from stillhouse.kernels.cpu_lanes import LANES, store, where
+from stillhouse.kernels.cpu_lanes import LANES, fill, narrow, scaled_gap, store, top, total_wide, where
+from stillhouse.kernels.cpu_loops import no_sums, over
 from stillhouse.kernels.cpu_math import (
     FLOOR,
     LEAST,
@@ -19,7 +20,6 @@ from stillhouse.kernels.cpu_math import (
     exp_wide,
     f32,
     f32_at,
-    fma_wide,
     maximum_of,
     reduce_add_wide,
     u16_at,
@@ -94,55 +94,39 @@ def normaliser(log_t, k, power):
 
 
 @njit(error_model="numpy", forceinline=True)
-def teacher_probabilities(values, pt_at, k, power, top_t, mass):
-    """Of the k entries: their logarithms are ``power`` times what the values are relative to ``top_t``, less that of ``mass``."""
-    wide_k = power * LOG2E
-    narrow_k = f32(wide_k)
-    least = LEAST / narrow_k
-    for i in range(0, k, LANES):
-        b = take(values, 0, i, k, False) - f32(top_t)
-        b = where(b < least, least, b)
-        p = exp2_of_product(b, narrow_k, f32(wide_k - np.float64(narrow_k)))
-        store(pt_at + i * 4, p * f32(1.0 / mass))
+def exponential_entries(i, given, sums, seen, full):
+    logs, out, k, reference, least, high, low, factor = given
+    a = take(logs, 0, i, k, False) - reference
+    x = exp2_of_product(where(a < least, least, a), high, low) * factor
+    store(out + i * 4, x)
+    return (sums[0] + x,), seen
 
 
 @njit(error_model="numpy", forceinline=True)
-def compare(logits, values, x, k, rs, it, log_z, power, top_t, mass):
-    """Writes x = log(student / teacher) of the k entries; the largest of |x|. The teacher's as in :func:`teacher_probabilities`."""
-    log_t = f32_at(values)
+def entry_exponentials(logs, out, k, power, reference, mass):
+    """Of k entries, exp(``power`` times what they are relative to ``reference``) / ``mass``; their sum."""
+    wide = power * LOG2E
+    high = f32(wide)
+    given = logs, out, k, f32(reference), LEAST / high, high, f32(wide - np.float64(high)), f32(1.0 / mass)
+    sums, _ = over(exponential_entries, 0, k, given, no_sums(1), (), False)
+    return total_wide(sums[0])
+
+
+@njit(error_model="numpy", forceinline=True)
+def compare(logits, log_t, x, k, rs, it, log_z, power, top_t, mass):
+    """Writes x = log(student / teacher) of the k entries; the largest of |x|. The teacher's as in :func:`entry_exponentials`."""
     constant = (0.0 if mass == 1.0 else math.log(mass)) - log_z
-    far = f32(0.0)
-    if all_possible(logits, log_t, k):
-        for i in range(k):
-            d = f32(logarithm(logits[i], log_t[i], rs, it, power, top_t, constant))
-            x[i] = d
-            far = maximum_of(far, absolute(d))
-        return far
-    for i in range(k):
-        no_s = logits[i] < FLOOR
-        no_t = log_t[i] < FLOOR
-        a = FLOOR if no_s else logits[i]
-        b = FLOOR if no_t else log_t[i]
-        d = f32(logarithm(a, b, rs, it, power, top_t, constant))
-        d = (f32(0.0) if no_t else FLOOR) if no_s else (-FLOOR if no_t else d)
-        x[i] = d
+    far = fill(f32(0.0))
+    for i in range(0, k, LANES):
+        a = take(logits, 0, i, k, False)
+        b = take(log_t, 0, i, k, False)
+        # in float64: where both are nearly equal, little is left of it
+        d = narrow(scaled_gap(a, rs, it, scaled_gap(b, top_t, -power, constant)))
+        d = where(b < FLOOR, -FLOOR, d)
+        d = where(a < FLOOR, where(b < FLOOR, f32(0.0), FLOOR), d)
+        store(x + i * 4, d)
         far = maximum_of(far, absolute(d))
-    return far
-
-
-@njit(forceinline=True)
-def logarithm(a, b, rs, it, power, top_t, constant):
-    """Log(student / teacher) of one entry, in float64: where both are nearly equal, little is left of it."""
-    return fma_wide(np.float64(a) - rs, it, fma_wide(top_t - np.float64(b), power, constant))
-
-
-@njit
-def all_possible(logits, log_t, k):
-    """Does no entry have probability zero? Nearly always, and then nothing needs to be asked of each."""
-    zero = False
-    for i in range(k):
-        zero |= (logits[i] < FLOOR) | (log_t[i] < FLOOR)
-    return not zero
+    return top(far)
 
 
 @njit(error_model="numpy")

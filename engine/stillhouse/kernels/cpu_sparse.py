@@ -11,7 +11,7 @@ from numba import njit
 from stillhouse.kernels.cpu_blocks import forward_block
 from stillhouse.kernels.cpu_dense import leave_rows, own_scratch, take_rows
 from stillhouse.kernels.cpu_jit import HEADER, ROWS
-from stillhouse.kernels.cpu_lanes import LANES, fill, load, store, total_wide
+from stillhouse.kernels.cpu_lanes import LANES, load, total_wide
 from stillhouse.kernels.cpu_loops import no_sums, over
 from stillhouse.kernels.cpu_math import (
     FLOOR,
@@ -24,12 +24,12 @@ from stillhouse.kernels.cpu_math import (
 )
 from stillhouse.kernels.cpu_outcomes import (
     compare,
+    entry_exponentials,
     ghost_of_student,
     ghost_of_teacher,
     logit,
     normaliser,
     outcome,
-    teacher_probabilities,
 )
 from stillhouse.kernels.cpu_read import zero
 from stillhouse.kernels.cpu_rows import (
@@ -72,43 +72,28 @@ def outside(indices, k, v):
 
 
 @njit(error_model="numpy", forceinline=True)
-def gather_one(i, student, dtype, indices, es, kept, logits):
-    j = indices[i]
-    mass = es[j]
-    kept[i] = mass
-    logits[i] = f32(logit(student, dtype, j))
-    return np.float64(mass)
+def gather(student, dtype, v, wide_indices, k, logits_at):
+    """The k entries' logits, before the row is read; is each index one of the row's?
 
-
-@njit(error_model="numpy", forceinline=True)
-def any_gather(student, dtype, indices, k, es, kept, logits):
-    a = b = c = d = 0.0  # of one sum, each addition would wait for the one before
-    whole = k & -4
-    for i in range(0, whole, 4):
-        a += gather_one(i, student, dtype, indices, es, kept, logits)
-        b += gather_one(i + 1, student, dtype, indices, es, kept, logits)
-        c += gather_one(i + 2, student, dtype, indices, es, kept, logits)
-        d += gather_one(i + 3, student, dtype, indices, es, kept, logits)
-    for i in range(whole, k):
-        a += gather_one(i, student, dtype, indices, es, kept, logits)
-    return (a + b) + (c + d)
-
-
-@njit(error_model="numpy", forceinline=True)
-def gather(student, dtype, indices, k, es, kept, logits):
-    """The k entries of the scratch row and of the logits; the former's sum.
-
-    Not summed in vectors from ``kept``: reading one would wait for the single stores that it was written by.
+    Vectors of them are read when it has been: at once, that would wait for the single stores that they are written by.
     """
+    indices, logits = i64_at(wide_indices), f32_at(logits_at)
+    if outside(indices, k, v):
+        return False
     if dtype == 0:
-        return any_gather(student, 0, indices, k, es, kept, logits)
-    return any_gather(student, dtype, indices, k, es, kept, logits)
+        plain = f32_at(student)
+        for i in range(k):
+            logits[i] = plain[indices[i]]
+        return True
+    for i in range(k):
+        logits[i] = f32(logit(student, dtype, indices[i]))
+    return True
 
 
 @njit(error_model="numpy", forceinline=True)
 def top_k_row(
     divergence, student, out, dtype, v, wide_indices, values, ghost, log_rest, power, k, it, scale, beta, series,
-    es_at, z, rs,
+    es_at, z, rs, found,
 ):  # fmt: skip
     """One row, read already, against k entries, compared as a dense row of their own, and the rest as one outcome.
 
@@ -123,28 +108,27 @@ def top_k_row(
     kept_at = g_at + room * 4
     pt_at = kept_at + room * 4
     x_at = pt_at + room * 4
-    kept = f32_at(kept_at)
-    if k < room:
-        for place in (kept_at, x_at):  # lanes beyond the k entries have probability zero
-            store(place + (room - LANES) * 4, fill(f32(0.0)))
-    logits = f32_at(g_at)  # until the gradient takes their place
     indices = i64_at(wide_indices)
     if not (z > 0.0 and z < np.inf):
         return np.nan, 0.0, False
-    if outside(indices, k, v):
+    if not found:
         return OUT_OF_RANGE, 0.0, False
-    inside = gather(student, dtype, indices, k, es, kept, logits)
-    # the teacher's part now, while what was gathered is on its way to memory and back
+    logits_at = g_at  # until the gradient takes their place
+    inside = entry_exponentials(logits_at, kept_at, k, it, rs, 1.0)
     log_ghost_t, ghost_t = ghost_of_teacher(log_rest, f32_at(values), k, v)
     top_t, mass = (0.0, 1.0) if ghost != 0 else normaliser(f32_at(values), k, power)
-    teacher_probabilities(values, pt_at, k, power, top_t, mass)
-    # a difference that cancels is summed instead
-    rest = z - inside if inside < 0.5 * z else sum_of_others(es_at, v, indices, k)
-    z = inside + rest
+    entry_exponentials(values, pt_at, k, power, top_t, mass)
+    if inside < 0.5 * z:
+        rest = z - inside
+    else:  # would cancel, and is summed
+        rest = sum_of_others(es_at, v, indices, k)
+        z = inside + rest
+    unit = scale / z  # divided now: what it multiplies in the end, the next row's first store waits for
     log_z = math.log(z)
     rest, log_ghost_s, ghost_s = ghost_of_student(rest, z, log_z, student, dtype, v, indices, k, rs, it, es)
+    over_rest = scale / rest if rest > 0.0 else 0.0
     loss, d_ghost = outcome(divergence, beta, log_ghost_s, log_ghost_t, ghost_s, ghost_t)
-    far = compare(logits, values, f32_at(x_at), k, rs, it, log_z, power, top_t, mass)
+    far = compare(logits_at, values, x_at, k, rs, it, log_z, power, top_t, mass)
     bad = False
     if far > f32(1e29) and divergence != JSD:
         p, sign = (pt_at, f32(-1.0)) if divergence == FORWARD else (kept_at, f32(1.0))
@@ -183,9 +167,9 @@ def top_k_row(
             alpha *= 1.0 - beta
         # a gradient of a softmax sums to zero, also where the teacher's outcomes do not sum to one
         summed += alpha
-        centre_gradient(kept, f32_at(g_at), k, f32(-summed / z * scale))
+        centre_gradient(f32_at(kept_at), f32_at(g_at), k, f32(-summed * unit))
         alpha -= summed * ghost_s
-        factor = alpha / rest * scale if rest > 0.0 else 0.0
+        factor = alpha * over_rest
     return np.inf if bad else loss, factor, out != 0
 
 
@@ -256,6 +240,7 @@ def sparse_rows(call):
             value = values + r * k * 4
             es = scratch + stride if late_es == scratch else scratch
             log_rest = np.float64(f32_at(rests)[r]) if rests != 0 else np.nan if ghost != 0 else -np.inf
+            found = sampled != 0 or gather(row, dtype, v, place, k, entries_of(es, v))
             z, rs = student_pass(
                 row, dtype, v, inverse_t, es, out if out != 0 else es, late, late_es, late_factor
             )
@@ -268,7 +253,7 @@ def sparse_rows(call):
             else:
                 part, factor, write = top_k_row(
                     divergence, row, out, dtype, v, place, value, ghost, log_rest, power, k, inverse_t, scale * inverse_t,
-                    beta, series, es, z, rs,
+                    beta, series, es, z, rs, found,
                 )  # fmt: skip
             loss[r] = loss_scale * part
             late, late_place, late_es, late_factor = out if write else 0, place, es, f32(factor)
