@@ -80,12 +80,12 @@ def test_the_number_of_threads_is_torchs(where, many_threads, monkeypatch):
         barrier.wait()  # only three threads at once get past
         seen.add(threading.get_native_id())
 
-    workers.Workers().run(compiled(body), 100, 1_000_000, 10, (), ())
+    workers.Workers().run(compiled(body), 100, 1_000_000, 10, 0, (), ())
     assert len(seen) == many_threads
     seen.clear()
     torch.set_num_threads(1)
     workers.Workers().run(
-        compiled(lambda _call: seen.add(threading.get_native_id())), 100, 1_000_000, 10, (), ()
+        compiled(lambda _call: seen.add(threading.get_native_id())), 100, 1_000_000, 10, 0, (), ()
     )
     assert seen == {threading.get_native_id()}
 

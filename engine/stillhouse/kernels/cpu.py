@@ -31,6 +31,7 @@ def softmax_kl_fwd_bwd(
     scale: float,
     out_grad: Tensor | None,
     loss_scale: float = 1.0,
+    loss: Tensor | None = None,
 ) -> tuple[Tensor, float]:
     """``loss_scale`` times the loss of each row (N,) in float32 and their sum; ``scale`` times the gradient in ``out_grad``.
 
@@ -44,6 +45,8 @@ def softmax_kl_fwd_bwd(
         scale: multiplies the gradient, not the loss.
         loss_scale: multiplies the loss, not the gradient.
         out_grad: (N, V) contiguous, of the student's dtype; may be ``student`` itself. None: loss only.
+        loss: 0-d float32, which the sum is written to; by the kernel, since torch or ctypes, whose code left the caches
+            meanwhile, would take 15 us.
 
     Returns:
         The losses are also -inf, where an index of a trusted TopK or Sampled lies outside the row, and NaN for a row that is no
@@ -53,9 +56,11 @@ def softmax_kl_fwd_bwd(
     square = float(temperature) ** 2
     scales = (scale * square, loss_scale * square)
     if student.numel() == 0:
+        if loss is not None:
+            loss.zero_()
         return losses.zero_(), 0.0
     mask = None if mask is None else mask.contiguous()
-    settings = (temperature, divergence, beta, mask, scales, out_grad, losses)
+    settings = (temperature, divergence, beta, mask, scales, out_grad, losses, _address(loss))
     if isinstance(target, Tensor):
         return losses, _dense(student, target, *settings)
     return losses, _sparse(student, target, *settings)
@@ -63,7 +68,7 @@ def softmax_kl_fwd_bwd(
 
 def _dense(
     student: Tensor, teacher: Tensor, temperature: float, divergence: str, beta: float, mask: Tensor | None,
-    scales: tuple[float, float], out_grad: Tensor | None, losses: Tensor,
+    scales: tuple[float, float], out_grad: Tensor | None, losses: Tensor, loss: int,
 ) -> float:  # fmt: skip
     if teacher.stride(1) != 1:
         teacher = teacher.contiguous()
@@ -77,7 +82,7 @@ def _dense(
     v = max(vs, vt)
     stride = -(-v // LINE) * LINE + LINE
     return _workers.run(
-        entry("dense_rows"), student.shape[0], wide, 3 * stride,
+        entry("dense_rows"), student.shape[0], wide, 3 * stride, loss,
         (
             DIVERGENCES[divergence], student.data_ptr(), teacher.data_ptr(), _address(out_grad),
             losses.data_ptr(), _address(mask), student.stride(0) * student.element_size(),
@@ -90,7 +95,7 @@ def _dense(
 
 def _sparse(
     student: Tensor, target: TopK | Sampled, temperature: float, divergence: str, beta: float, mask: Tensor | None,
-    scales: tuple[float, float], out_grad: Tensor | None, losses: Tensor,
+    scales: tuple[float, float], out_grad: Tensor | None, losses: Tensor, loss: int,
 ) -> float:  # fmt: skip
     sampled = isinstance(target, Sampled)
     ghost = isinstance(target, TopK) and target.rest == "ghost"
@@ -105,7 +110,7 @@ def _sparse(
     # of rows that the caches hold, one is written while the next is read; only of float32, for each kind takes seconds to compile
     pairs = v <= BLOCK and out_grad is not None and student.dtype == torch.float32
     return _workers.run(
-        entry("sparse_rows"), student.shape[0], v, (1 + pairs) * stride,
+        entry("sparse_rows"), student.shape[0], v, (1 + pairs) * stride, loss,
         (
             DIVERGENCES[divergence], student.data_ptr(), _address(out_grad), losses.data_ptr(),
             _address(mask), student.stride(0) * student.element_size(), DTYPES[student.dtype], v,

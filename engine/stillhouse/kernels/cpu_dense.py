@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from stillhouse.kernels.cpu_jit import DONE, HEADER, NEXT, PART, ROWS, SCRATCH, SIZE, THREADS, TOTAL
+from stillhouse.kernels.cpu_jit import DONE, HEADER, LOSS, NEXT, PART, ROWS, SCRATCH, SIZE, THREADS, TOTAL
 from stillhouse.kernels.cpu_math import bool_at, f32, f32_at, f64_at, fetch_add, i64_at, reduce_add_wide
 from stillhouse.kernels.cpu_read import LOG2E, zero
 from stillhouse.kernels.cpu_rows import dense_row
@@ -41,13 +41,16 @@ def take_rows(call):
 @njit(error_model="numpy")
 def leave_rows(call, count, losses):
     """So many rows are done; who finishes the last ones adds up the losses of all, in the order of the rows."""
-    rows = i64_at(call)[ROWS]
+    q = i64_at(call)
+    rows = q[ROWS]
     if count > 0 and fetch_add(call + 8 * DONE, count) + count == rows:
         loss = f32_at(losses)
         whole = 0.0
         for r in range(rows):
             whole = reduce_add_wide(whole, np.float64(loss[r]))
         f64_at(call)[TOTAL] = whole
+        if q[LOSS] != 0:
+            f32_at(q[LOSS])[0] = f32(whole)
 
 
 def dense_rows(call):

@@ -46,9 +46,9 @@ ENTRIES = {"dense_rows": "cpu_dense", "sparse_rows": "cpu_sparse"}  # function a
 SYMBOL = "stillhouse_rows"
 WRAPPERS = ("create_cpython_wrapper", "create_cfunc_wrapper")  # of Numba's target
 # what every call begins with: the next share of the rows, the next part of the scratch, how many rows are done, the sum
-# of their losses (a float64), rows, threads, scratch, size
-NEXT, PART, DONE, TOTAL, ROWS, THREADS, SCRATCH, SIZE = range(8)
-HEADER = 8
+# of their losses (a float64), rows, threads, scratch, size, where the sum goes as a float32 (0: nowhere)
+NEXT, PART, DONE, TOTAL, ROWS, THREADS, SCRATCH, SIZE, LOSS = range(9)
+HEADER = 9
 _FLOAT = struct.Struct("=d")
 
 
@@ -66,11 +66,13 @@ class Compiled:
 
 
 def record(
-    rows: int, threads: int, scratch: int, size: int, integers: tuple[int, ...], floats: tuple[float, ...]
-) -> ctypes.Array[ctypes.c_char]:
+    rows: int, threads: int, scratch: int, size: int, loss: int, integers: tuple[int, ...], floats: tuple[float, ...]
+) -> ctypes.Array[ctypes.c_char]:  # fmt: skip
     """A call in memory: the header, then int64 (addresses too), then float64."""
     layout, memory = _layout(len(integers), len(floats))
-    return memory.from_buffer_copy(layout.pack(0, 0, 0, 0, rows, threads, scratch, size, *integers, *floats))
+    return memory.from_buffer_copy(
+        layout.pack(0, 0, 0, 0, rows, threads, scratch, size, loss, *integers, *floats)
+    )
 
 
 def total_of(call: ctypes.Array[ctypes.c_char]) -> float:

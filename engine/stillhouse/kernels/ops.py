@@ -7,7 +7,6 @@ The gradient is computed with the loss, in one go over the logits, and kept for 
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -72,12 +71,12 @@ def _compute(student: Tensor, arguments: Arguments, out: Tensor | None) -> Tenso
     """The loss, reduced; the gradient to ``out``."""
     *target, mask, count, divisor, temperature, divergence, beta, look, per_row = arguments
     against = _target(*target)
+    late = student.dtype == torch.float16  # its gradient is divided in backward
+    restricted = divergence == "reverse" and isinstance(against, TopK) and against.rest == "renormalise"
     settings = {
         "temperature": temperature, "divergence": divergence, "beta": beta, "mask": mask, "out_grad": out,
     }  # fmt: skip
-    late = student.dtype == torch.float16  # its gradient is divided in backward
-    restricted = divergence == "reverse" and isinstance(against, TopK) and against.rest == "renormalise"
-    if student.device.type == "cuda":
+    if student.is_cuda:
         factor: Any = 1.0 if per_row else _reciprocal(divisor)
         if count is not None and not per_row:
             factor = _reciprocal(count).to(device=student.device, dtype=torch.float32)
@@ -90,27 +89,21 @@ def _compute(student: Tensor, arguments: Arguments, out: Tensor | None) -> Tenso
     if look:
         check_values(against, student.shape[1], mask)
     factor = 1.0 if per_row else _reciprocal(divisor)
-    return _cpu_loss(student, against, factor, restricted, per_row, scale=1.0 if late else factor, **settings)
-
-
-def _cpu_loss(
-    student: Tensor, target: Target, factor: float, restricted: bool, per_row: bool, **settings: Any
-) -> Tensor:
-    settings["loss_scale"] = factor or 1.0
-    loss = None if per_row else torch.empty((), dtype=torch.float32)
+    settings |= {"scale": 1.0 if late else factor, "loss_scale": factor or 1.0}
+    loss = None if per_row else student.new_empty((), dtype=torch.float32)
     if restricted:
         rows = _within(lambda *of, **how: _cpu().softmax_kl_fwd_bwd(*of, **how)[0])(
-            student, target, **settings
+            student, against, **settings
         )
         total = rows.sum().item()
+        if loss is not None:
+            loss.fill_(total)
     else:
-        rows, total = _cpu().softmax_kl_fwd_bwd(student, target, **settings)
+        rows, total = _cpu().softmax_kl_fwd_bwd(student, against, loss=loss, **settings)
     checked(total, rows, "logits at the k entries" if restricted else "logits")
     if loss is None:
         return rows
-    # by its address: the first torch operator after the kernel, whose code left the caches, takes as long as 40 rows
-    ctypes.c_float.from_address(loss.data_ptr()).value = total if factor else 0.0
-    return loss
+    return loss if factor else loss.zero_()
 
 
 def _reciprocal(count: Any) -> Any:
@@ -180,7 +173,7 @@ def _forward(student: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     if not gradient:
         out = student.new_empty(0)
         return _compute(student, tuple(arguments), None), out
-    out = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    out = torch.empty_like(student, memory_format=torch.contiguous_format)
     return _compute(student, tuple(arguments), out), out
 
 

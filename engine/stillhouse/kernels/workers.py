@@ -49,13 +49,16 @@ class Workers:
             torch.set_num_threads(1)
 
     def run(
-        self, compiled: Compiled, rows: int, width: int, scratch: int, integers: tuple[int, ...],
+        self, compiled: Compiled, rows: int, width: int, scratch: int, loss: int, integers: tuple[int, ...],
         floats: tuple[float, ...],
     ) -> float:  # fmt: skip
-        """Call ``compiled`` over all rows, each thread with ``scratch`` float32; the sum of the losses, when all are done."""
+        """Call ``compiled`` over all rows, each thread with ``scratch`` float32; the sum of the losses, when all are done.
+
+        It also goes to the address ``loss``, as a float32, unless that is 0.
+        """
         threads = min(torch.get_num_threads(), rows) if rows * width > SERIAL else 1
         address, size = self._scratch(threads, scratch)
-        call = record(rows, threads, address, size, integers, floats)
+        call = record(rows, threads, address, size, loss, integers, floats)
         parallel = None if self._forked or threads == 1 else openmp()
         if threads == 1:
             compiled(call)
