@@ -164,6 +164,7 @@ def _dense(rows: int, width: int, device: torch.device, rounds: int, *, compiled
 
     contenders: dict[str, Step] = {
         "floor": lambda: (other.copy_(teacher), student.sum()),
+        "floor top-k": lambda: (other.copy_(student), top_k.indices.sum(), top_k.log_probs.sum()),
         "eager": _step(lambda s: _eager(s, teacher), student),
         "fused": _step(kernel(teacher), student),
         "fused in place": _step(kernel(teacher, inplace=True), scratch),
@@ -290,6 +291,11 @@ def _ratio(result: dict[str, Any], numerator: str, denominator: str) -> float | 
     return float(statistics.median(above / below for above, below in pairs))
 
 
+def _floor_of(contender: str) -> str:
+    """What moves as many bytes: draws are as many as the entries of the top k."""
+    return "floor top-k" if "top-k" in contender or "sampled" in contender else "floor"
+
+
 def _print(result: dict[str, Any]) -> None:
     print(
         f"\n{result['shape']:<24}{'ms':>10}{'eager / it':>12}{'compile / it':>14}{'it / floor':>12}{'peak MiB':>10}"
@@ -299,7 +305,7 @@ def _print(result: dict[str, Any]) -> None:
         cells = (
             _ratio(result, against, key),
             None if "bf16" in key else _ratio(result, "compile", key),
-            None if "bf16" in key else _ratio(result, key, "floor"),
+            None if "bf16" in key else _ratio(result, key, _floor_of(key)),
         )
         shown = "".join(
             f"{'' if cell is None else f'{cell:.2f}':>{size}}"
