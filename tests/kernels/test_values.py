@@ -292,6 +292,38 @@ def test_top_k_agrees_with_the_specification(divergence, rest, k, dtype):
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("rest", ["ghost", "renormalise"])
+@pytest.mark.parametrize(("k", "temperature"), [(3, 2.0), (17, 4.0), (50, 2.0), (50, 4.0), (100, 100.0)])
+def test_lanes_without_an_entry_take_part_in_nothing(k, temperature, rest, divergence):
+    """K is no multiple of sixteen: of rows that agree, what stood in the lanes left over made rows that do not."""
+    teacher = logits(256, 100, 2)
+    student = teacher + logits(256, 100, 1, scale=0.1)
+    target = TopK.from_logits(teacher, k, temperature=temperature, rest=rest)
+    settings = {"temperature": temperature, "divergence": divergence}
+    rows_exact, gradient_exact = exact(student, target, **settings)
+    rows_fused, gradient_fused = fused(student, target, **settings)
+    assert relative(rows_fused, rows_exact) <= 2e-6
+    assert relative(gradient_fused, gradient_exact) <= 1e-6
+
+
+def test_lanes_without_an_entry_do_not_overflow():
+    """A power of 1e9, to which what stands for -inf was raised too: valid logits were refused."""
+    target = TopK.from_logits(logits(4, 100, 2), 5, temperature=1e4, rest="renormalise")
+    assert softmax_kl(logits(4, 100, 1), target, temperature=1e-5).isfinite()
+
+
+def test_many_entries_are_summed_as_exactly_as_few():
+    """All of a row that nearly agrees: its normaliser's rounding is most of what its loss is off by."""
+    teacher = logits(256, 2048, 2, scale=2.0)
+    student = teacher + logits(256, 2048, 1, scale=0.001)
+    target = TopK.from_logits(teacher, 2048, temperature=100.0)
+    settings = {"temperature": 100.0, "divergence": "reverse"}
+    rows_exact, _ = exact(student, target, **settings)
+    rows_fused, _ = fused(student, target, **settings)
+    assert relative(rows_fused, rows_exact) <= 3e-6
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("scale", [10.0, 40.0])
 def test_a_ghost_of_a_peaked_teacher_keeps_its_mass(scale, divergence):
     """1 less a sum of float32 numbers is 0 where the k entries hold all but 1e-7, and reverse was then +inf."""

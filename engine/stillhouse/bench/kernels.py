@@ -31,6 +31,11 @@ TEMPERATURE = 2.0
 NOISE = 0.1  # of logits, beside those of a student that has learnt
 SHORT = 1 << 22  # logits of a shape whose times are mostly what the caches and the allocator happen to hold
 MOST = 1 << 34  # logits of a shape: some 1 TB for all contenders together
+AGAINST_TOP_K = {
+    "fused top-k",
+    "top-k in place",
+    "fused sampled",
+}  # draws are as many as the entries of the top k
 PICTURES = (".png", ".svg", ".pdf")
 Step = Callable[[], Any]
 
@@ -291,11 +296,6 @@ def _ratio(result: dict[str, Any], numerator: str, denominator: str) -> float | 
     return float(statistics.median(above / below for above, below in pairs))
 
 
-def _floor_of(contender: str) -> str:
-    """What moves as many bytes: draws are as many as the entries of the top k."""
-    return "floor top-k" if "top-k" in contender or "sampled" in contender else "floor"
-
-
 def _print(result: dict[str, Any]) -> None:
     print(
         f"\n{result['shape']:<24}{'ms':>10}{'eager / it':>12}{'compile / it':>14}{'it / floor':>12}{'peak MiB':>10}"
@@ -305,7 +305,9 @@ def _print(result: dict[str, Any]) -> None:
         cells = (
             _ratio(result, against, key),
             None if "bf16" in key else _ratio(result, "compile", key),
-            None if "bf16" in key else _ratio(result, key, _floor_of(key)),
+            None
+            if "bf16" in key
+            else _ratio(result, key, "floor top-k" if key in AGAINST_TOP_K else "floor"),
         )
         shown = "".join(
             f"{'' if cell is None else f'{cell:.2f}':>{size}}"

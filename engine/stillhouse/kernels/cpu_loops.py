@@ -31,7 +31,7 @@ def over(columns, first, last, given, sums, seen, full):
         part = _nothing(sums)
         for i in range(j, min(j + CHUNK, last), LANES):
             part, seen = columns(i, given, part, seen, full)
-        sums = _added(sums, part)
+        sums = added(sums, part)
     return sums, seen
 
 
@@ -69,7 +69,7 @@ def _nothing(typingctx: Any, sums: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _added(typingctx: Any, sums: Any, part: Any) -> Any:
+def added(typingctx: Any, sums: Any, part: Any) -> Any:
     """Each sum and its part."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 
 from stillhouse.kernels.cpu_lanes import LANES, fill, narrow, scaled_gap, store, top, total_wide, where
-from stillhouse.kernels.cpu_loops import no_sums, over
+from stillhouse.kernels.cpu_loops import added, no_sums
 from stillhouse.kernels.cpu_math import (
     FLOOR,
     LEAST,
@@ -94,21 +94,21 @@ def normaliser(log_t, k, power):
 
 
 @njit(error_model="numpy", forceinline=True)
-def exponential_entries(i, given, sums, seen, full):
-    logs, out, k, reference, least, high, low, factor = given
-    a = take(logs, 0, i, k, False) - reference
-    x = exp2_of_product(where(a < least, least, a), high, low) * factor
-    store(out + i * 4, x)
-    return (sums[0] + x,), seen
-
-
-@njit(error_model="numpy", forceinline=True)
 def entry_exponentials(logs, out, k, power, reference, mass):
-    """Of k entries, exp(``power`` times what they are relative to ``reference``) / ``mass``; their sum."""
+    """Of k entries, exp(``power`` times what they are relative to ``reference``) / ``mass``; their sum, all of it in float64.
+
+    0 in the lanes beyond them.
+    """
     wide = power * LOG2E
     high = f32(wide)
-    given = logs, out, k, f32(reference), LEAST / high, high, f32(wide - np.float64(high)), f32(1.0 / mass)
-    sums, _ = over(exponential_entries, 0, k, given, no_sums(1), (), False)
+    low = f32(wide - np.float64(high))
+    least = LEAST / high
+    sums = no_sums(1)
+    for i in range(0, k, LANES):
+        a = take(logs, 0, i, k, False) - f32(reference)
+        x = exp2_of_product(where(a < least, least, a), high, low) * f32(1.0 / mass)
+        store(out + i * 4, x)
+        sums = added(sums, (x,))
     return total_wide(sums[0])
 
 
@@ -122,8 +122,10 @@ def compare(logits, log_t, x, k, rs, it, log_z, power, top_t, mass):
         b = take(log_t, 0, i, k, False)
         # in float64: where both are nearly equal, little is left of it
         d = narrow(scaled_gap(a, rs, it, scaled_gap(b, top_t, -power, constant)))
-        d = where(b < FLOOR, -FLOOR, d)
-        d = where(a < FLOOR, where(b < FLOOR, f32(0.0), FLOOR), d)
+        d = where(b > FLOOR, d, -FLOOR)
+        d = where(
+            a > FLOOR, d, where(b > FLOOR, FLOOR, f32(0.0))
+        )  # 0 beyond the k entries too, which hold FLOOR
         store(x + i * 4, d)
         far = maximum_of(far, absolute(d))
     return top(far)

@@ -73,7 +73,7 @@ def outside(indices, k, v):
 
 @njit(error_model="numpy", forceinline=True)
 def gather(student, dtype, v, wide_indices, k, logits_at):
-    """The k entries' logits, before the row is read; is each index one of the row's?
+    """The k entries' logits to ``logits_at``, before the row is read; is each index one of the row's (if not, none is read)?
 
     Vectors of them are read when it has been: at once, that would wait for the single stores that they are written by.
     """
@@ -93,7 +93,7 @@ def gather(student, dtype, v, wide_indices, k, logits_at):
 @njit(error_model="numpy", forceinline=True)
 def top_k_row(
     divergence, student, out, dtype, v, wide_indices, values, ghost, log_rest, power, k, it, scale, beta, series,
-    es_at, z, rs, found,
+    es_at, z, rs, in_range,
 ):  # fmt: skip
     """One row, read already, against k entries, compared as a dense row of their own, and the rest as one outcome.
 
@@ -111,7 +111,7 @@ def top_k_row(
     indices = i64_at(wide_indices)
     if not (z > 0.0 and z < np.inf):
         return np.nan, 0.0, False
-    if not found:
+    if not in_range:
         return OUT_OF_RANGE, 0.0, False
     logits_at = g_at  # until the gradient takes their place
     inside = entry_exponentials(logits_at, kept_at, k, it, rs, 1.0)
@@ -123,7 +123,7 @@ def top_k_row(
     else:  # would cancel, and is summed
         rest = sum_of_others(es_at, v, indices, k)
         z = inside + rest
-    unit = scale / z  # divided now: what it multiplies in the end, the next row's first store waits for
+    unit = scale / z  # divided early: at the end the next row's first store would wait for it
     log_z = math.log(z)
     rest, log_ghost_s, ghost_s = ghost_of_student(rest, z, log_z, student, dtype, v, indices, k, rs, it, es)
     over_rest = scale / rest if rest > 0.0 else 0.0
@@ -240,7 +240,9 @@ def sparse_rows(call):
             value = values + r * k * 4
             es = scratch + stride if late_es == scratch else scratch
             log_rest = np.float64(f32_at(rests)[r]) if rests != 0 else np.nan if ghost != 0 else -np.inf
-            found = sampled != 0 or gather(row, dtype, v, place, k, entries_of(es, v))
+            in_range = True
+            if sampled == 0:
+                in_range = gather(row, dtype, v, place, k, entries_of(es, v))
             z, rs = student_pass(
                 row, dtype, v, inverse_t, es, out if out != 0 else es, late, late_es, late_factor
             )
@@ -253,7 +255,7 @@ def sparse_rows(call):
             else:
                 part, factor, write = top_k_row(
                     divergence, row, out, dtype, v, place, value, ghost, log_rest, power, k, inverse_t, scale * inverse_t,
-                    beta, series, es, z, rs, found,
+                    beta, series, es, z, rs, in_range,
                 )  # fmt: skip
             loss[r] = loss_scale * part
             late, late_place, late_es, late_factor = out if write else 0, place, es, f32(factor)
