@@ -27,6 +27,7 @@ from stillhouse.kernels.cpu_math import (
 from stillhouse.kernels.cpu_read import LOG2E, take
 from stillhouse.kernels.cpu_rows import FORWARD, REVERSE
 
+ABOVE_FLOOR = np.nextafter(FLOOR, f32(0.0))
 LITTLE = 1e-20  # of a row: below, exponentials of float32 relative to the row's maximum are not all there
 
 
@@ -122,10 +123,9 @@ def compare(logits, log_t, x, k, rs, it, log_z, power, top_t, mass):
         b = take(log_t, 0, i, k, False)
         # in float64: where both are nearly equal, little is left of it
         d = narrow(scaled_gap(a, rs, it, scaled_gap(b, top_t, -power, constant)))
-        d = where(b > FLOOR, d, -FLOOR)
-        d = where(
-            a > FLOOR, d, where(b > FLOOR, FLOOR, f32(0.0))
-        )  # 0 beyond the k entries too, which hold FLOOR
+        # FLOOR itself is what lanes beyond the k entries hold: 0 there. A NaN stays one
+        d = where(b < ABOVE_FLOOR, -FLOOR, d)
+        d = where(a < ABOVE_FLOOR, where(b < ABOVE_FLOOR, f32(0.0), FLOOR), d)
         store(x + i * 4, d)
         far = maximum_of(far, absolute(d))
     return top(far)
