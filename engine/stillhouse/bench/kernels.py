@@ -31,11 +31,8 @@ TEMPERATURE = 2.0
 NOISE = 0.1  # of logits, beside those of a student that has learnt
 SHORT = 1 << 22  # logits of a shape whose times are mostly what the caches and the allocator happen to hold
 MOST = 1 << 34  # logits of a shape: some 1 TB for all contenders together
-AGAINST_TOP_K = {
-    "fused top-k",
-    "top-k in place",
-    "fused sampled",
-}  # draws are as many as the entries of the top k
+# whose floor is that of a top k; draws are as many as its entries
+AGAINST_TOP_K = ("fused top-k", "top-k in place", "fused sampled")
 PICTURES = (".png", ".svg", ".pdf")
 Step = Callable[[], Any]
 
@@ -302,12 +299,11 @@ def _print(result: dict[str, Any]) -> None:
     )
     for key, times in result["ms"].items():
         against = "eager bf16" if "bf16" in key else "eager"
+        floor = "floor top-k" if key in AGAINST_TOP_K else "floor"
         cells = (
             _ratio(result, against, key),
             None if "bf16" in key else _ratio(result, "compile", key),
-            None
-            if "bf16" in key
-            else _ratio(result, key, "floor top-k" if key in AGAINST_TOP_K else "floor"),
+            None if "bf16" in key else _ratio(result, key, floor),
         )
         shown = "".join(
             f"{'' if cell is None else f'{cell:.2f}':>{size}}"
