@@ -298,7 +298,7 @@ def decode_bf16_bits(builder: Any, bits: Any) -> Any:
     return convert(builder, "bitcast", builder.shl(wide, constant(I32, 16, wide)), FLOAT)
 
 
-def _features() -> list[str]:
+def features() -> list[str]:
     """Of the processor that is compiled for, which Numba's variables may put in the place of this one."""
     chosen = os.environ.get("NUMBA_CPU_FEATURES")
     if chosen is None and not os.environ.get("NUMBA_CPU_NAME"):
@@ -308,7 +308,7 @@ def _features() -> list[str]:
 
 def encode_bf16_bits(builder: Any, value: Any) -> Any:
     """Bits of the nearest bfloat16, ties to even."""
-    if "+avx512bf16" in _features():  # an instruction of its own, which takes subnormals for zero
+    if "+avx512bf16" in features():  # an instruction of its own, which takes subnormals for zero
         return convert(builder, "bitcast", convert(builder, "fptrunc", value, BFLOAT), I16)
     bits = convert(builder, "bitcast", value, I32)
     odd = builder.and_(builder.lshr(bits, constant(I32, 16, bits)), constant(I32, 1, bits))

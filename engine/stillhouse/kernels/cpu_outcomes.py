@@ -16,12 +16,12 @@ from stillhouse.kernels.cpu_math import (
     absolute,
     decode_bf16,
     decode_f16,
-    exp2_of_product,
     exp_wide,
     f32,
     f32_at,
     maximum_of,
     reduce_add_wide,
+    smooth_exp2_of_product,
     u16_at,
 )
 from stillhouse.kernels.cpu_read import LOG2E, take
@@ -107,7 +107,7 @@ def entry_exponentials(logs, out, k, power, reference, mass):
     sums = no_sums(1)
     for i in range(0, k, LANES):
         a = take(logs, 0, i, k, False) - f32(reference)
-        x = exp2_of_product(where(a < least, least, a), high, low) * f32(1.0 / mass)
+        x = smooth_exp2_of_product(a, high, low, least) * f32(1.0 / mass)
         store(out + i * 4, x)
         sums = added(sums, (x,))
     return total_wide(sums[0])

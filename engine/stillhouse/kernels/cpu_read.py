@@ -153,10 +153,8 @@ def exponential_columns(i, given, sums, seen, full):
         d = gap(a, b, rs - rt)
         a = a - rs
         b = b - rt
-    a = where(a < least, least, a)
-    b = where(b < least, least, b)
-    x = exp2_of_product(a, k, k_low)
-    y = exp2_of_product(b, k, k_low)
+    x = exp2_of_product(a, k, k_low, least)
+    y = exp2_of_product(b, k, k_low, least)
     store(es + i * 4, x)
     store(et + i * 4, y)
     store(diff + i * 4, d)

@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 from stillhouse.kernels.cpu_jit import BLOCK
-from stillhouse.kernels.cpu_lanes import LANES, fill, load, store, top, total_wide, where
+from stillhouse.kernels.cpu_lanes import LANES, fill, load, store, top, total_wide
 from stillhouse.kernels.cpu_loops import no_sums, over_row
 from stillhouse.kernels.cpu_math import (
     FLOOR,
@@ -51,8 +51,7 @@ def student_columns(i, given, sums, seen, full):
     look_ahead(s, dtype, i)
     look_ahead_to_write(out, dtype, i)
     a = take(s, dtype, i, v, full) - rs
-    a = where(a < least, least, a)
-    x = exp2_of_product(a, k, k_low)
+    x = exp2_of_product(a, k, k_low, least)
     store(es + i * 4, x)
     if writes:
         put(late, dtype, i, v, load(late_es + i * 4) * factor, full)
