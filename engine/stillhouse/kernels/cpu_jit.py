@@ -258,9 +258,8 @@ def _refuse_a_processor_without_float16(machine: llvm.TargetMachine) -> None:
     """LLVM calls a function for a conversion that it has no instruction for, and ends the process where there is none."""
     conversion = "define float @f(half %x) {\n %y = fpext half %x to float\n ret float %y\n}"
     if b"__extendhfsf2" in machine.emit_object(llvm.parse_assembly(conversion)):
-        chosen = os.environ.get("NUMBA_CPU_NAME") or llvm.get_host_cpu_name()
         raise RuntimeError(
-            f"stillhouse's CPU kernel: got a processor without float16 conversions ({chosen}); expected F16C, as in"
+            f"stillhouse's CPU kernel: got a processor without float16 conversions ({processor()}); expected F16C, as in"
             " x86-64-v3. Fix: set NUMBA_CPU_NAME and NUMBA_CPU_FEATURES to such a one, or pass backend='torch'."
         )
 
@@ -280,6 +279,11 @@ def _plain(symbol: str) -> Any:
     builder.call(inner, [result, raised, builder.ptrtoint(outer.args[0], word)])
     builder.ret_void()
     return module
+
+
+def processor() -> str:
+    """LLVM's name of the processor that is compiled for, which Numba's variable may put in the place of this one."""
+    return os.environ.get("NUMBA_CPU_NAME") or llvm.get_host_cpu_name()  # type: ignore[no-any-return, no-untyped-call]
 
 
 def tuning() -> list[str]:

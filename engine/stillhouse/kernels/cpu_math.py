@@ -75,7 +75,7 @@ def fetch_add(typingctx: Any, address: Any, value: Any) -> Any:
     return types.int64(types.int64, types.int64), codegen
 
 
-def _prefetch(to_write: int) -> Any:
+def _prefetch(to_write: int, level: int) -> Any:
     """Ask for the cache line of an address, soon to be used. Any address will do: one that is not mapped is no fault."""
 
     @intrinsic  # type: ignore[untyped-decorator]
@@ -83,14 +83,16 @@ def _prefetch(to_write: int) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
             called = function(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer.type, I32, I32, I32])
-            builder.call(called, [pointer, I32(to_write), I32(3), I32(1)])  # into every cache; data
+            near = I32(4 - level)  # LLVM counts from the memory's side
+            builder.call(called, [pointer, I32(to_write), near, I32(1)])  # data
 
         return types.void(types.int64), codegen
 
     return ask
 
 
-prefetch, prefetch_to_write = _prefetch(0), _prefetch(1)
+# into all caches, or the second-level one and those beyond it
+prefetch, prefetch_to_second, prefetch_to_write = _prefetch(0, 1), _prefetch(0, 2), _prefetch(1, 1)
 
 
 fma = floats(3, call("llvm.fma", 3))
