@@ -11,13 +11,12 @@ spreads the float32. Addresses are int64.
 from __future__ import annotations
 
 import operator
-import os
 from collections.abc import Callable
 from typing import Any
 
-import llvmlite.binding as llvm
 from llvmlite import ir
-from numba import types
+from numba import config, types
+from numba.core.codegen import get_host_cpu_features
 from numba.core.datamodel import models
 from numba.extending import intrinsic, overload, register_model
 
@@ -299,11 +298,10 @@ def decode_bf16_bits(builder: Any, bits: Any) -> Any:
 
 
 def features() -> list[str]:
-    """Of the processor that is compiled for, which Numba's variables may put in the place of this one."""
-    chosen = os.environ.get("NUMBA_CPU_FEATURES")
-    if chosen is None and not os.environ.get("NUMBA_CPU_NAME"):
-        chosen = llvm.get_host_cpu_features().flatten()
-    return (chosen or "").split(",")
+    """Of the processor that is compiled for: this one, also if it goes by another's name, unless Numba is told others."""
+    chosen: str | None = config.CPU_FEATURES  # type: ignore[attr-defined]
+    names: str = get_host_cpu_features() if chosen is None else chosen
+    return names.split(",")
 
 
 def encode_bf16_bits(builder: Any, value: Any) -> Any:

@@ -1,6 +1,6 @@
 """What Numba lacks for the CPU rows: pointers, fused multiply-add, reductions that may be reordered, exp2, log.
 
-What is made by ``floats`` takes a float32 or lanes of them, and so do the polynomials. No fastmath flag is used: it
+What is made by ``floats`` takes a float32 or lanes of them (``root_of`` lanes alone), and so do the polynomials. No fastmath flag is used: it
 would let LLVM assume that infinities do not occur, and undo the rounding trick in ``exp2``. A sum whose order
 does not matter says so itself (``reduce_add_wide``).
 """
@@ -154,13 +154,13 @@ def smooth_exp2_of_product(a, k, k_low, least):  # type: ignore[no-untyped-def]
     return where(a < least, f32(0.0), exp2_of_rest(x) * shifted(biased))
 
 
-# Roots 2^((j + OFFSET) / 16) that float32 holds, found by search as S. Gal's accurate tables are (1986): on average to 1.4e-8,
-# at worst to 3.6e-8, and those of the largest exponentials of a row (j = 13, 14, 15 and 0) to 1.4e-9, since nearly flat rows have
-# few others, and what these are off by does not average out.
-OFFSET = -0.192754489
+# Roots 2^((j + OFFSET) / 16) that float32 holds, found by search as S. Gal's accurate tables are (1986): to 2.0e-8 in root
+# mean square, 4.0e-8 at worst, and those of the largest exponentials of a row (j = 13, 14, 15 and 0) to 1.7e-9, since nearly flat rows
+# have few others, and what these are off by does not average out. Above 0, so that 2^LEAST has a root that is a normal number.
+OFFSET = 0.440751751
 ROOTS = [2.0 ** ((j + OFFSET) / LANES) for j in range(LANES)]
 # 2^((x - OFFSET) / 16) - 1 for |x| <= 1/2, lowest power first, to 2e-9: minimax
-BEYOND = tuple(f32(c) for c in (0.00838541418465, 0.0436849693053, 0.000946284187794, 1.36639513894e-05))
+BEYOND = tuple(f32(c) for c in (-0.018912976711, 0.042502356634, 0.000920666963176, 1.32940492855e-05))
 MAGIC_ROOT = f32(1.5 * 2**23 + 127 * LANES)
 
 
@@ -174,14 +174,13 @@ def _root(builder: Any, args: Any) -> Any:
     return builder.bitcast(builder.add(builder.shl(bits, constant(I32, 19, bits)), fraction), VECTOR)
 
 
-root_of = floats(
-    1, _root
-)  # 2^((n + OFFSET) / 16), n the low mantissa bits of lanes that had MAGIC_ROOT added
+# 2^((n + OFFSET) / 16), n the low mantissa bits of lanes that had MAGIC_ROOT added
+root_of = floats(1, _root)
 
 
 @njit(forceinline=True)  # type: ignore[untyped-decorator]
 def _exp2_by_root(a, k, k_low, least):  # type: ignore[no-untyped-def]
-    """The same to 1e-7, with seven multiplications, fused or not, for ten: one register of AVX-512 holds sixteen roots."""
+    """As :func:`smooth_exp2_of_product` to 1e-7, with seven multiplications, fused or not, for ten: one register of AVX-512 holds sixteen roots."""
     high, low = k * f32(LANES), k_low * f32(LANES)
     biased = fma(a, high, MAGIC_ROOT)  # rounds to the nearest sixteenth
     x = fma(a, low, fma(a, high, MAGIC_ROOT - biased))
@@ -190,6 +189,7 @@ def _exp2_by_root(a, k, k_low, least):  # type: ignore[no-untyped-def]
     return where(a < least, f32(0.0), fma(root, beyond, root))
 
 
+# as smooth_exp2_of_product, the quickest way
 exp2_of_product = _exp2_by_root if "+avx512f" in features() else smooth_exp2_of_product
 
 

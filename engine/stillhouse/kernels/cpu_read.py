@@ -39,6 +39,7 @@ from stillhouse.kernels.cpu_math import (
     gap,
     maximum_of,
     prefetch,
+    prefetch_to_second,
     prefetch_to_write,
     u16_at,
 )
@@ -52,9 +53,13 @@ LOG2E = 1.4426950408889634
 
 
 @njit(forceinline=True)
-def look_ahead(address, dtype, i):
-    """Before :func:`take` of these columns, where a row is read for the first time."""
-    prefetch(address + (4 if dtype == 0 else 2) * i + AHEAD)
+def look_ahead(address, dtype, i, past):
+    """Before :func:`take` of these columns, where a row is read for the first time; ``past`` the first-level cache."""
+    place = address + (4 if dtype == 0 else 2) * i + AHEAD
+    if past:
+        prefetch_to_second(place)
+    else:
+        prefetch(place)
 
 
 @njit(forceinline=True)
@@ -138,8 +143,8 @@ def exponential_columns(i, given, sums, seen, full):
     s, t, sd, td, vs, vt, es, et, diff, rs, rt, least, k, k_low, out = given
     zs, zt = sums
     top_s, top_t, far = seen
-    look_ahead(s, sd, i)
-    look_ahead(t, td, i)
+    look_ahead(s, sd, i, False)
+    look_ahead(t, td, i, False)
     look_ahead_to_write(out, sd, i)
     a = take(s, sd, i, vs, full)
     b = take(t, td, i, vt, full)

@@ -23,11 +23,9 @@ from stillhouse.kernels.cpu_math import (
     f32_at,
     i64_at,
     maximum_of,
-    prefetch_to_second,
     u16_at,
 )
 from stillhouse.kernels.cpu_read import (
-    AHEAD,
     LOG2E,
     ROOM,
     look_ahead,
@@ -40,7 +38,7 @@ from stillhouse.kernels.cpu_read import (
 )
 
 # whose first-level cache waits for few lines at once: a row of one side, which does not compute long enough to hide that, is
-# asked for past it, and what will be written is not asked for. Measured there and on no other
+# asked for past it where it is written late or in place. Measured there and on no other
 ZEN4 = processor() == "znver4"
 
 
@@ -52,12 +50,13 @@ def entries_of(es, v):
 
 @njit(error_model="numpy", forceinline=True)
 def student_columns(i, given, sums, seen, full):
-    """Pass A on sixteen columns of a student alone; where ``writes``, those of the row before are written."""
-    s, dtype, v, es, rs, least, k, k_low, out, late, late_es, factor, writes = given
-    if ZEN4 and dtype == 0:
-        prefetch_to_second(s + 4 * i + AHEAD)
-    else:
-        look_ahead(s, dtype, i)
+    """Pass A on sixteen columns of a student alone; where ``writes``, those of the row before are written.
+
+    ``past``: what is read is asked for past the first-level cache, and what will be written is not asked for.
+    """
+    s, dtype, v, es, rs, least, k, k_low, out, late, late_es, factor, writes, past = given
+    look_ahead(s, dtype, i, past)
+    if not past:
         look_ahead_to_write(out, dtype, i)
     a = take(s, dtype, i, v, full) - rs
     x = exp2_of_product(a, k, k_low, least)
@@ -68,8 +67,10 @@ def student_columns(i, given, sums, seen, full):
 
 
 @njit(error_model="numpy", forceinline=True)
-def any_student_exponentials(s, dtype, v, first, last, es, rs, k, k_low, out, late, late_es, factor, writes):
-    given = s, dtype, v, es, rs, LEAST / k, k, k_low, out, late, late_es, factor, writes
+def any_student_exponentials(
+    s, dtype, v, first, last, es, rs, k, k_low, out, late, late_es, factor, writes, past
+):
+    given = s, dtype, v, es, rs, LEAST / k, k, k_low, out, late, late_es, factor, writes, past
     sums, highest = over_row(student_columns, first, last, v, given, no_sums(1), fill(FLOOR))
     return total_wide(sums[0]), top(highest)
 
@@ -79,17 +80,23 @@ def student_exponentials(s, dtype, v, first, last, es, rs, k, k_low, out, late, 
     """Pass A on one block of a student alone; a loop of its own for each dtype, and for a ``late`` row, of float32."""
     if late != 0:
         return any_student_exponentials(
-            s, 0, v, first, last, es, rs, k, k_low, out, late, late_es, factor, True
+            s, 0, v, first, last, es, rs, k, k_low, out, late, late_es, factor, True, ZEN4
+        )
+    if ZEN4 and dtype == 0 and out == s:
+        return any_student_exponentials(
+            s, 0, v, first, last, es, rs, k, k_low, out, late, late_es, factor, False, True
         )
     if dtype == 0:
         return any_student_exponentials(
-            s, 0, v, first, last, es, rs, k, k_low, out, late, late_es, factor, False
+            s, 0, v, first, last, es, rs, k, k_low, out, late, late_es, factor, False, False
         )
     if dtype == 1:
         return any_student_exponentials(
-            s, 1, v, first, last, es, rs, k, k_low, out, late, late_es, factor, False
+            s, 1, v, first, last, es, rs, k, k_low, out, late, late_es, factor, False, False
         )
-    return any_student_exponentials(s, 2, v, first, last, es, rs, k, k_low, out, late, late_es, factor, False)
+    return any_student_exponentials(
+        s, 2, v, first, last, es, rs, k, k_low, out, late, late_es, factor, False, False
+    )
 
 
 @njit(error_model="numpy", forceinline=True)
