@@ -71,6 +71,15 @@ def outside(indices, k, v):
     return wrong
 
 
+@njit
+def holds_nan(x, n):
+    """Asked before a loss is said to be infinite, which would hide that."""
+    for i in range(n):  # noqa: SIM110 Numba has no generators in any()
+        if math.isnan(x[i]):
+            return True
+    return False
+
+
 @njit(error_model="numpy", forceinline=True)
 def gather(student, dtype, v, wide_indices, k, logits_at):
     """The k entries' logits to ``logits_at``, before the row is read; is each index one of the row's (if not, none is read)?
@@ -132,7 +141,7 @@ def top_k_row(
     bad = False
     if far > f32(1e29) and divergence != JSD:
         p, sign = (pt_at, f32(-1.0)) if divergence == FORWARD else (kept_at, f32(1.0))
-        bad = impossible(f32_at(p), f32_at(x_at), k, sign)
+        bad = impossible(f32_at(p), f32_at(x_at), k, sign) and not holds_nan(f32_at(values), k)
     if divergence == REVERSE and (bad or loss == np.inf):
         if out != 0:
             zero(out, dtype, 0, v)
