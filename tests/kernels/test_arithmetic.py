@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 
+import numba
 import numpy as np
 import pytest
 import torch
 
-from stillhouse.kernels.cpu_math import LEAST
+from stillhouse.kernels import cpu_math
+from stillhouse.kernels.cpu_lanes import features, load, store
+from stillhouse.kernels.cpu_math import LEAST, exp2
 
 TEMPERATURES = [0.05, 0.7, 1.0, 2.0, 100.0]
+TABLE = "+avx512f" in features()  # has this processor the registers that hold it?
 
 
 def parts(temperature):
@@ -20,21 +24,9 @@ def parts(temperature):
     return high, np.float32(whole - high), whole
 
 
-def table():
-    """Has this processor the registers that hold it?"""
-    from stillhouse.kernels.cpu_lanes import features
-
-    return "+avx512f" in features()
-
-
 @pytest.fixture(scope="module", params=["_exp2_by_root", "smooth_exp2_of_product"])
 def powers(request):
-    import numba
-
-    from stillhouse.kernels import cpu_math
-    from stillhouse.kernels.cpu_lanes import load, store
-
-    if request.param == "_exp2_by_root" and not table():
+    if request.param == "_exp2_by_root" and not TABLE:
         pytest.skip("the table is looked up with AVX-512")
     function = getattr(cpu_math, request.param)
 
@@ -53,9 +45,7 @@ def powers(request):
 
 
 def test_rows_take_the_table_where_there_is_one():
-    from stillhouse.kernels import cpu_math
-
-    expected = cpu_math._exp2_by_root if table() else cpu_math.smooth_exp2_of_product
+    expected = cpu_math._exp2_by_root if TABLE else cpu_math.smooth_exp2_of_product
     assert cpu_math.exp2_of_product is expected
 
 
@@ -90,11 +80,6 @@ def test_what_float32_has_no_normal_number_for_is_zero_and_nan_stays(temperature
 
 
 def test_powers_of_sums_are_zero_below_float32_too():
-    import numba
-
-    from stillhouse.kernels.cpu_lanes import load, store
-    from stillhouse.kernels.cpu_math import exp2
-
     @numba.njit
     def one(z, out):
         store(out, exp2(load(z)))

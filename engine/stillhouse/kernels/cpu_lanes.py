@@ -298,7 +298,7 @@ def decode_bf16_bits(builder: Any, bits: Any) -> Any:
 
 
 def features() -> list[str]:
-    """Of the processor that is compiled for: this one, also if it goes by another's name, unless Numba is told others."""
+    """What the processor can do that is compiled for, as Numba takes it: this one, whatever its name, unless told otherwise."""
     chosen: str | None = config.CPU_FEATURES  # type: ignore[attr-defined]
     names: str = get_host_cpu_features() if chosen is None else chosen
     return names.split(",")

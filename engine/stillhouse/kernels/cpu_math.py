@@ -180,7 +180,10 @@ root_of = floats(1, _root)
 
 @njit(forceinline=True)  # type: ignore[untyped-decorator]
 def _exp2_by_root(a, k, k_low, least):  # type: ignore[no-untyped-def]
-    """As :func:`smooth_exp2_of_product` to 1e-7, with seven multiplications, fused or not, for ten: one register of AVX-512 holds sixteen roots."""
+    """As :func:`smooth_exp2_of_product`, to 1e-7, with seven multiplications, fused or not, for ten.
+
+    One register of AVX-512 holds all sixteen roots.
+    """
     high, low = k * f32(LANES), k_low * f32(LANES)
     biased = fma(a, high, MAGIC_ROOT)  # rounds to the nearest sixteenth
     x = fma(a, low, fma(a, high, MAGIC_ROOT - biased))

@@ -141,7 +141,9 @@ def top_k_row(
     bad = False
     if far > f32(1e29) and divergence != JSD:
         p, sign = (pt_at, f32(-1.0)) if divergence == FORWARD else (kept_at, f32(1.0))
-        bad = impossible(f32_at(p), f32_at(x_at), k, sign) and not holds_nan(f32_at(values), k)
+        bad = impossible(f32_at(p), f32_at(x_at), k, sign)
+    if (bad or loss == np.inf) and holds_nan(f32_at(values), k):
+        return np.nan, 0.0, False
     if divergence == REVERSE and (bad or loss == np.inf):
         if out != 0:
             zero(out, dtype, 0, v)
