@@ -178,6 +178,16 @@ def test_a_trusted_top_k_that_is_not_a_number_is_refused(infinite, k, rest, dive
         softmax_kl(student, TopK(at, log_probs, rest, trusted=True, log_rest=log_rest), divergence=divergence)
 
 
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_a_trusted_rest_that_is_not_a_number_is_refused(backend, divergence):
+    """And not taken for one that was not given."""
+    target = TopK.from_logits(torch.randn(4, 50, generator=torch.Generator().manual_seed(0)), 5)
+    target.log_rest[2] = torch.nan
+    with pytest.raises(ValueError, match=r"got NaN.*row 2"):
+        softmax_kl(torch.zeros(4, 50), target, divergence=divergence, backend=backend)
+
+
 def test_a_student_without_mass_at_the_k_entries_is_told_so():
     student = torch.zeros(1, 5)
     student[0, :2] = -torch.inf

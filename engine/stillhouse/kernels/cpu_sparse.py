@@ -257,6 +257,8 @@ def sparse_rows(call):
             z, rs = student_pass(
                 row, dtype, v, inverse_t, es, out if out != 0 else es, late, late_es, late_factor
             )
+            if rests != 0 and math.isnan(log_rest):  # given, and no number; otherwise it stands for none
+                z = np.nan
             if late != 0:
                 scatter(late, dtype, v, late_es, late_place, entries)
             if sampled != 0:
