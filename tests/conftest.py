@@ -18,7 +18,7 @@ os.environ["STILLHOUSE_CACHE"] = tempfile.mkdtemp(prefix="stillhouse-test-cache-
 os.environ.pop("STILLHOUSE_PLUGINS", None)
 os.environ["MPLBACKEND"] = "agg"
 # Helpers that tests of one folder lend to another's.
-sys.path.insert(0, str(Path(__file__).parent / "engine"))
+sys.path.insert(0, str(Path(__file__).parent / "engine" / "training"))
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -47,7 +47,7 @@ def cli(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> Callable[..., Said]:
     """Run a command in this process, in an empty folder."""
-    from stillhouse.cli import main
+    from stillhouse.cli.main import main
 
     monkeypatch.chdir(tmp_path)
 

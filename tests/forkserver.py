@@ -104,10 +104,10 @@ def _child(request: dict[str, Any]) -> int:
             do = {"die": _kill, "full": _full, "interrupt": functools.partial(_interrupt, times)}[name]
             _patch(fault["function"], fault["call"], do, fault.get("when", "before"))
     if request.get("quick"):
-        import stillhouse.report
+        import stillhouse.runs.page
 
-        stillhouse.report.curve = lambda *given: None
-    from stillhouse.cli import main
+        stillhouse.runs.page.curve = lambda *given: None
+    from stillhouse.cli.main import main
 
     try:
         return main(request["argv"])

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from stillhouse.api import LossTerm, Method, Splits, TensorSplit, hookimpl
 from stillhouse.config import Training
-from stillhouse.loop import Loop
-from stillhouse.step import DistillStep
+from stillhouse.training.loop import Loop
+from stillhouse.training.step import DistillStep
 
 FEATURES, CLASSES = 6, 4
 

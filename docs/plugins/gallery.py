@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stillhouse import catalog
-from stillhouse.describe import describe
+from stillhouse.plugin import catalog
+from stillhouse.plugin.describe import describe
 
 PAGE = Path(__file__).with_name("gallery.md")
 START, END = "<!-- made by gallery.py -->\n", "<!-- end -->\n"

@@ -15,17 +15,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stillhouse.contract.batch import Batch
     from stillhouse.errors import StillhouseError
-    from stillhouse.objects import Distilled, distill
-    from stillhouse.step import DistillStep
-    from stillhouse.targets import Batch
+    from stillhouse.runs.from_objects import Distilled, distill
+    from stillhouse.training.step import DistillStep
 
 _HOMES = {
-    "Batch": "targets",
-    "DistillStep": "step",
-    "Distilled": "objects",
+    "Batch": "contract.batch",
+    "DistillStep": "training.step",
+    "Distilled": "runs.from_objects",
     "StillhouseError": "errors",
-    "distill": "objects",
+    "distill": "runs.from_objects",
 }
 
 __all__ = ["Batch", "DistillStep", "Distilled", "StillhouseError", "distill"]

@@ -21,14 +21,16 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict
 
 from stillhouse.cache import made_once
-from stillhouse.conformance import Conformance
-from stillhouse.context import Auxiliary, RunContext, Stage, StepInfo
+from stillhouse.contract.batch import IGNORE, Batch
+from stillhouse.contract.conformance import Conformance
+from stillhouse.contract.context import Auxiliary, RunContext, Stage, StepInfo
+from stillhouse.contract.hooks import hookimpl
+from stillhouse.contract.losses import cross_entropy, label_loss, regression_loss
+from stillhouse.contract.observers import Observer, ObserverConfig, RunRecord
+from stillhouse.contract.outputs import LossTerm, StudentOut, Targets, TeacherOut
+from stillhouse.contract.splits import Split, Splits, TensorSplit
+from stillhouse.contract.task import Builder, Task, TaskConfig, classification, regression
 from stillhouse.errors import ConfigError, DataError, Diverged, MissingExtra, PluginError
-from stillhouse.hooks import hookimpl
-from stillhouse.losses import cross_entropy, label_loss, regression_loss
-from stillhouse.observers import Observer, ObserverConfig, RunRecord
-from stillhouse.targets import IGNORE, Batch, LossTerm, StudentOut, Targets, TeacherOut
-from stillhouse.tasks import Builder, Split, Splits, Task, TaskConfig, TensorSplit, classification, regression
 
 API_VERSION = 1
 """The version of this contract. The engine runs plugins of this version and of the one before."""

@@ -20,7 +20,7 @@ from stillhouse.config import (
     validate,
 )
 from stillhouse.errors import ConfigError
-from stillhouse.run import resolve
+from stillhouse.runs.resolve import resolve
 
 PLAIN = {"task": "digits", "method": "kd"}
 

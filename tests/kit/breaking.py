@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from pydantic import ConfigDict, Field
 from torch import nn
 
-from stillhouse import catalog
 from stillhouse.api import Auxiliary, Conformance, LossTerm, Method, MethodConfig, hookimpl
 from stillhouse.kernels import softmax_kl
+from stillhouse.plugin import catalog
 from stillhouse.testing import Outcome, Subject, checks_for, outcomes, subject_of
 
 

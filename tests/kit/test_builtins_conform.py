@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from stillhouse import catalog
-from stillhouse.methods import loaded
+from stillhouse.plugin import catalog
+from stillhouse.plugin.load import loaded
 from stillhouse.testing import checks_for, outcomes, subject_of
 
 OWN = [entry for entry in catalog.entries() if entry.distribution == catalog.OWN and entry.kind != "model"]

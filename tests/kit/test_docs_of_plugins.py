@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from clean_env import ROOT
 
-from stillhouse.dispatch import hook_arguments
-from stillhouse.hooks import FIRST_RESULT, SINCE
+from stillhouse.contract.hooks import FIRST_RESULT, SINCE
+from stillhouse.plugin.validate import hook_arguments
 from stillhouse.testing import checks_for, outcomes, subject_of
 
 DOCS = ROOT / "docs" / "plugins"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from breaking import Good, outcome
 
-from stillhouse import catalog
 from stillhouse.api import Method
-from stillhouse.methods import loaded
+from stillhouse.plugin import catalog
+from stillhouse.plugin.load import loaded
 
 IMPORTS = {
     "print('hello')": "printed 'hello'",

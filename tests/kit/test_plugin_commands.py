@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from stillhouse import catalog
-from stillhouse.describe import describe
+from stillhouse.plugin import catalog
+from stillhouse.plugin.describe import describe
 
 OWN = [entry for entry in catalog.entries() if entry.distribution == "stillhouse"]
 
@@ -19,7 +19,7 @@ OWN = [entry for entry in catalog.entries() if entry.distribution == "stillhouse
 )
 def test_listing_and_new_import_neither_torch_nor_pydantic_nor_any_plugin(words, tmp_path):
     program = (
-        "import sys\nfrom stillhouse.cli import main\n"
+        "import sys\nfrom stillhouse.cli.main import main\n"
         f"try:\n    main({words!r})\nexcept SystemExit:\n    pass\n"
         "print('IMPORTED', [name for name in sys.modules if name in ('torch', 'pydantic', 'numpy') "
         "or (name.startswith('stillhouse_'))])"

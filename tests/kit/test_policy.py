@@ -9,10 +9,11 @@ import warnings
 import pluggy
 import pytest
 
-from stillhouse import dispatch, hooks
 from stillhouse.api import LossTerm, Method, Observer, Task, hookimpl
-from stillhouse.dispatch import Plugin, Plugins
+from stillhouse.contract import hooks
 from stillhouse.errors import PluginError
+from stillhouse.plugin import dispatch
+from stillhouse.plugin.dispatch import Plugin, Plugins
 
 SOURCE = """
 from stillhouse.api import {base}
@@ -186,7 +187,7 @@ def test_the_allow_list_names_plugins_or_distributions(install, cli, monkeypatch
 WORKER = """
 import multiprocessing, sys
 def work(names):
-    from stillhouse.methods import as_plugins
+    from stillhouse.plugin.load import as_plugins
     from stillhouse.errors import PluginError
     try:
         return [plugin.distribution for plugin in as_plugins(names)]

@@ -10,9 +10,9 @@ import torch
 import toys
 from torch.utils.hooks import RemovableHandle
 
+from stillhouse.contract.batch import Batch
 from stillhouse.errors import ConfigError, MissingExtra
-from stillhouse.step import DistillStep
-from stillhouse.targets import Batch
+from stillhouse.training.step import DistillStep
 
 mid_level = pytest.importorskip("torchdistill.losses.mid_level")
 

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 import toys
 
-from stillhouse import catalog
 from stillhouse.api import Batch, LossTerm, Method, StepInfo, Targets, hookimpl
 from stillhouse.errors import ConfigError
-from stillhouse.loop import Loop
-from stillhouse.methods import loaded
-from stillhouse.step import DistillStep
+from stillhouse.plugin import catalog
+from stillhouse.plugin.load import loaded
+from stillhouse.training.loop import Loop
+from stillhouse.training.step import DistillStep
 from stillhouse_tcmd import TCMD
 from stillhouse_transforms import LabelSmoothing
 
@@ -151,7 +151,7 @@ def test_masked_rows_are_not_mixed_in():
 
 
 def test_a_run_with_mixup_never_reads_kept_soft_labels():
-    from stillhouse.keeping import keep
+    from stillhouse.training.labels import keep
 
     mixed = toys.loop(["mixup", "kd"], keep=keep, steps=12)
     plain = toys.loop("kd", keep=keep, steps=12)

@@ -17,11 +17,11 @@ from types import SimpleNamespace
 import pytest
 import toys
 
-from stillhouse import catalog
-from stillhouse.cli import _report
+from stillhouse.cli.main import _report
 from stillhouse.errors import PluginError, PluginWarning, StillhouseError
-from stillhouse.methods import loaded
-from stillhouse.objects import distill
+from stillhouse.plugin import catalog
+from stillhouse.plugin.load import loaded
+from stillhouse.runs.from_objects import distill
 from stillhouse.testing import checks_for, outcomes, subject_of
 
 PLUGINS = Path(__file__).parent / "plugins"

@@ -53,7 +53,7 @@ def installed(wheel, tmp_path_factory):
 
 def run(python: Path, *words: str, cwd: Path) -> subprocess.CompletedProcess:
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    script = "import sys; from stillhouse.cli import main; sys.exit(main(sys.argv[1:]))"
+    script = "import sys; from stillhouse.cli.main import main; sys.exit(main(sys.argv[1:]))"
     return subprocess.run(
         [python, "-c", script, *words], cwd=cwd, env=env, capture_output=True, text=True, check=False
     )
@@ -112,8 +112,8 @@ def test_the_source_distribution_holds_sources_and_tests(tmp_path):
     with tarfile.open(built(tmp_path, "sdist")) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
     for name in (
-        "pyproject.toml", "README.md", "LICENSE", "engine/stillhouse/loop.py", "plugins/stillhouse_sld/method.py",
-        "tests/conftest.py", "tests/engine/test_loop.py",
+        "pyproject.toml", "README.md", "LICENSE", "engine/stillhouse/training/loop.py", "plugins/stillhouse_sld/method.py",
+        "tests/conftest.py", "tests/engine/training/test_loop.py",
     ):  # fmt: skip
         assert name in names, name
     assert not [name for name in names if name.startswith((".venv", "runs")) or "__pycache__" in name]

@@ -18,13 +18,13 @@ import stillhouse
 from stillhouse.api import Batch, Splits, TensorSplit
 from stillhouse.config import read
 from stillhouse.errors import CheckpointError, ConfigError, PluginError
-from stillhouse.evaluate import Sealed
-from stillhouse.keeping import keep
 from stillhouse.kernels import softmax_kl
-from stillhouse.loop import micro_batches
-from stillhouse.run import resolve
+from stillhouse.runs.evaluate import Sealed
+from stillhouse.runs.resolve import resolve
 from stillhouse.softlabels import SoftLabels, write_soft_labels
-from stillhouse.step import DistillStep
+from stillhouse.training.labels import keep
+from stillhouse.training.loop import micro_batches
+from stillhouse.training.step import DistillStep
 
 EVEN = {"name": "sld", "shares": (1, 1, 1)}
 

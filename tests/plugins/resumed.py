@@ -7,7 +7,7 @@ from collections.abc import Callable
 from resuming import taken_up
 from toys import same_bits
 
-from stillhouse.loop import Loop
+from stillhouse.training.loop import Loop
 
 
 def models(loop: Loop) -> dict:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from stillhouse.loop import Loop
+from stillhouse.training.loop import Loop
 
 
 def taken_up(make: Callable[[], Loop], at: int) -> Loop:
@@ -49,7 +49,7 @@ class Run:
 
     def killed_after(self, update: int) -> None:
         """Dead by SIGKILL right after the checkpoint of ``update`` was due."""
-        die = {"function": "stillhouse.recorder:Recorder.updated", "call": update, "when": "after"}
+        die = {"function": "stillhouse.runs.recorder:Recorder.updated", "call": update, "when": "after"}
         assert self.go(die=die) == -signal.SIGKILL, self.log.read_text()
 
     def said(self) -> str:

@@ -9,7 +9,7 @@ import toys
 
 from stillhouse.api import IGNORE, Batch, StepInfo, StudentOut, Targets
 from stillhouse.errors import ConfigError
-from stillhouse.keeping import keep
+from stillhouse.training.labels import keep
 from stillhouse_baselines.hard_labels import HardLabels
 from stillhouse_baselines.kd import KD, KDConfig
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from stillhouse.config import apply_override, dump, read, validate
-from stillhouse.run import resolve
+from stillhouse.runs.resolve import resolve
 
 FOLDER = Path(__file__).parents[2] / "examples" / "comparison"
 TUNING = runpy.run_path(str(FOLDER / "tune.py"))

@@ -15,10 +15,10 @@ from torch import nn
 from toys import loop, net, rows, same_bits, splits, weights
 
 from stillhouse.api import ConfigError, Diverged, LossTerm, Method, Splits, StepInfo, TensorSplit, hookimpl
-from stillhouse.checkpoint import newest, read, step_of
 from stillhouse.config import dump, validate
-from stillhouse.dispatch import PluginError
-from stillhouse.run import resolve
+from stillhouse.plugin.dispatch import PluginError
+from stillhouse.runs.checkpoint import newest, read, step_of
+from stillhouse.runs.resolve import resolve
 from stillhouse_hldm import HLDM, HLDMConfig, method, weighting
 
 WEIGHTINGS = {
@@ -50,7 +50,7 @@ def test_in_a_run_gradnorm_evens_the_gradients_out():
     batch = made.splits.train.batch(torch.arange(48))
     out, teacher = step.run.student(batch.inputs), step.teacher(batch.inputs)
     info = StepInfo(stage=step.stages[0], rows=48, labelled=48)
-    from stillhouse.targets import StudentOut, Targets
+    from stillhouse.contract.outputs import StudentOut, Targets
 
     terms = plugin.loss_terms(StudentOut(out), Targets(batch.labels, teacher), batch, info)
     weigh = plugin.weighting.weights(plugin.weighting.slots([f"hldm.{name}" for name in terms]))
@@ -319,7 +319,7 @@ def test_killed_and_taken_up_the_weights_and_their_plot_are_whole(tmp_path, fork
         ["run", "run.yaml", f"out={out}", *more], tmp_path, log, **faults
     )
     assert run("whole") == 0, log.read_text()
-    die = {"function": "stillhouse.loop:Loop._update", "call": 23, "when": "after"}
+    die = {"function": "stillhouse.training.loop:Loop._update", "call": 23, "when": "after"}
     assert run("again", die=die) == -signal.SIGKILL, log.read_text()
     assert run("again", "--resume") == 0, log.read_text()
     for name in ("student.safetensors", "weights.json"):

@@ -16,9 +16,9 @@ from torch import nn
 from stillhouse.api import Splits, TensorSplit
 from stillhouse.config import Training
 from stillhouse.errors import ConfigError, MissingExtra
-from stillhouse.keeping import keep
-from stillhouse.loop import Loop
-from stillhouse.step import DistillStep
+from stillhouse.training.labels import keep
+from stillhouse.training.loop import Loop
+from stillhouse.training.step import DistillStep
 from stillhouse_pddm import PDDM, PDDMConfig, PDNet
 from stillhouse_pddm.networks import mappable, parameters_of, relative_error
 

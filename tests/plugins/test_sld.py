@@ -23,10 +23,10 @@ from stillhouse.api import (
     TensorSplit,
 )
 from stillhouse.errors import ConfigError
-from stillhouse.keeping import keep
 from stillhouse.kernels import softmax_kl
-from stillhouse.loop import stage_lengths
-from stillhouse.step import DistillStep
+from stillhouse.training.labels import keep
+from stillhouse.training.loop import stage_lengths
+from stillhouse.training.step import DistillStep
 from stillhouse_sld import SLD, SLDConfig
 
 EVEN = {"name": "sld", "shares": (1, 1, 1)}

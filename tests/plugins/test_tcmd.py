@@ -153,7 +153,7 @@ def test_a_run_taken_up_in_any_stage_has_the_bits_of_an_unbroken_one(name):
 
 
 def test_a_forgotten_state_is_seen(monkeypatch):
-    monkeypatch.setattr("stillhouse.loop.Loop._restore_optimizer", lambda self, state: None)
+    monkeypatch.setattr("stillhouse.training.loop.Loop._restore_optimizer", lambda self, state: None)
     with pytest.raises(AssertionError):
         test_a_run_taken_up_in_any_stage_has_the_bits_of_an_unbroken_one("several tasks")
 
@@ -208,7 +208,7 @@ def test_killed_in_every_stage_and_taken_up(config, kills, tmp_path, forks):
     )
     assert run("whole") == 0, log.read_text()
     for update in kills:
-        die = {"function": "stillhouse.loop:Loop._update", "call": update, "when": "after"}
+        die = {"function": "stillhouse.training.loop:Loop._update", "call": update, "when": "after"}
         assert run(f"at{update}", die=die) == -signal.SIGKILL, log.read_text()
         assert run(f"at{update}", "--resume") == 0, log.read_text()
         for name in ("student.safetensors", "tasks.json"):

@@ -21,15 +21,15 @@ from torch import Tensor, nn
 
 from stillhouse.api import Batch, LossTerm, Method, StepInfo, StudentOut, Targets, hookimpl
 from stillhouse.config import OptimizerConfig, Training
-from stillhouse.dispatch import Plugin, Plugins
+from stillhouse.contract.splits import Split, Splits, TensorSplit
 from stillhouse.kernels import softmax_kl
-from stillhouse.loop import Loop
-from stillhouse.models import freeze
-from stillhouse.optim import make_optimizer
-from stillhouse.order import Order
+from stillhouse.models.integrity import freeze
+from stillhouse.plugin.dispatch import Plugin, Plugins
 from stillhouse.softlabels import SoftLabels
-from stillhouse.step import DistillStep
-from stillhouse.tasks import Split, Splits, TensorSplit
+from stillhouse.training.loop import Loop
+from stillhouse.training.optim import make_optimizer
+from stillhouse.training.order import Order
+from stillhouse.training.step import DistillStep
 
 ROWS, BATCH, INPUTS, CLASSES, TEMPERATURE = 4000, 128, 40, 10, 4.0
 

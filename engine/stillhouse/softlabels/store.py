@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from stillhouse.contract.splits import Split
 from stillhouse.errors import CheckpointError
 from stillhouse.files import write_bytes
-from stillhouse.models import evaluating, forward
-from stillhouse.tasks import Split
+from stillhouse.models.calling import evaluating, forward
 
 
 class SoftLabels:

@@ -8,15 +8,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import stillhouse.run as runs
 from stillhouse.config import RunConfig, dump
-from stillhouse.display import display
+from stillhouse.contract.splits import Splits
+from stillhouse.contract.task import Task
 from stillhouse.errors import ConfigError
 from stillhouse.files import write_json, write_text
-from stillhouse.rundir import differences
+from stillhouse.runs.directory import differences
+from stillhouse.runs.display import display
+from stillhouse.runs.resolve import resolve
+from stillhouse.runs.train import run
 from stillhouse.study.intervals import Interval, mean_interval
 from stillhouse.study.picture import curves
-from stillhouse.tasks import Splits, Task
 
 OWN = ("method", "methods", "name", "out", "seed", "teacher", "observers")
 """What compared runs may differ in."""
@@ -38,10 +40,10 @@ class Row:
 
 def fair(configs: Sequence[RunConfig]) -> list[str]:
     """What the configs differ in besides the method: each line a reason to doubt the comparison."""
-    first = runs.resolve(configs[0]).config
+    first = resolve(configs[0]).config
     found = []
     for other in configs[1:]:
-        for path, mine, its in differences(dump(first), dump(runs.resolve(other).config)):
+        for path, mine, its in differences(dump(first), dump(resolve(other).config)):
             if path.partition(".")[0] not in OWN:
                 found.append(f"{path}: {mine!r} in {first.name}, {its!r} in {other.name}")
     return found
@@ -72,7 +74,7 @@ def compare(
             folder = out / f"{config.name}-seed{seed}"
             cell = config.model_copy(update={"seed": seed, "out": folder})
             shown = display(f"{config.name} seed {seed}: ")
-            made = runs.run(cell, overwrite=overwrite, resume=resume, display=shown, splits=data)
+            made = run(cell, overwrite=overwrite, resume=resume, display=shown, splits=data)
             summaries[config.name].append(made)
     rows = _rows(summaries)
     write_json(out / "comparison.json", {"seeds": list(seeds), "differences": unfair, "runs": summaries})

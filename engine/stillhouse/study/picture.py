@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stillhouse.rundir import METRICS
+from stillhouse.runs.directory import METRICS
 
 
 def curves(summaries: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from stillhouse.api import ConfigError, Method, Observer, PluginError, Task
-from stillhouse.dispatch import check as check_hooks
 from stillhouse.errors import nearest
+from stillhouse.plugin.validate import check as check_hooks
 from stillhouse.testing.rig import Subject
 
 CheckFunction = Callable[[Subject, Path], None]

@@ -14,7 +14,7 @@ from stillhouse.testing.rig import Subject
 
 LISTING = """
 import contextlib, io, json, sys
-from stillhouse.cli import main
+from stillhouse.cli.main import main
 with contextlib.redirect_stdout(io.StringIO()) as printed:
     main(["plugins", "--json"])
 names = [entry["name"] for entry in json.loads(printed.getvalue())]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.api import Batch
-from stillhouse.models import digest
+from stillhouse.models.integrity import digest
 from stillhouse.testing.checks import CheckFunction, NotApplicable, expect
 from stillhouse.testing.rig import Rig, Subject, everything, toy_student, toy_teacher
 from stillhouse.testing.toys import FLAG

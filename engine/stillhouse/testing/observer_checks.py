@@ -9,15 +9,15 @@ from torch import nn
 
 from stillhouse.api import Observer, RunRecord
 from stillhouse.config import validate
-from stillhouse.display import Display
-from stillhouse.loop import Loop
-from stillhouse.recorder import Recorder
-from stillhouse.step import DistillStep
-from stillhouse.tasks import Task
+from stillhouse.contract.task import Task
+from stillhouse.runs.display import Display
+from stillhouse.runs.recorder import Recorder
 from stillhouse.testing.checks import CheckFunction, expect
 from stillhouse.testing.rig import CPU, Subject, toy_student
 from stillhouse.testing.state_checks import config_round_trips
 from stillhouse.testing.toys import Plain, toy_splits
+from stillhouse.training.loop import Loop
+from stillhouse.training.step import DistillStep
 
 
 def survives_a_run_and_a_resume(subject: Subject, folder: Path) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from importlib.metadata import packages_distributions, version
 from typing import Any
 
-from stillhouse import catalog
 from stillhouse.api import Conformance
+from stillhouse.plugin import catalog
 from stillhouse.testing.checks import Check, NotApplicable, checks_for
 from stillhouse.testing.rig import Subject
 

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.api import Batch, Conformance, Method, Stage
-from stillhouse.catalog import Entry
 from stillhouse.config import Training
-from stillhouse.dispatch import Plugin
-from stillhouse.fit import OFFERED
-from stillhouse.keeping import keep
-from stillhouse.loop import Loop, micro_batches
-from stillhouse.methods import settings_of
+from stillhouse.contract.splits import Split, Splits
+from stillhouse.plugin.catalog import Entry
+from stillhouse.plugin.dispatch import Plugin
+from stillhouse.plugin.load import settings_of
 from stillhouse.softlabels import SoftLabels
-from stillhouse.step import DistillStep
-from stillhouse.tasks import Split, Splits
 from stillhouse.testing.toys import Plain, ToyStudent, ToyTeacher, toy_splits
+from stillhouse.training.compatibility import OFFERED
+from stillhouse.training.labels import keep
+from stillhouse.training.loop import Loop, micro_batches
+from stillhouse.training.step import DistillStep
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from stillhouse.config import dump, parse, to_yaml
 from stillhouse.errors import ConfigError
-from stillhouse.methods import settings_of
+from stillhouse.plugin.load import settings_of
 from stillhouse.testing.checks import CheckFailure, CheckFunction, NotApplicable, expect
 from stillhouse.testing.rig import Rig, Subject, everything
 

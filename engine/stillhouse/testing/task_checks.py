@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from stillhouse.api import Batch, Task
-from stillhouse.models import arguments_model, forward
-from stillhouse.tasks import Split, Splits, TensorSplit
+from stillhouse.contract.splits import Split, Splits, TensorSplit
+from stillhouse.models.calling import forward
+from stillhouse.plugin.builders import arguments_model
 from stillhouse.testing.checks import CheckFunction, NotApplicable, expect
 from stillhouse.testing.rig import Subject
 from stillhouse.testing.state_checks import config_round_trips

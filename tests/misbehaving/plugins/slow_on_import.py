@@ -1,6 +1,6 @@
-import stillhouse.catalog
+import stillhouse.plugin.catalog
 
-stillhouse.catalog.time.sleep(60)
+stillhouse.plugin.catalog.time.sleep(60)
 
 from stillhouse.api import LossTerm, Method, hookimpl
 

@@ -1,0 +1,7 @@
+"""``python -m stillhouse.cli`` is ``stillhouse``."""
+
+import sys
+
+from stillhouse.cli.main import main
+
+sys.exit(main())

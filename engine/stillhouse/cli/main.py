@@ -1,0 +1,207 @@
+"""The command line. Parsing imports nothing heavy; each command imports what it needs.
+
+stillhouse run CONFIG|NAME [a.b=c ...] [--resume]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from stillhouse.errors import PluginWarning, StillhouseError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command-line surface."""
+    main = argparse.ArgumentParser(
+        prog="stillhouse", description="A plugin-based engine for knowledge distillation."
+    )
+    main.add_argument("--version", action="store_true", help="print the version")
+    commands = main.add_subparsers(dest="command", metavar="COMMAND")
+
+    run = commands.add_parser("run", help="make one run from a config file or a shipped config's name")
+    run.add_argument(
+        "config", metavar="CONFIG|NAME", help="a YAML file, or a name: see 'stillhouse config list'"
+    )
+    run.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the config's")
+    _keeping(run)
+
+    compare = commands.add_parser("compare", help="make several runs with several seeds and print one table")
+    compare.add_argument(
+        "configs", nargs="+", metavar="CONFIG|NAME|a.b=c", help="configs; overrides go to each"
+    )
+    compare.add_argument("--seeds", default="0,1,2", metavar="0,1,2", help="seeds, default 0,1,2")
+    compare.add_argument("--out", default="runs/compare", metavar="DIR", help="default runs/compare")
+    _keeping(compare)
+
+    plugins = commands.add_parser("plugins", help="list what is installed, without importing it; and more")
+    plugins.add_argument("--json", action="store_true", help="as JSON")
+    _plugin_verbs(plugins)
+
+    config = commands.add_parser("config", help="show configs").add_subparsers(
+        dest="config_command", metavar="COMMAND", required=True
+    )
+    show = config.add_parser("show", help="print a config with every default filled in")
+    show.add_argument("config", metavar="CONFIG|NAME")
+    show.add_argument("overrides", nargs="*", metavar="a.b=c")
+    config.add_parser("list", help="list the shipped configs")
+
+    commands.add_parser("schema", help="print the config's JSON schema, for editors")
+
+    doctor = commands.add_parser(
+        "doctor", help="versions, devices, the kernel in use and why, missing extras"
+    )
+    doctor.add_argument("--kernels", action="store_true", help="check the kernels on the devices at hand")
+    doctor.add_argument("--json", action="store_true", help="as JSON")
+
+    bench = commands.add_parser("bench", help="measure, side by side in one run").add_subparsers(
+        dest="bench_command", metavar="WHAT", required=True
+    )
+    overhead = bench.add_parser("overhead", help="the engine's step beside the same step written by hand")
+    overhead.add_argument("--steps", type=int, default=200, help="updates in a block, default 200")
+    overhead.add_argument("--blocks", type=int, default=15, help="interleaved blocks of each, default 15")
+    overhead.add_argument("--json", action="store_true", help="as JSON")
+    kernels = bench.add_parser(
+        "kernels", help="softmax-KL beside torch, and beside the memory floor", add_help=False
+    )
+    kernels.add_argument("rest", nargs=argparse.REMAINDER)
+
+    main.add_argument("--debug", action="store_true", help="show tracebacks")
+    for command in (run, compare, plugins, show, doctor, overhead):
+        # SUPPRESS: a default here would undo a --debug before the command.
+        command.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks"
+        )
+    return main
+
+
+def _plugin_verbs(plugins: argparse.ArgumentParser) -> None:
+    verbs = plugins.add_subparsers(dest="plugins_command", metavar="COMMAND")
+    kinds = ("method", "task", "observer")
+    new = verbs.add_parser("new", help="write a package with a plugin that works")
+    new.add_argument("name", metavar="NAME", help="what configs will call it")
+    new.add_argument("--kind", choices=kinds, default="method", help="default method")
+    new.add_argument("--dir", metavar="DIR", help="default stillhouse-NAME")
+    show = verbs.add_parser("show", help="what a plugin implements, requires and can be told")
+    check = verbs.add_parser("check", help="the conformance checks of stillhouse.testing")
+    for verb in (show, check):
+        verb.add_argument("name", metavar="NAME")
+        verb.add_argument("--kind", choices=(*kinds, "model"), help="where a name stands for several")
+    for verb in (new, show, check):
+        verb.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="as JSON")
+        verb.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
+
+
+def _keeping(command: argparse.ArgumentParser) -> None:
+    group = command.add_mutually_exclusive_group()
+    group.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    group.add_argument("--overwrite", action="store_true", help="start over, replacing what is there")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0 when it worked, 2 for a mistake that the user can mend, 130 after Ctrl-C."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    options = _parsed(words)
+    if options.version:
+        from stillhouse import __version__
+
+        print(f"stillhouse {__version__}")
+        return 0
+    if options.command is None:
+        parser().print_help()
+        return 0
+    warnings.showwarning = _show_warning(warnings.showwarning)
+    try:
+        return _dispatch(options)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        if getattr(options, "debug", False):
+            raise
+        return _report(error)
+
+
+def _parsed(words: Sequence[str]) -> argparse.Namespace:
+    """The options; overrides may also stand after an option, where argparse by itself takes none."""
+    words, kept = _without_rest(words)
+    options, rest = parser().parse_known_args(words)
+    if kept:
+        options.rest = kept
+    late: list[str] | None = getattr(options, "overrides", getattr(options, "configs", None))
+    if rest and (late is None or any(word.startswith("-") for word in rest)):
+        parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    if late is not None:
+        late.extend(rest)
+    return options
+
+
+def _without_rest(words: Sequence[str]) -> tuple[Sequence[str], list[str]]:
+    """``bench kernels`` has a parser of its own, and argparse hands on no remainder that begins with an option."""
+    for first in range(len(words) - 1):
+        if list(words[first : first + 2]) == ["bench", "kernels"]:
+            return words[: first + 2], list(words[first + 2 :])
+        if not words[first].startswith("-"):
+            break
+    return words, []
+
+
+def _dispatch(options: argparse.Namespace) -> int:
+    if options.command == "bench" and options.bench_command == "kernels":
+        from stillhouse.bench import kernels
+
+        return kernels.main(kernels.parser().parse_args(options.rest))
+    from stillhouse.cli import commands
+
+    command = options.command
+    if command == "plugins":
+        from stillhouse.cli import plugin_commands
+
+        return plugin_commands.run(options)
+    if command in ("bench", "config"):
+        command += f"_{getattr(options, f'{command}_command')}"
+    return int(getattr(commands, command)(options))
+
+
+def _show_warning(otherwise: Callable[..., None]) -> Callable[..., None]:
+    def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if issubclass(category, PluginWarning):
+            print(f"note: {message}", file=sys.stderr)
+        else:
+            otherwise(message, category, *rest, **more)
+
+    return show
+
+
+def _report(error: Exception) -> int:
+    """A mistake as a message; a plugin's failure with its own line; ours with its traceback."""
+    notes = getattr(error, "__notes__", [])
+    if isinstance(error, StillhouseError):
+        print(f"error: {error}", file=sys.stderr)
+        for note in notes:
+            print(f"  {note}", file=sys.stderr)
+        return 130 if type(error).__name__ == "Interrupted" else 2
+    import traceback
+
+    if notes:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        for note in notes:
+            print(f"  {note}", file=sys.stderr)
+        print(f"  at {frame.filename}:{frame.lineno} (--debug shows all of it)", file=sys.stderr)
+        return 2
+    if isinstance(error, OSError):
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    traceback.print_exception(error)
+    print("error: this is a fault of stillhouse; please report it with the lines above", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

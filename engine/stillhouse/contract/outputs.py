@@ -1,0 +1,70 @@
+"""What the models give, what the losses compare with, and what they answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from stillhouse.errors import ConfigError
+
+if TYPE_CHECKING:
+    from stillhouse.kernels import Sampled, TopK
+
+
+@dataclass(frozen=True, slots=True)
+class StudentOut:
+    """What the student gives: logits ``(B, C)`` or ``(B, L, V)`` and the features asked for, by module name."""
+
+    logits: Tensor
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherOut:
+    """What the teacher gives, without a graph.
+
+    ``logits`` is a dense tensor, a ``TopK`` or a ``Sampled`` (whatever ``softmax_kl`` takes as its
+    target); ``features`` holds the named modules' outputs where the teacher was called.
+    """
+
+    logits: Tensor | TopK | Sampled
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What the losses read, after every label transform.
+
+    labels
+        Class indices with ``-100`` where there is none, class probabilities ``(B, C)``, float
+        targets for regression, or None.
+    soft
+        The teacher's logits (dense, ``TopK`` or ``Sampled``), or None where no teacher is called.
+    """
+
+    labels: Tensor | None = None
+    soft: Any = None
+
+    @property
+    def dense(self) -> Tensor:
+        """The teacher's logits as a dense tensor; ConfigError where they are not."""
+        if not isinstance(self.soft, Tensor):
+            raise ConfigError(
+                f"got {type(self.soft).__name__} for the teacher's logits; expected a dense tensor: use a "
+                "method that takes what this teacher gives"
+            )
+        return self.soft
+
+
+@dataclass(frozen=True, slots=True)
+class LossTerm:
+    """One named loss: a scalar already divided by the update's rows (``step.mean`` does that).
+
+    The engine adds ``weight * value`` to the loss and logs ``value``.
+    """
+
+    value: Tensor
+    weight: float | Tensor = 1.0

@@ -1,0 +1,174 @@
+"""``stillhouse.distill(student, teacher, data)``: a run from Python objects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from stillhouse.api import Task
+from stillhouse.config import validate
+from stillhouse.contract.context import STUDENT, TARGET
+from stillhouse.contract.splits import DatasetSplit, Split, Splits, TensorSplit
+from stillhouse.contract.task import classification, regression
+from stillhouse.errors import DataError, nearest
+from stillhouse.models.integrity import digest
+from stillhouse.plugin.load import MethodLike, as_plugins
+from stillhouse.runs import directory
+from stillhouse.runs.display import Display
+from stillhouse.runs.display import display as default_display
+from stillhouse.runs.resolve import Parts, pick_device
+from stillhouse.runs.train import Summary, cpu_threads, train
+from stillhouse.training import optim
+from stillhouse.training.random_state import RandomState
+
+Score = Callable[[Tensor, Tensor], dict[str, float]]
+SPLITS = ("train", "validation", "test", "unlabelled")
+
+
+@dataclass
+class Distilled:
+    """What came out: the trained model, its scores by split, and everything else in ``summary``."""
+
+    student: nn.Module
+    scores: dict[str, dict[str, float]]
+    summary: Summary
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    data: Any,
+    *,
+    method: MethodLike | Sequence[MethodLike] = "sld",
+    target: nn.Module | None = None,
+    score: Score | None = None,
+    dir: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    display: Display | None = None,
+    **training: Any,
+) -> Distilled:
+    """Train ``student`` (in place) with a method, from ``teacher``, on ``data``.
+
+    student, teacher, target
+        Modules whose forward takes a batch's inputs and gives logits. The teacher is frozen: no
+        gradient, eval mode. ``target``: another model to end with; it is the one returned.
+    data
+        ``(inputs, labels)`` or inputs as tensors, a map-style Dataset, a DataLoader of one (its order
+        and batch size are not used), or a mapping with some of train, validation, test, unlabelled.
+    method
+        A name, ``{"name": ..., setting: ...}``, a Method object, or a list of these.
+    score
+        From outputs and labels of a split to metrics by name, the first being the one shown; default
+        accuracy and nll, or r2 and mse where labels are floats.
+    dir, resume, overwrite
+        A run directory to keep; without it nothing is written. ``resume`` goes on with an unfinished run there,
+        ``overwrite`` starts over.
+    training
+        Any key of a run's ``Training`` and logging settings: ``steps=9000``, ``batch_size=128``,
+        ``optimizer={"lr": 2e-3}``, ``scheduler="CosineAnnealingLR"``, ``seed=1``, ``device="cpu"`` ...
+
+    Raises ConfigError, DataError or PluginError before any training where something doesn't fit.
+    """
+    splits = as_splits(data)
+    splits.validate()
+    task = _ObjectTask(splits, score)
+    config = validate({"name": "distill", "task": "objects", "method": "objects", **training, "out": dir})
+    optim.check(config.optimizer, config.scheduler)
+    plugins = as_plugins(method)
+    specs = [{"name": plugin.name, **plugin.method.config.model_dump(mode="json")} for plugin in plugins]
+    config = validate({**config.model_dump(mode="json"), "method": None, "methods": specs})
+    builders: dict[str, Callable[[], nn.Module]] = {STUDENT: lambda: student}
+    if target is not None:
+        builders[TARGET] = lambda: target
+    folder = None if dir is None else Path(dir)
+    parts = Parts(config, task, plugins, [], builders, teacher, folder)
+    if folder is not None:
+        finished = directory.look(config, resume=resume, overwrite=overwrite)
+        if finished is not None:
+            from stillhouse.runs.teachers import load
+
+            made_from = replace(splits, test=None).fingerprint()
+            directory.same_origin(folder, made_from, None if teacher is None else digest(teacher))
+            load(target or student, folder / directory.STUDENT)
+            return Distilled(target or student, finished["scores"], finished)
+    shown = display or default_display()
+    outside = RandomState.capture()
+    try:
+        with cpu_threads(config.threads):
+            summary = train(
+                parts, splits, pick_device(config.device), shown, resume=resume, overwrite=overwrite
+            )
+    finally:
+        shown.close()
+        outside.restore()
+    return Distilled(target or student, summary["scores"], summary)
+
+
+class _ObjectTask(Task):
+    """The task behind data that were handed over."""
+
+    api_version: ClassVar[int] = 1
+
+    def __init__(self, splits: Splits, score: Score | None) -> None:
+        super().__init__()
+        labels = splits.train.batch(_first_row()).labels
+        floats = labels is not None and labels.is_floating_point()
+        self._score = score or (regression if floats else classification)
+        self.metric = "r2" if floats else "accuracy"  # type: ignore[misc]
+
+    def score(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+        scores = self._score(outputs, labels)
+        self.metric = next(iter(scores))  # type: ignore[misc]
+        return scores
+
+
+def _first_row() -> Tensor:
+    import torch
+
+    return torch.zeros(1, dtype=torch.long)
+
+
+def as_splits(data: Any) -> Splits:
+    """Splits from what a user has; DataError for what can't be read."""
+    if isinstance(data, Splits):
+        return replace(data)
+    if isinstance(data, Mapping):
+        unknown = [name for name in data if name not in SPLITS]
+        if unknown:
+            raise DataError(f"data has a split '{unknown[0]}'{nearest(str(unknown[0]), SPLITS)}")
+        if data.get("train") is None:
+            raise DataError(f"data has the splits {', '.join(data) or 'none'}; expected 'train' among them")
+        return Splits(**{name: as_split(value, name) for name, value in data.items() if value is not None})
+    return Splits(as_split(data, "train"))
+
+
+def as_split(data: Any, name: str) -> Split:
+    """One split from tensors, a Dataset or a DataLoader."""
+    if isinstance(data, TensorSplit | DatasetSplit):
+        return data
+    if isinstance(data, Tensor):
+        return TensorSplit(data)
+    if (
+        isinstance(data, tuple | list)
+        and len(data) in (1, 2)
+        and all(isinstance(item, Tensor) for item in data)
+    ):
+        return TensorSplit(*data)
+    labelled = name != "unlabelled"
+    if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
+        return DatasetSplit(data.dataset, labelled, collate=data.collate_fn)
+    if isinstance(data, Dataset) and hasattr(data, "__len__") and not isinstance(data, IterableDataset):
+        return DatasetSplit(data, labelled)
+    what = type(data).__name__
+    if isinstance(data, tuple | list) and data:
+        what += f" of {', '.join(type(item).__name__ for item in data[:3])}"
+    raise DataError(
+        f"the {name} split is {what}; expected tensors (torch.as_tensor makes one of an array), (inputs, labels), "
+        "a map-style Dataset or a DataLoader of one (an iterable has no sample ids, and can't be resumed)"
+    )

@@ -1,0 +1,126 @@
+"""From a config to loaded plugins, with every setting checked and every default filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from stillhouse.api import Observer, Task
+from stillhouse.config import Named, RunConfig, StudentConfig, TeacherConfig, dump
+from stillhouse.contract.context import STUDENT, TARGET
+from stillhouse.contract.task import Builder
+from stillhouse.errors import ConfigError, nearest
+from stillhouse.plugin.builders import arguments
+from stillhouse.plugin.catalog import entries, find
+from stillhouse.plugin.catalog import load as load_plugin
+from stillhouse.plugin.dispatch import Plugin, Plugins
+from stillhouse.plugin.load import configured, lifted, load_methods
+from stillhouse.runs import teachers
+from stillhouse.training import optim
+
+NamedT = TypeVar("NamedT", bound=Named)
+
+
+@dataclass
+class Parts:
+    """A config's plugins, loaded and checked, with the config as resolved by them."""
+
+    config: RunConfig
+    task: Task
+    methods: list[Plugin]
+    observers: list[Observer]
+    builders: dict[str, Callable[[], nn.Module]]
+    teacher: nn.Module | None = None
+    """A teacher handed over as an object, in place of a builder."""
+    folder: Path | None = None
+    """The run directory; None keeps nothing."""
+
+
+def resolve(config: RunConfig) -> Parts:
+    """Load what the config names, check every setting, and fill in every default.
+
+    Raises PluginError or ConfigError; nothing is trained or written before this has passed.
+    """
+    _, task = configured("task", config.task, "task")
+    named = lifted(config.named_methods)
+    methods = load_methods(named)
+    observers = [
+        configured("observer", spec, f"observers.{number}")[1] for number, spec in enumerate(config.observers)
+    ]
+    optim.check(config.optimizer, config.scheduler)
+    needs = Plugins(methods).requires
+    chosen: dict[str, Any] = {"task": _full(config.task, dump(task.config))}
+    builders = {}
+    if needs & {"logits", "hidden_states"}:
+        spec = _named(config.teacher or TeacherConfig(), task.teachers, task, "teachers")  # type: ignore[call-arg]
+        builders["teacher"], given = builder_of(spec, task.teachers, "teacher")
+        settings = teachers.training(spec.train, task)
+        optim.check(settings.optimizer, settings.scheduler)
+        chosen["teacher"] = {**_full(spec, given), "checkpoint": spec.checkpoint, "train": dump(settings)}
+        if spec.checkpoint is not None:
+            chosen["teacher"].pop("train")
+    else:
+        chosen["teacher"] = None
+    student = config.student or StudentConfig()  # type: ignore[call-arg]
+    for role, given_spec in ((STUDENT, student), (TARGET, config.target)):
+        if given_spec is not None:
+            named_spec = _named(given_spec, task.students, task, "students")
+            builders[role], given = builder_of(named_spec, task.students, role)
+            chosen[role] = _full(named_spec, given)
+    specs = [
+        _full(spec, dump(plugin.method.config)) for (_, spec), plugin in zip(named, methods, strict=True)
+    ]
+    alone = config.method is not None and len(specs) == 1
+    chosen |= {"method": specs[0]} if alone else {"method": None, "methods": specs}
+    resolved = RunConfig.model_validate({**config.model_dump(exclude=set(chosen)), **chosen})
+    return Parts(resolved, task, methods, observers, builders, folder=resolved.run_dir)
+
+
+def _full(spec: Named, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {"name": spec.name, **settings}
+
+
+def _named(spec: NamedT, builders: Mapping[str, Builder], task: Task, what: str) -> NamedT:
+    """The spec, by the name of the task's first builder where it gives none."""
+    if spec.name:
+        return spec
+    if not builders:
+        raise ConfigError(f"task {type(task).__name__} has no {what} of its own; name one")
+    return spec.model_copy(update={"name": next(iter(builders))})
+
+
+def builder_of(
+    spec: Named, known: Mapping[str, Builder], path: str
+) -> tuple[Callable[[], nn.Module], dict[str, Any]]:
+    """The builder that a config names, of the task or by entry point, with its arguments."""
+    builder = known.get(spec.name)
+    if builder is None:
+        others = {entry.name for entry in entries("model")}
+        if spec.name not in others:
+            raise ConfigError(
+                f"{path}.name: no model is called '{spec.name}'{nearest(spec.name, {*known, *others})}"
+            )
+        builder = load_plugin(find("model", spec.name))
+    given = arguments(builder, spec.settings, path)
+    made = builder
+    return lambda: made(**given), given
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` means here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device: got '{name}'; expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device: cuda is not available here; expected auto or cpu ('stillhouse doctor' says why)"
+        )
+    return device

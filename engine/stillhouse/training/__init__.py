@@ -1,0 +1,1 @@
+"""One update, one stage, one run of the loop."""
