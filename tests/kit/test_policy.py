@@ -12,7 +12,7 @@ import pytest
 from stillhouse.api import LossTerm, Method, Observer, Task, hookimpl
 from stillhouse.contract import hooks
 from stillhouse.errors import PluginError
-from stillhouse.plugin import dispatch
+from stillhouse.plugin import dispatch, validate
 from stillhouse.plugin.dispatch import Plugin, Plugins
 
 SOURCE = """
@@ -43,19 +43,20 @@ def specify(monkeypatch):
     """Put another specification in the place of the step's hooks."""
 
     def do(specs: type) -> None:
-        monkeypatch.setattr(dispatch, "StepHooks", specs)
-        dispatch.hook_arguments.cache_clear()
+        for module in (dispatch, validate):
+            monkeypatch.setattr(module, "StepHooks", specs)
+        validate.hook_arguments.cache_clear()
 
     yield do
     monkeypatch.undo()
-    dispatch.hook_arguments.cache_clear()
+    validate.hook_arguments.cache_clear()
 
 
 @pytest.mark.parametrize(
     ("version", "runs"), [(1, False), (2, True), (3, True), (4, False), ("3", False), (None, False)]
 )
 def test_the_engine_runs_n_and_n_minus_1(monkeypatch, version, runs):
-    monkeypatch.setattr(dispatch, "API_VERSION", 3)
+    monkeypatch.setattr(validate, "API_VERSION", 3)
     kind = type("Mine", (Old,), {"api_version": version})
     if runs:
         plugins(kind)
@@ -91,7 +92,7 @@ def test_a_new_hook_leaves_an_older_plugins_own_method_of_that_name_alone(specif
             """A hook of version 2."""
 
     specify(More)
-    monkeypatch.setattr(dispatch, "API_VERSION", 2)
+    monkeypatch.setattr(validate, "API_VERSION", 2)
     monkeypatch.setitem(hooks.SINCE, "on_weather", 2)
     helper = {"on_weather": lambda self: "rain"}
     plugins(type("Mine", (Old,), helper))
