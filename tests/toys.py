@@ -109,5 +109,5 @@ class Squares(Method):
     requires = frozenset()
 
     @hookimpl
-    def loss_terms(self, student_out, batch, step):
-        return {"square": LossTerm(step.mean(student_out.logits.square().mean(-1), batch.mask))}
+    def loss_terms(self, student_out, batch, info):
+        return {"square": LossTerm(info.mean(student_out.logits.square().mean(-1), batch.mask))}

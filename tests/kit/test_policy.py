@@ -78,7 +78,7 @@ def test_every_kind_of_plugin_is_held_to_its_version(install, cli, base, kind):
 def test_a_new_argument_leaves_old_plugins_as_they_are(specify):
     class Wider(hooks.StepHooks):
         @hooks.hookspec
-        def loss_terms(self, student_out, teacher_out, targets, batch, step, weather):
+        def loss_terms(self, student_out, teacher_out, targets, batch, info, weather):
             """One more argument."""
 
     specify(Wider)
@@ -117,7 +117,7 @@ def line_of(text: str) -> int:
 def test_a_deprecated_argument_warns_at_the_authors_own_file_and_line(specify):
     class Deprecating(hooks.StepHooks):
         @hooks.hookspec(warn_on_impl_args={"targets": DeprecationWarning("targets: removed in 4; use goal")})
-        def loss_terms(self, student_out, teacher_out, targets, goal, batch, step):
+        def loss_terms(self, student_out, teacher_out, targets, goal, batch, info):
             """``targets`` goes."""
 
     specify(Deprecating)
@@ -132,7 +132,7 @@ def test_a_deprecated_argument_warns_at_the_authors_own_file_and_line(specify):
 def test_a_plugin_that_does_not_take_the_deprecated_argument_is_left_in_peace(specify):
     class Deprecating(hooks.StepHooks):
         @hooks.hookspec(warn_on_impl_args={"teacher_out": DeprecationWarning("gone")})
-        def loss_terms(self, student_out, teacher_out, targets, batch, step):
+        def loss_terms(self, student_out, teacher_out, targets, batch, info):
             """``teacher_out`` goes."""
 
     specify(Deprecating)
@@ -144,7 +144,7 @@ def test_a_plugin_that_does_not_take_the_deprecated_argument_is_left_in_peace(sp
 def test_a_deprecated_hook_warns_at_the_authors_own_file_and_line(specify):
     class Deprecating(hooks.StepHooks):
         @hooks.hookspec(warn_on_impl=DeprecationWarning("loss_terms: removed in 4"))
-        def loss_terms(self, student_out, teacher_out, targets, batch, step):
+        def loss_terms(self, student_out, teacher_out, targets, batch, info):
             """All of it goes."""
 
     specify(Deprecating)
@@ -156,7 +156,7 @@ def test_a_deprecated_hook_warns_at_the_authors_own_file_and_line(specify):
 def test_a_removed_argument_is_refused_with_those_that_there_are(specify):
     class Narrower(hooks.StepHooks):
         @hooks.hookspec
-        def loss_terms(self, student_out, goal, batch, step):
+        def loss_terms(self, student_out, goal, batch, info):
             """``targets`` is gone."""
 
     specify(Narrower)

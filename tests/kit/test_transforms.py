@@ -27,7 +27,7 @@ class Seen(Method):
     different_outputs = True
 
     @hookimpl
-    def loss_terms(self, student_out, teacher_out, targets, batch, step):
+    def loss_terms(self, student_out, teacher_out, targets, batch, info):
         self.targets, self.batch = targets, batch
         return {"zero": LossTerm(student_out.logits.sum() * 0)}
 

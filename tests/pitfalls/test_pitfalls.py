@@ -217,7 +217,7 @@ def test_16_the_test_split_is_looked_at_before_the_end():
             assert run.splits.test is None, "no plugin sees it"
 
         @stillhouse.api.hookimpl
-        def on_step_end(self, step):
+        def on_update_end(self, info):
             reads.append("update")
 
     made = toys.splits()

@@ -161,7 +161,7 @@ class Extra(Method):
     value = 1.0
 
     @hookimpl
-    def loss_terms(self, student_out, step):
+    def loss_terms(self, student_out, info):
         return {"term": LossTerm(self.value * student_out.logits.square().mean())}
 
 

@@ -140,7 +140,7 @@ class Recorder:
         """Write one, unless nothing is kept."""
         if self.folder is None:
             return
-        loop.step.check_teacher()
+        loop.step.teachers.check(loop.step.plugins, whole=True)
         self._refuse_broken(loop)
         content = {**loop.state_dict(), "seconds": self.elapsed(), "config": json.dumps(dump(self.config))}
         checkpoint.write(self.folder / directory.CHECKPOINTS, loop.at.step, content)

@@ -82,11 +82,14 @@ def trained(
     device: torch.device,
     say: Callable[[str], None],
     before: Callable[[nn.Module], None] = lambda model: None,
+    kind: str = "classification",
 ) -> tuple[nn.Module, dict[str, str]]:
     """The teacher from the cache, else trained on the labelled split and kept there.
 
     before
         Called with the untrained teacher where it has to be trained; may refuse it.
+    kind
+        What a batch means.
 
     Returns the model and its fingerprint with the key ``found`` (``kept`` or ``trained``).
     """
@@ -103,7 +106,7 @@ def trained(
     before(model)
     say(f"teacher {named['name']}: training it once, {settings.steps} updates ({digest})")
     step = DistillStep(
-        "hard_labels", student=model, probe=data.batch(torch.arange(min(2, len(data)))).to(device)
+        "hard_labels", student=model, probe=data.batch(torch.arange(min(2, len(data)))).to(device), task=kind
     )
     loop = Loop(step, Splits(data), settings, device, _Silent())
     loop.run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -19,13 +20,12 @@ from stillhouse.contract.observers import RunRecord
 from stillhouse.contract.splits import Splits
 from stillhouse.files import write_bytes, write_json
 from stillhouse.models.integrity import digest, freeze
-from stillhouse.plugin.dispatch import Plugins
 from stillhouse.runs import directory, page, teachers
 from stillhouse.runs.display import Display
 from stillhouse.runs.evaluate import Sealed, score
 from stillhouse.runs.recorder import Interrupted, Recorder
 from stillhouse.runs.resolve import Parts, builder_of, pick_device, resolve
-from stillhouse.training.compatibility import OFFERED, check_fit
+from stillhouse.training.compatibility import OFFERED
 from stillhouse.training.loop import Loop
 from stillhouse.training.random_state import RandomState
 from stillhouse.training.step import DistillStep
@@ -102,6 +102,7 @@ def train(
         target=models.get(TARGET),
         teacher=teacher,
         probe=_probe(data, device),
+        task=parts.task.kind,
         splits=data,
         steps=config.steps,
         batch_size=config.batch_size,
@@ -115,7 +116,6 @@ def train(
     )
     with closing(step):  # after an error too: nothing stays frozen, no hook stays on the caller's models
         for name, auxiliary in step.auxiliary.items():
-            auxiliary.module.to(device)
             display.say(f"auxiliary module {name}: {_size(auxiliary.module):,} parameters")
         recorder = Recorder(config, parts.task, data.validation, device, display, folder, parts.observers)
         loop = Loop(step, data, config, device, recorder)
@@ -175,6 +175,7 @@ def _teacher(
             device,
             say,
             before=lambda untrained: _check_models(parts, data, device, untrained),
+            kind=parts.task.kind,
         )
         facts = dict(made)
     if data.validation is not None and data.validation.labelled:
@@ -188,8 +189,20 @@ def _check_models(parts: Parts, data: Splits, device: torch.device, teacher: nn.
         models = {
             role: parts.builders[role]().to(device) for role in (STUDENT, TARGET) if role in parts.builders
         }
-    plugins = Plugins(parts.methods)
-    check_fit(plugins, models, teacher, _probe(data, device), splits=data, offers=_offers(data))
+        step = DistillStep(
+            copy.deepcopy(parts.methods),
+            student=models[STUDENT],
+            target=models.get(TARGET),
+            teacher=copy.deepcopy(teacher),
+            probe=_probe(data, device),
+            task=parts.task.kind,
+            splits=data,
+            steps=parts.config.steps,
+            batch_size=parts.config.batch_size,
+            seed=parts.config.seed,
+            offers=_offers(data),
+        )
+    step.close()
 
 
 def _probe(data: Splits, device: torch.device) -> Batch:

@@ -52,7 +52,7 @@ def refused(made: type[Method]) -> str:
 class TestWhatPluggyWouldPassOver:
     def test_a_wrong_argument_is_refused_with_the_nearest_name(self):
         @hookimpl
-        def loss_terms(self, student_outs, step):
+        def loss_terms(self, student_outs, info):
             return {}
 
         message = refused(method(loss_terms=loss_terms))
@@ -61,7 +61,7 @@ class TestWhatPluggyWouldPassOver:
 
     def test_a_keyword_only_argument_is_refused(self):
         @hookimpl
-        def loss_terms(self, student_out, *, step):
+        def loss_terms(self, student_out, *, info):
             return {}
 
         assert "argument 'step' is keyword-only" in refused(method(loss_terms=loss_terms))
@@ -74,21 +74,21 @@ class TestWhatPluggyWouldPassOver:
 
     def test_an_argument_with_a_default_is_refused(self):
         @hookimpl
-        def loss_terms(self, student_out, step=None):
+        def loss_terms(self, student_out, info=None):
             return {}
 
         assert "'step' has a default" in refused(method(loss_terms=loss_terms))
 
     def test_a_partial_is_refused(self):
         @hookimpl
-        def loss_terms(self, student_out, step):
+        def loss_terms(self, student_out, info):
             return {}
 
         assert "is a partial" in refused(method(loss_terms=functools.partial(loss_terms)))
 
     def test_a_partialmethod_is_refused(self):
         @hookimpl
-        def loss_terms(self, student_out, step):
+        def loss_terms(self, student_out, info):
             return {}
 
         assert "is a partialmethod" in refused(method(loss_terms=functools.partialmethod(loss_terms)))
@@ -96,7 +96,7 @@ class TestWhatPluggyWouldPassOver:
     def test_a_cached_method_is_refused(self):
         @functools.lru_cache
         @hookimpl
-        def loss_terms(self, student_out, step):
+        def loss_terms(self, student_out, info):
             return {}
 
         assert "lru_cache" in refused(method(loss_terms=loss_terms))
@@ -110,7 +110,7 @@ class TestWhatPluggyWouldPassOver:
 
     def test_a_static_method_is_refused(self):
         @hookimpl
-        def loss_terms(student_out, step):
+        def loss_terms(student_out, info):
             return {}
 
         assert "is a staticmethod" in refused(method(loss_terms=staticmethod(loss_terms)))

@@ -238,8 +238,8 @@ class Stops(toys.Squares):
         self.act = act
 
     @stillhouse.api.hookimpl
-    def on_step_end(self, step):
-        if step.index == 4:
+    def on_update_end(self, info):
+        if info.index == 4:
             self.act()
 
 
@@ -297,8 +297,8 @@ class TestDirectory:
             stop = True
 
             @stillhouse.api.hookimpl
-            def on_step_end(self, step):
-                if self.stop and step.index == 6:
+            def on_update_end(self, info):
+                if self.stop and info.index == 6:
                     raise RuntimeError("power cut")
 
         class NeverStops(Stops):

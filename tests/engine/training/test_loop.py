@@ -17,8 +17,9 @@ from stillhouse.api import Auxiliary, LossTerm, Method, Stage, hookimpl
 from stillhouse.contract.splits import DatasetSplit, Splits, TensorSplit
 from stillhouse.errors import ConfigError
 from stillhouse.training.labels import keep
-from stillhouse.training.loop import micro_batches, stage_lengths
+from stillhouse.training.loop import micro_batches
 from stillhouse.training.order import Order
+from stillhouse.training.stages import stage_lengths
 
 SLD = {"name": "sld", "shares": (1, 1, 1)}
 
@@ -63,9 +64,9 @@ def test_clipping_bounds_the_whole_gradient():
             self.run = run
 
         @hookimpl
-        def loss_terms(self, student_out, step):
+        def loss_terms(self, student_out, info):
             out = self.run.models["looks.head"](student_out.logits)
-            return {"x": LossTerm(1e3 * step.mean(out.square().mean(-1)))}
+            return {"x": LossTerm(1e3 * info.mean(out.square().mean(-1)))}
 
     loop = toys.loop(Looks(), clip=0.5, steps=3)
     loop._enter()
@@ -177,8 +178,8 @@ class TestStages:
                 told.append(f"start {stage.name}")
 
             @hookimpl
-            def on_step_end(self, step, metrics):
-                told.append((step.index, step.stage_index, step.stage_steps, step.stage.name))
+            def on_update_end(self, info, metrics):
+                told.append((info.index, info.stage_index, info.stage_steps, info.stage.name))
 
             @hookimpl
             def on_stage_end(self, stage):
@@ -243,9 +244,9 @@ class TestAuxiliary:
                 return {"map": Auxiliary(nn.Linear(8, 16), {"lr": 0.5, "weight_decay": 0.0})}
 
         @hookimpl
-        def loss_terms(self, student_out, teacher_out, step):
+        def loss_terms(self, student_out, teacher_out, info):
             mapped = self.run.models["projects.map"](student_out.features["1"])
-            return {"match": LossTerm(step.mean((mapped - teacher_out.features["1"]).square().mean(-1)))}
+            return {"match": LossTerm(info.mean((mapped - teacher_out.features["1"]).square().mean(-1)))}
 
     def test_gets_an_optimizer_group_with_options_of_its_own(self):
         loop = toys.loop(self.Projects())
@@ -394,9 +395,9 @@ def test_a_method_that_updates_the_student_itself_replaces_ours():
         requires = frozenset({"student_update"})
 
         @hookimpl
-        def student_update(self, student, optimizer, loss, step):
+        def student_update(self, student, optimizer, loss, info):
             loss.backward()
-            if step.last:
+            if info.last:
                 with torch.no_grad():
                     for parameter in student.parameters():
                         parameter.sub_(0.1 * parameter.grad)

@@ -214,9 +214,9 @@ class TestEmbedded:
                 run.capture("teacher", "0")
 
             @hookimpl
-            def loss_terms(self, student_out, teacher_out, step):
+            def loss_terms(self, student_out, teacher_out, info):
                 self.seen = student_out.features["1"], teacher_out.features["0"]
-                return {"x": LossTerm(step.mean(self.seen[0].sum(-1)))}
+                return {"x": LossTerm(info.mean(self.seen[0].sum(-1)))}
 
         method = Reads()
         student, teacher = toys.net(seed=1), toys.net(16, seed=2)
@@ -256,7 +256,7 @@ class TestTeacher:
             requires = frozenset({"logits"})
 
             @hookimpl
-            def on_step_end(self, step):
+            def on_update_end(self, info):
                 with torch.no_grad():
                     self.teacher[0].weight.add_(1)
 
@@ -287,7 +287,7 @@ class TestTeacher:
                 return TeacherOut(torch.full((len(batch), toys.CLASSES), 5.0))
 
             @hookimpl
-            def loss_terms(self, teacher_out, student_out, step):
+            def loss_terms(self, teacher_out, student_out, info):
                 assert (teacher_out.logits == 5).all()
                 return {"x": LossTerm(student_out.logits.sum() * 0)}
 
@@ -385,7 +385,7 @@ class TestRefusedBeforeTheFirstStep:
             @hookimpl
             def on_step_ended(self, step): ...
 
-        with pytest.raises(PluginError, match=r"did you mean 'on_step_end'"):
+        with pytest.raises(PluginError, match=r"did you mean 'on_update_end'"):
             step_of(Bad(), toys.net())
 
     def test_no_method_at_all(self):
