@@ -77,7 +77,7 @@ def _caches(model: nn.Module) -> bool:
 def _parameters(model: nn.Module) -> dict[str | None, Any] | None:
     """The arguments of the model's forward; the key None for ``**arguments``. None where it can't be known."""
     try:
-        found = inspect.signature(unwrapped(model).forward).parameters
+        found = inspect.signature(getattr(unwrapped(model), "forward", model)).parameters
     except (TypeError, ValueError):  # scripted, or built in C
         return None
     return {None if item.kind is item.VAR_KEYWORD else name: item for name, item in found.items()}

@@ -19,7 +19,7 @@ from stillhouse.contract.context import STUDENT, TARGET
 from stillhouse.contract.observers import RunRecord
 from stillhouse.contract.splits import Splits
 from stillhouse.files import write_bytes, write_json
-from stillhouse.models.integrity import digest, freeze
+from stillhouse.models.integrity import digest
 from stillhouse.runs import directory, page, teachers
 from stillhouse.runs.display import Display
 from stillhouse.runs.evaluate import Sealed, score
@@ -180,7 +180,7 @@ def _teacher(
         facts = dict(made)
     if data.validation is not None and data.validation.labelled:
         facts["validation"] = score(parts.task, model, data.validation, device, teacher=True)
-    return freeze(model), facts
+    return model, facts
 
 
 def _check_models(parts: Parts, data: Splits, device: torch.device, teacher: nn.Module) -> None:

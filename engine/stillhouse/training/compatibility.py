@@ -55,7 +55,7 @@ def check_fit(
     for name, own in outputs_by_name.items():
         kind.check(probe, own, f"the {name}")
     given = None if teacher is None else outputs(teacher, probe.for_teacher, kind)
-    _check_labels(kind, [*outputs_by_name.values(), *([] if given is None else [given])], probe, run.splits)
+    _check_labels(kind, min(own.shape[-1] for own in outputs_by_name.values()), probe, run.splits)
     if teacher is None or given is None or not asks:
         return
     if "deterministic_teacher" in needs:
@@ -71,9 +71,8 @@ def check_fit(
         _compare_outputs(plugins, run, name, own, given)
 
 
-def _check_labels(kind: TaskKind, given: list[Tensor], probe: Batch, splits: Splits | None) -> None:
-    """Refuse class numbers that no model has an output for; torch would tell of them in the middle of training."""
-    classes = max(logits.shape[-1] for logits in given)
+def _check_labels(kind: TaskKind, classes: int, probe: Batch, splits: Splits | None) -> None:
+    """Refuse class numbers that a model has no output for; torch would tell of them in the middle of training."""
     if kind.labels != "classes":
         return
     known: list[tuple[str, Any]] = [("the batch's labels", probe.labels)]

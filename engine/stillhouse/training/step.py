@@ -276,6 +276,8 @@ class DistillStep:
             with a label (default: all), and how many micro-batches will come.
         """
         self._next_update()
+        if self._watched <= UPDATES:
+            self._watch()
         if batches is not None:
             self.update.announce(batches)
         elif rows is not None:
@@ -284,8 +286,6 @@ class DistillStep:
             raise ConfigError(
                 "begin_update() got neither batches nor rows; expected the micro-batches, or rows="
             )
-        if self._watched <= UPDATES:
-            self._watch()
 
     def end_update(self, metrics: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Tell the plugins of an update that was made, and move on. Called on its own when the next one begins.
@@ -339,6 +339,8 @@ class DistillStep:
 
     def _watch(self) -> None:
         """Look at what the plugins do to what they are handed, in the first updates of a stage."""
+        if self._watched:
+            self.teachers.check_modes(self.plugins)
         for plugin in self.plugins.plugins if self._watched else ():
             check_kept(plugin)
         first, done = self._watched == 0, self._watched == UPDATES

@@ -56,7 +56,13 @@ class Teachers:
                 f"the teacher's weights or buffers were written to, by the trainer or one of {who}; a teacher stays as "
                 "it is, bit for bit: copy it to train it, or say teacher_moves=True where it follows the student"
             )
-        for model, _ in self._versions if whole else ():
+        if whole:
+            self.check_modes(plugins)
+
+    def check_modes(self, plugins: Plugins) -> None:
+        """Raise ConfigError if a teacher is no longer frozen and in eval mode."""
+        who = ", ".join(str(plugin) for plugin in plugins.plugins)
+        for model, _ in self._versions:
             loose = [name for name, weight in model.named_parameters() if weight.requires_grad]
             if loose or any(module.training for module in model.modules()):
                 what = f"unfroze the teacher's '{loose[0]}'" if loose else "put the teacher into train mode"
