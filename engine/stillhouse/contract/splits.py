@@ -124,6 +124,8 @@ def _tensors(name: str, value: Any) -> list[tuple[str, Tensor]]:
 
 
 def _rows(value: Any, index: Tensor) -> Any:
+    if value is None or isinstance(value, Tensor):  # as most are
+        return None if value is None else value[index]
     return mapped(value, lambda tensor: tensor[index])
 
 

@@ -15,6 +15,7 @@ from stillhouse.contract.kinds import KINDS, TaskKind
 from stillhouse.errors import ConfigError
 
 DEFAULT = KINDS["classification"]
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +41,10 @@ def call(
 
     Raises ConfigError where the answer holds no logits.
     """
-    takes = _parameters(model) if isinstance(inputs, Mapping) or asks or _caches(model) else None
+    caches = _caches(model)
+    takes = _parameters(model) if caches or asks or isinstance(inputs, Mapping) else None
     extra: dict[str, Any] = {f"output_{name}": True for name in asks}
-    if _caches(model) and (takes is None or "use_cache" in takes or None in takes):
+    if caches and (takes is None or "use_cache" in takes or None in takes):
         extra["use_cache"] = False
     if isinstance(inputs, Mapping):
         out = model(dict(inputs), **extra) if _wants_one_dict(takes, inputs) else model(**inputs, **extra)
@@ -62,16 +64,16 @@ def forward(model: nn.Module, inputs: Any, kind: TaskKind = DEFAULT) -> Tensor:
 def unwrapped(model: nn.Module) -> nn.Module:
     """The plain model inside of DistributedDataParallel, DataParallel and torch.compile."""
     while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
+        parts = vars(model).get("_modules", {})  # asking the module itself for what it has not takes long
+        wrapper = isinstance(model, _WRAPPERS)
+        inner = parts.get("module") if wrapper else parts.get("_orig_mod")
+        if inner is None:
             return model
         model = inner
 
 
 def _caches(model: nn.Module) -> bool:
-    return hasattr(getattr(unwrapped(model), "config", None), "use_cache")
+    return hasattr(vars(unwrapped(model)).get("config"), "use_cache")
 
 
 def _parameters(model: nn.Module) -> dict[str | None, Any] | None:

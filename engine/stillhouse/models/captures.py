@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -66,9 +66,12 @@ class Captures:
         found = (_OF_OUTPUT.match(name) for name in self._names.get(role, ()))
         return frozenset(match[1] for match in found if match)
 
-    @contextmanager
-    def collecting(self, role: str) -> Iterator[None]:
+    def collecting(self, role: str) -> AbstractContextManager[None]:
         """Hooks of ``role`` keep what passes them."""
+        return self._collect(role) if self._names.get(role) else nullcontext()
+
+    @contextmanager
+    def _collect(self, role: str) -> Iterator[None]:
         self._collecting.add(role)
         try:
             yield

@@ -26,7 +26,12 @@ def _state(model: nn.Module) -> Iterator[Tensor]:
 
 def versions(model: nn.Module) -> int:
     """A count that grows whenever a parameter or buffer is written to (tensors of inference mode keep none)."""
-    return sum(tensor._version for tensor in _state(model) if not tensor.is_inference())  # noqa: SLF001
+    return sum(map(version, _state(model)))
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written to; 0 for one of inference mode, which keeps no count."""
+    return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001
 
 
 def checksum(model: nn.Module) -> int:

@@ -110,6 +110,8 @@ class DistillStep:
         self.kind = kind_of(task, probe)
         self.divided_by, self._say = divided_by, say
         models = {STUDENT: student} if target is None else {STUDENT: student, TARGET: target}
+        # The first parameter says where the student is, and what its numbers are; it goes along when the student moves.
+        self._like = next((p for p in student.parameters() if p.is_floating_point()), torch.zeros(()))
         self.teachers = Teachers(teacher, models, moving=teacher_moves)
         self.captures = Captures({**models, **self.teachers.models})
         self._soft_labels = soft_labels
@@ -151,9 +153,8 @@ class DistillStep:
         self.plugins.wrap(lambda call: guarded(call, run))
         self.plugins.notify("on_run_start", run=run)
         self.auxiliary = self.plugins.auxiliary_modules(run)
-        like = next((p for p in models[STUDENT].parameters() if p.is_floating_point()), torch.zeros(()))
         for name, auxiliary in self.auxiliary.items():
-            models[name] = auxiliary.module.to(like.device, auxiliary.dtype or like.dtype)
+            models[name] = auxiliary.module.to(self.device, auxiliary.dtype or self._like.dtype)
             self.captures.offer(name, auxiliary.module)
         stages, owner = self.plugins.stages(run)
         check_stages(self.plugins, stages, owner, run, self._captured)
@@ -421,8 +422,7 @@ class DistillStep:
     @property
     def device(self) -> torch.device:
         """Where the student is."""
-        first = next(self.run.models[STUDENT].parameters(), None)
-        return torch.device("cpu") if first is None else first.device
+        return self._like.device
 
     @property
     def teacher(self) -> nn.Module | None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from stillhouse.contract.context import STUDENT, TARGET, TEACHER
 from stillhouse.errors import ConfigError
-from stillhouse.models.integrity import Counter, checksum, freeze, versions
+from stillhouse.models.integrity import Counter, checksum, freeze, version
 from stillhouse.models.stand_in import AdaptersOff
 from stillhouse.plugin.dispatch import Plugins
 
@@ -38,7 +38,12 @@ class Teachers:
             _refuse_shared(models, model)
             freeze(model)
         self._handles = [model.register_forward_pre_hook(self.counter) for model in every.values()]
-        self._versions = [(model, versions(model)) for model in every.values()]
+        self._every = tuple(every.values())
+        # Held as a list: walking through the modules at each update would cost more than looking at the counts.
+        self._tensors = [
+            tensor for model in every.values() for tensor in (*model.parameters(), *model.buffers())
+        ]
+        self._writes = sum(map(version, self._tensors))
         self._bits = [(model, checksum(model)) for model in every.values()] if not moving else []
 
     def check(self, plugins: Plugins, *, whole: bool = False) -> None:
@@ -49,9 +54,9 @@ class Teachers:
         """
         if self.moving or not self.models:
             return
-        who = ", ".join(str(plugin) for plugin in plugins.plugins)
-        written = any(versions(model) != before for model, before in self._versions)
+        written = sum(map(version, self._tensors)) != self._writes
         if written or (whole and any(checksum(model) != before for model, before in self._bits)):
+            who = ", ".join(str(plugin) for plugin in plugins.plugins)
             raise ConfigError(
                 f"the teacher's weights or buffers were written to, by the trainer or one of {who}; a teacher stays as "
                 "it is, bit for bit: copy it to train it, or say teacher_moves=True where it follows the student"
@@ -62,7 +67,7 @@ class Teachers:
     def check_modes(self, plugins: Plugins) -> None:
         """Raise ConfigError if a teacher is no longer frozen and in eval mode."""
         who = ", ".join(str(plugin) for plugin in plugins.plugins)
-        for model, _ in self._versions:
+        for model in self._every:
             loose = [name for name, weight in model.named_parameters() if weight.requires_grad]
             if loose or any(module.training for module in model.modules()):
                 what = f"unfroze the teacher's '{loose[0]}'" if loose else "put the teacher into train mode"
