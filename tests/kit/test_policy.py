@@ -88,7 +88,7 @@ def test_a_new_argument_leaves_old_plugins_as_they_are(specify):
 def test_a_new_hook_leaves_an_older_plugins_own_method_of_that_name_alone(specify, monkeypatch):
     class More(hooks.StepHooks):
         @hooks.hookspec
-        def on_weather(self, step):
+        def on_weather(self, info):
             """A hook of version 2."""
 
     specify(More)
@@ -161,7 +161,7 @@ def test_a_removed_argument_is_refused_with_those_that_there_are(specify):
 
     specify(Narrower)
     with pytest.raises(
-        PluginError, match=r"no argument 'targets'.*it takes a subset of: student_out, goal, batch, step"
+        PluginError, match=r"no argument 'targets'.*it takes a subset of: student_out, goal, batch, info"
     ):
         plugins(Old)
 

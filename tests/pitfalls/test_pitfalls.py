@@ -17,6 +17,7 @@ from torch import nn
 import stillhouse
 from stillhouse.api import Batch, Splits, TensorSplit
 from stillhouse.config import read
+from stillhouse.contract import losses
 from stillhouse.errors import CheckpointError, ConfigError, PluginError
 from stillhouse.kernels import softmax_kl
 from stillhouse.runs.evaluate import Sealed
@@ -76,9 +77,9 @@ def test_8_cached_labels_are_found_by_global_step():
     seen = []
     loop = toys.loop("kd", teacher=teacher, data=data, keep=keep, steps=9, batch_size=7)
     terms = loop.step.plugins.loss_terms
-    loop.step.plugins.loss_terms = lambda student_out, teacher_out, targets, batch, step: (
+    loop.step.plugins.loss_terms = lambda student_out, teacher_out, targets, batch, info: (
         seen.append((batch.ids, batch.inputs, teacher_out.logits)),
-        terms(student_out, teacher_out, targets, batch, step),
+        terms(student_out, teacher_out, targets, batch, info),
     )[1]
     loop.run()
     assert loop.step.teacher_calls < 9, "the labels were kept"
@@ -287,10 +288,15 @@ def test_18_the_config_names_any_callable_to_run(line, tmp_path, cli, monkeypatc
     assert not mark.exists()
 
 
-def test_the_kernels_are_what_the_methods_use(monkeypatch):
+@pytest.mark.parametrize("method", ["kd", EVEN, "hldm"], ids=str)
+def test_the_kernel_is_what_the_methods_use(monkeypatch, method):
     """Row 2's premise: no method keeps a formula of its own."""
-    import stillhouse_baselines.kd
-    import stillhouse_sld.method
+    called = []
 
-    assert stillhouse_baselines.kd.softmax_kl is softmax_kl
-    assert stillhouse_sld.method.softmax_kl is softmax_kl
+    def recorded(*given, **named):
+        called.append(named["temperature"])
+        return softmax_kl(*given, **named)
+
+    monkeypatch.setattr(losses, "softmax_kl", recorded)
+    toys.loop(method, steps=3).run()
+    assert called == [4.0] * 3

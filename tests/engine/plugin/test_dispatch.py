@@ -57,14 +57,14 @@ class TestWhatPluggyWouldPassOver:
 
         message = refused(method(loss_terms=loss_terms))
         assert "no argument 'student_outs'; did you mean 'student_out'?" in message
-        assert "student_out, teacher_out, targets, batch, step" in message
+        assert "student_out, teacher_out, targets, batch, info" in message
 
     def test_a_keyword_only_argument_is_refused(self):
         @hookimpl
         def loss_terms(self, student_out, *, info):
             return {}
 
-        assert "argument 'step' is keyword-only" in refused(method(loss_terms=loss_terms))
+        assert "argument 'info' is keyword-only" in refused(method(loss_terms=loss_terms))
 
     @pytest.mark.parametrize("star", ["*args", "**kwargs"])
     def test_a_variadic_argument_is_refused(self, star):
@@ -77,7 +77,7 @@ class TestWhatPluggyWouldPassOver:
         def loss_terms(self, student_out, info=None):
             return {}
 
-        assert "'step' has a default" in refused(method(loss_terms=loss_terms))
+        assert "'info' has a default" in refused(method(loss_terms=loss_terms))
 
     def test_a_partial_is_refused(self):
         @hookimpl
@@ -103,7 +103,7 @@ class TestWhatPluggyWouldPassOver:
 
     def test_a_callable_object_is_refused(self):
         class Terms:
-            def __call__(self, student_out, step):
+            def __call__(self, student_out, info):
                 return {}
 
         assert "is a Terms" in refused(method(loss_terms=hookimpl(Terms())))
@@ -169,9 +169,9 @@ class TestContract:
         with pytest.raises(PluginError, match=r"named twice"):
             Plugins([plugin(method()), plugin(method())])
 
-    @pytest.mark.parametrize("hook", ["teacher_forward", "student_update", "stage_rows"])
+    @pytest.mark.parametrize("hook", ["teacher_forward", "student_forward", "student_update", "stage_rows"])
     def test_two_plugins_may_not_claim_one_first_result(self, hook):
-        arguments = {"teacher_forward": "batch", "student_update": "loss", "stage_rows": "run"}[hook]
+        arguments = {"student_update": "loss", "stage_rows": "run"}.get(hook, "batch")
         names: dict = {}
         exec(f"def {hook}(self, {arguments}): return None", names)
         made = method(**{hook: hookimpl(names[hook])})
@@ -183,7 +183,10 @@ class TestContract:
             return method(stages=hookimpl(lambda self, run: answer))
 
         run, mine = RunContext({}), [Stage("mine")]
-        assert Plugins([plugin(giving(None), "a"), plugin(giving(mine), "b")]).stages(run) == tuple(mine)
+        assert Plugins([plugin(giving(None), "a"), plugin(giving(mine), "b")]).stages(run) == (
+            tuple(mine),
+            "b",
+        )
         with pytest.raises(PluginError, match=r"hook 'stages' is claimed by plugin 'a' .* and plugin 'b'"):
             Plugins([plugin(giving(mine), "a"), plugin(giving(mine), "b")]).stages(run)
 
@@ -279,7 +282,9 @@ class TestWhatAHookGives:
             method(auxiliary_modules=auxiliary_modules)(), student=toys.net(), probe=toys.rows(2)
         )
         assert list(step.auxiliary) == ["mine.a", "mine.b"]
-        assert step.options("mine.b") == {"lr": 0.5}
+        student, a, b = step.parameter_groups()
+        assert (a.keys(), b["lr"]) == ({"params"}, 0.5)
+        assert [p.shape for p in student["params"]] == [p.shape for p in step.run.student.parameters()]
 
 
 def _returning(given):
