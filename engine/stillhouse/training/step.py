@@ -13,7 +13,8 @@ No loop, no optimizer. ``stillhouse.Distillation(...).attach(student, ...)`` mak
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -187,6 +188,8 @@ class DistillStep:
         try:
             if not self.update.open:
                 self.begin_update([batch])
+            if STUDENT not in self.trained(self.info.stage):  # a trainer's model.train() wakes what the stage holds still
+                self._held.hold(self.run.models, self.trained(self.info.stage))
             output = self._computed(model, self.update.part(batch).to(self.device))
         except BaseException:
             self.update.abandon()
@@ -437,6 +440,15 @@ class DistillStep:
     @teacher_calls.setter
     def teacher_calls(self, calls: int) -> None:
         self.teachers.counter.calls = calls
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """Nothing is held still while a trainer looks for what can be trained (an optimizer, a wrapper over ranks)."""
+        self._held.release()
+        try:
+            yield
+        finally:
+            self._held.hold(self.run.models, self.trained(self.info.stage))
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         """A module's parameters that are trained, now or in another stage."""
