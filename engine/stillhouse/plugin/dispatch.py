@@ -317,6 +317,3 @@ def _terms(call: Implementation, given: Any) -> dict[str, LossTerm]:
                 term.value, f"a scalar tensor as value of '{name}' (info.mean makes one of a value a row)"
             )
     return dict(given)
-
-
-# Checks at loading: what pluggy would pass over in silence.

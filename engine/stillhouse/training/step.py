@@ -249,6 +249,8 @@ class DistillStep:
             if out is None:
                 answer = call(called, batch.inputs, self.kind, self.captures.asks(name))
                 out = StudentOut(answer.logits, self.captures.take(name, answer))
+            elif taken := self.captures.take(name):
+                out = StudentOut(out.logits, {**taken, **out.features})
         self.kind.check(batch, out.logits, f"the {name}")
         if torch.is_grad_enabled() and name in self.trained(self.info.stage):
             refuse_dead(name, out)

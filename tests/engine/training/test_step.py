@@ -32,7 +32,9 @@ def step_of(method, student, teacher=None, **given) -> DistillStep:
     teacher = teacher if teacher is not None else toys.net(16, seed=2)
     if method == "hard_labels":
         teacher = None
-    return DistillStep(method, student=student, teacher=teacher, **{"probe": toys.rows(4), "steps": 9, **given})
+    return DistillStep(
+        method, student=student, teacher=teacher, **{"probe": toys.rows(4), "steps": 9, **given}
+    )
 
 
 def gradient(method, batch: Batch, parts: int | list[int], stage: int, *, bf16: bool = False) -> torch.Tensor:
