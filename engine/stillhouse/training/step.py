@@ -32,6 +32,7 @@ from stillhouse.contract.splits import Splits
 from stillhouse.errors import ConfigError, DataError, PluginError, nearest
 from stillhouse.models.calling import call, evaluating, unwrapped
 from stillhouse.models.captures import Captures
+from stillhouse.models.heads import Heads
 from stillhouse.models.integrity import StillHeld
 from stillhouse.models.stand_in import stand_in
 from stillhouse.plugin.dispatch import Plugin, Plugins
@@ -120,6 +121,7 @@ class DistillStep:
         self._answering: nn.Module | None = None
         self._rows: Callable[[Batch], tuple[int, ...]] | None = None
         self._held = StillHeld()
+        self._heads = Heads()
         self.info = StepInfo(kind=self.kind)
         self.update = Update(self, reduce)
         self.run = RunContext(
@@ -162,6 +164,10 @@ class DistillStep:
         self.plugins.wrap(None)
         self.teachers.check(self.plugins, whole=True)
         self.teachers.counter.calls = 0
+        if not self.plugins.implements("student_forward"):
+            self._heads.offer(models, probe.inputs, self.kind)
+        if not self.plugins.implements("teacher_forward") and self._soft_labels is None:
+            self._heads.offer(self.teachers.models, probe.for_teacher, self.kind)
         self.stages = stages
         self.schedule = StageSchedule(stages, steps, self.trained)
         self.driven = False  # whether a loop of ours enters and leaves the stages
@@ -214,6 +220,8 @@ class DistillStep:
             diverged(error, student_out, info)
             raise
         loss = total_of(terms := plugins.combine_terms(terms, info))
+        self._heads.learn(self.info.stage.model, student_out)
+        self._heads.learn(self.info.stage.teacher, teacher_out)
         metrics = {name: term.value.detach() for name, term in terms.items()} | info.logged
         metrics["loss"] = loss.detach()
         return StepOutput(loss if self.divided_by == 1.0 else loss * self.divided_by, metrics, student_out)
@@ -236,7 +244,8 @@ class DistillStep:
         own = stage.teacher in self.run.models  # a model of this run reads what the student reads
         inputs = batch.inputs if own else batch.for_teacher
         with self.captures.collecting(stage.teacher):
-            out = call(self._answering, inputs, self.kind, self.captures.asks(stage.teacher))
+            asks = self.captures.asks(stage.teacher)
+            out = self._heads.call(stage.teacher, self._answering, inputs, self.kind, asks)
         return TeacherOut(out.logits, self.captures.take(stage.teacher, out))
 
     def _student_out(self, model: nn.Module, batch: Batch) -> StudentOut | None:
@@ -247,7 +256,7 @@ class DistillStep:
         with self.captures.collecting(name):
             out = self.plugins.student_forward(called, batch, self.info)
             if out is None:
-                answer = call(called, batch.inputs, self.kind, self.captures.asks(name))
+                answer = self._heads.call(name, called, batch.inputs, self.kind, self.captures.asks(name))
                 out = StudentOut(answer.logits, self.captures.take(name, answer))
             elif taken := self.captures.take(name):
                 out = StudentOut(out.logits, {**taken, **out.features})
