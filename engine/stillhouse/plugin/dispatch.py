@@ -235,7 +235,8 @@ class Plugins:
                 raise call.wrong(given, "a list of Stage")
             return tuple(_in_full(stage, call.plugin.name, run) for stage in given), call.plugin.name
         teacher = TEACHER if run.teacher is not None or self.requires & {"logits"} else None
-        return (Stage("train", teacher=teacher),), None
+        several = tuple(name for name in run.teachers if name != TEACHER)
+        return (Stage("train", teacher=several if len(several) > 1 else teacher),), None
 
     def stage_rows(self, run: RunContext, stage: Stage, split: Split) -> Tensor | None:
         """The sample numbers that a plugin chose for the stage, checked; None for all of them."""
@@ -285,8 +286,9 @@ def _in_full(stage: Stage, plugin: str, run: RunContext) -> Stage:
     def full(name: str | None) -> str | None:
         return f"{plugin}.{name}" if f"{plugin}.{name}" in run.models and name not in run.models else name
 
+    teacher = full(stage.teacher) if isinstance(stage.teacher, str | None) else stage.teacher
     train = None if stage.train is None else tuple(str(full(name)) for name in stage.train)
-    return replace(stage, model=full(stage.model), teacher=full(stage.teacher), train=train)
+    return replace(stage, model=full(stage.model), teacher=teacher, train=train)
 
 
 def _one_claim(hook: str, claims: Sequence[Implementation]) -> None:
