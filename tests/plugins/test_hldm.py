@@ -272,7 +272,7 @@ def test_data_beside_other_methods_is_refused():
 
 def test_two_methods_with_stages_are_still_refused():
     with pytest.raises(PluginError, match="hook 'stages' is claimed by"):
-        loop(["sld", {"name": "tcmd", "tasks": [[0, 1], [2, 3]]}])
+        loop(["sld", "pddm"])
 
 
 def test_more_terms_than_slots_are_refused():

@@ -109,6 +109,7 @@ def test_annealing_goes_from_soft_labels_to_labels():
     for index in (0, 5, 10):
         made.step.info.stage_index = index
         loss, terms = made.step(method.network, batch)
+        made.step.end_update()
         loss = loss.detach()
         ends[index] = (float(loss), float(terms["tcmd.kd"]), float(terms.get("tcmd.ce", torch.tensor(0.0))))
     assert ends[0][0] == pytest.approx(ends[0][1])
