@@ -319,7 +319,7 @@ class DistillStep:
     def _watch(self) -> None:
         """Look at what the plugins do to what they are handed, in the first updates of a stage."""
         if self._watched:
-            self.teachers.check_modes(self.plugins)
+            self.teachers.check(self.plugins, whole=True)
         for plugin in self.plugins.plugins if self._watched else ():
             check_kept(plugin)
         first, done = self._watched == 0, self._watched == UPDATES
