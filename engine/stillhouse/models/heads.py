@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from stillhouse.contract.head import Head
 from stillhouse.contract.kinds import TaskKind
-from stillhouse.contract.outputs import StudentOut, TeacherOut
 from stillhouse.models.calling import Output, call, evaluating, forward, unwrapped
 
 SMALLEST = 1024
@@ -25,6 +24,7 @@ class Heads:
 
     def __init__(self) -> None:
         self._layers: dict[str, nn.Linear] = {}
+        self._given: dict[str, Head] = {}
 
     def offer(self, models: Mapping[str, nn.Module], inputs: Any, kind: TaskKind) -> None:
         """Look for the output layers of these models; ``inputs`` are a few rows that they read."""
@@ -49,12 +49,15 @@ class Heads:
         hidden = out.logits
         if hidden.dtype != layer.weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(layer.weight.dtype)
-        return replace(out, logits=Head(hidden, layer.weight, layer.bias))
+        self._given[role] = head = Head(hidden, layer.weight, layer.bias)
+        return replace(out, logits=head)
 
-    def learn(self, role: str | None, out: StudentOut | TeacherOut | None) -> None:
+    def learn(self) -> None:
         """Where a method asked for all the numbers, the model makes them from now on: twice would be slower than once."""
-        if role is not None and out is not None and isinstance(out.logits, Head) and out.logits.multiplied:
-            self._layers.pop(role, None)
+        for role, head in self._given.items():
+            if head.multiplied:
+                self._layers.pop(role, None)
+        self._given.clear()
 
 
 def find_layer(model: nn.Module) -> nn.Linear | None:
