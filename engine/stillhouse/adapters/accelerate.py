@@ -1,17 +1,17 @@
 """A loop of your own under Hugging Face Accelerate::
 
-    from stillhouse.adapters.accelerate import attached
+from stillhouse.adapters.accelerate import attached
 
-    with attached(distillation, accelerator, student, probe=batch, steps=1000) as step:
-        optimizer = torch.optim.AdamW(step.parameter_groups(), lr=1e-3)
-        student, optimizer, loader = accelerator.prepare(student, optimizer, loader)
-        for batch in step.updates(loader):
-            with accelerator.accumulate(student):
-                accelerator.backward(step(student, batch).loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(step.trained_parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
+with attached(distillation, accelerator, student, probe=batch, steps=1000) as step:
+optimizer = torch.optim.AdamW(step.parameter_groups(), lr=1e-3)
+student, optimizer, loader = accelerator.prepare(student, optimizer, loader)
+for batch in step.updates(loader):
+with accelerator.accumulate(student):
+accelerator.backward(step(student, batch).loss)
+if accelerator.sync_gradients:
+accelerator.clip_grad_norm_(step.trained_parameters(), 1.0)
+optimizer.step()
+optimizer.zero_grad()
 """
 
 from __future__ import annotations
@@ -122,7 +122,11 @@ class AcceleratedStep:
         if not self._looked:
             host.refuse_unused(self.step, model)
             self._looked = True
-        if torch.is_grad_enabled() and not self.step.update.open and self._accelerator.gradient_accumulation_steps > 1:
+        if (
+            torch.is_grad_enabled()
+            and not self.step.update.open
+            and self._accelerator.gradient_accumulation_steps > 1
+        ):
             raise ConfigError(
                 "a batch came that no update was told of; expected the loop to go over step.updates(loader)"
             )

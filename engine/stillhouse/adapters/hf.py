@@ -1,10 +1,10 @@
 """Hugging Face's Trainer, and what is made of it: Seq2SeqTrainer, TRL's SFTTrainer::
 
-    from stillhouse.adapters.hf import distilling
+from stillhouse.adapters.hf import distilling
 
-    distillation = stillhouse.Distillation("kd", teacher=teacher, task="causal_lm", temperature=2.0)
-    trainer = distilling(Trainer)(model=student, args=args, train_dataset=data, distillation=distillation)
-    trainer.train()
+distillation = stillhouse.Distillation("kd", teacher=teacher, task="causal_lm", temperature=2.0)
+trainer = distilling(Trainer)(model=student, args=args, train_dataset=data, distillation=distillation)
+trainer.train()
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ class _Distilling(Trainer):  # type: ignore[misc]
 
     # The step divides by the rows of the whole update, over all micro-batches and ranks.
     loss_is_scaled_for_ga = True
+
+    _signature_columns: Any
 
     def __init__(self, *args: Any, distillation: Distillation, **named: Any) -> None:
         self.step: DistillStep | None = None
@@ -119,7 +121,9 @@ class _Distilling(Trainer):  # type: ignore[misc]
         try:
             training = self.train_dataset is not None
             if not training and self.eval_dataset is None:
-                raise DataError("the trainer has no data to find shapes with; expected train_dataset or eval_dataset")
+                raise DataError(
+                    "the trainer has no data to find shapes with; expected train_dataset or eval_dataset"
+                )
             loader = self.get_train_dataloader() if training else self.get_eval_dataloader()
             rows, steps = loader.dataset, None
             if not isinstance(rows, IterableDataset):
@@ -139,14 +143,19 @@ class _Distilling(Trainer):  # type: ignore[misc]
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        missing = [name for name in _OURS if name not in self._signature_columns]
-        self._signature_columns = [*self._signature_columns, *missing]
+        known: list[str] = self._signature_columns
+        self._signature_columns = [*known, *(name for name in _OURS if name not in known)]
 
     # Training.
 
     def _prepare_for_training(self, max_steps: int, *args: Any, **named: Any) -> Any:
         step = self.step
-        if step is None or step.schedule.at.step > 0 or step.run.steps != max_steps or not self._is_student(step):
+        if (
+            step is None
+            or step.schedule.at.step > 0
+            or step.run.steps != max_steps
+            or not self._is_student(step)
+        ):
             step = self._attach()
         with step.released():
             prepared = super()._prepare_for_training(max_steps, *args, **named)
@@ -157,7 +166,7 @@ class _Distilling(Trainer):  # type: ignore[misc]
         return step.run.models[STUDENT] is unwrapped(self.model)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(model)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if self.step is not None:
             host.add_groups(optimizer, self.step, scheduled=self.lr_scheduler is not None)
         return optimizer
@@ -227,9 +236,9 @@ class _Distilling(Trainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], *args: Any, **named: Any) -> None:
         if "loss" in logs:
             logs.update(self._terms.take())
-        elif prefix := next((name.removesuffix("loss") for name in logs if name.endswith("_loss")), None):
-            if prefix != "train_":
-                logs.update({f"{prefix}{name}": value for name, value in self._eval_terms.take().items()})
+        prefix = next((name.removesuffix("loss") for name in logs if name.endswith("_loss")), "train_")
+        if prefix != "train_":
+            logs.update({f"{prefix}{name}": value for name, value in self._eval_terms.take().items()})
         super().log(logs, *args, **named)
 
     # Checkpoints: the student by save_pretrained, what stands beside it in a file of ours, the teacher nowhere.

@@ -43,15 +43,21 @@ def models() -> tuple[nn.Module, nn.Module]:
     made = []
     for seed, (layers, width) in enumerate(((2, 128), (4, 256))):
         torch.manual_seed(seed)
-        sizes = {"vocab_size": VOCABULARY, "n_positions": LENGTH, "n_embd": width, "n_layer": layers, "n_head": 4}
+        sizes = {
+            "vocab_size": VOCABULARY,
+            "n_positions": LENGTH,
+            "n_embd": width,
+            "n_layer": layers,
+            "n_head": 4,
+        }
         made.append(GPT2LMHeadModel(GPT2Config(**sizes, **none)))
     return made[0].train(), made[1].eval().requires_grad_(False)
 
 
-def batch() -> dict[str, Tensor]:
+def batch(samples: int = SAMPLES) -> dict[str, Tensor]:
     """Rows whose last quarter is padding; labels are the tokens."""
     draw = torch.Generator().manual_seed(2)
-    ids = torch.randint(VOCABULARY, (SAMPLES, LENGTH), generator=draw)
+    ids = torch.randint(VOCABULARY, (samples, LENGTH), generator=draw)
     real = torch.ones_like(ids)
     real[:, round(LENGTH * (1 - MASKED)) :] = 0
     return {"input_ids": ids, "attention_mask": real, "labels": ids.where(real.bool(), -100)}
@@ -82,9 +88,7 @@ def gkd(student: nn.Module, teacher: nn.Module, rows: Mapping[str, Tensor]) -> L
     except ImportError:
         raise MissingExtra("stillhouse bench trainers", "trl", "rl") from None
     trainer: Any = GKDTrainer
-    host = SimpleNamespace(
-        teacher_model=teacher, beta=0.0, generalized_jsd_loss=trainer.generalized_jsd_loss
-    )
+    host = SimpleNamespace(teacher_model=teacher, beta=0.0, generalized_jsd_loss=trainer.generalized_jsd_loss)
     return lambda: trainer.compute_loss(host, student, dict(rows))
 
 
@@ -94,7 +98,12 @@ def step(student: nn.Module, teacher: nn.Module, rows: Mapping[str, Tensor]) -> 
 
     distillation = Distillation("kd", teacher=teacher, task="causal_lm", temperature=1.0, alpha=1.0)
     made = distillation.attach(student, probe={name: value[:2, :8] for name, value in rows.items()})
-    return lambda: made(student, rows).loss
+
+    def loss() -> Tensor:
+        found: Tensor = made(student, rows).loss
+        return found
+
+    return loss
 
 
 def twice(student: nn.Module, teacher: nn.Module, rows: Mapping[str, Tensor]) -> Loss:
@@ -124,9 +133,9 @@ CANDIDATES: dict[str, Callable[[nn.Module, nn.Module, Mapping[str, Tensor]], Los
 class Trained:
     """A candidate with a student and an optimizer of its own."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, samples: int = SAMPLES) -> None:
         self.student, teacher = models()
-        self.loss = CANDIDATES[name](self.student, teacher, batch())
+        self.loss = CANDIDATES[name](self.student, teacher, batch(samples))
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-4)
 
     def update(self) -> float:
@@ -154,6 +163,7 @@ def difference(name: str) -> float:
 
 def peak_mib(name: str, updates: int = 2) -> float:
     """Peak memory over what was resident before, in MiB: for a process of its own."""
+    Trained(name, samples=1).update()  # what is compiled, is compiled here
     trained = Trained(name)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew here
     before = _resident("VmRSS")

@@ -64,7 +64,9 @@ def parser() -> argparse.ArgumentParser:
     overhead.add_argument("--steps", type=int, default=200, help="updates in a block, default 200")
     overhead.add_argument("--blocks", type=int, default=15, help="interleaved blocks of each, default 15")
     overhead.add_argument("--json", action="store_true", help="as JSON")
-    trainers = bench.add_parser("trainers", help="an update of a language model beside one by hand, and TRL's")
+    trainers = bench.add_parser(
+        "trainers", help="an update of a language model beside one by hand, and TRL's"
+    )
     trainers.add_argument("--rounds", type=int, default=15, help="updates of each, taking turns, default 15")
     trainers.add_argument("--no-memory", action="store_true", help="leave out the peaks of memory")
     trainers.add_argument("--json", action="store_true", help="as JSON")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+from typing_extensions import Self
 
 from stillhouse.errors import ConfigError
 
@@ -40,29 +41,24 @@ class Head(Tensor):
         ``(V, H)``, and ``(V,)`` or None.
     """
 
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    _made: Tensor | None
-
-    @staticmethod
-    def __new__(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Head:
+    def __new__(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Self:
         """See the class."""
         needs = torch.is_grad_enabled() and any(
             tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
         )
-        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]  # noqa: SLF001 - torch's way to a shape without memory
+        made: Self = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]  # noqa: SLF001 - a shape without memory
             cls,
             (*hidden.shape[:-1], weight.shape[0]),
             dtype=hidden.dtype,
             device=hidden.device,
             requires_grad=needs,
         )
-        made.hidden, made.weight, made.bias, made._made = hidden, weight, bias, None
-        return cast("Head", made)
+        return made
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
         """See the class."""
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self._made: Tensor | None = None
 
     @property
     def multiplied(self) -> bool:
@@ -81,12 +77,12 @@ class Head(Tensor):
     ) -> Any:
         """Everything but questions about the shape works on the numbers."""
         if func in _ABOUT:
-            return super().__torch_function__(func, types, args, kwargs)
+            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         args, kwargs = tree_map_only(Head, Head.dense, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Below autograd there is nothing to multiply out: whoever comes here (a custom autograd Function) has to ask."""

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from stillhouse.contract.batch import IGNORE, Batch
 from stillhouse.contract.context import StepInfo
-from stillhouse.contract.outputs import LossTerm, Targets
 from stillhouse.contract.head import Head
+from stillhouse.contract.outputs import LossTerm, Targets
 from stillhouse.errors import ConfigError
 from stillhouse.kernels import Sampled, TeacherHead, TopK, linear_softmax_kl, softmax_kl
 
@@ -146,9 +146,7 @@ def soft_and_label_terms(
     return terms
 
 
-def _head_kl(
-    head: Head, target: Any, mask: Tensor | None, count: float, temperature: float
-) -> Tensor:
+def _head_kl(head: Head, target: Any, mask: Tensor | None, count: float, temperature: float) -> Tensor:
     """``softmax_kl`` of the rows that count, a few multiplied out at a time."""
     if isinstance(target, Head):
         target = TeacherHead(target.hidden, target.weight, target.bias)
@@ -176,7 +174,8 @@ def _head_cross_entropy(head: Head, labels: Tensor, count: float, mask: Tensor |
 def _nothing(head: Head) -> Tensor:
     """0, in the graph of all that the logits would be made of."""
     parts = [head.hidden.sum(), head.weight.sum(), *(() if head.bias is None else (head.bias.sum(),))]
-    return torch.stack([part.float() for part in parts]).nan_to_num(0.0, 0.0, 0.0).sum() * 0.0
+    zero: Tensor = torch.stack([part.float() for part in parts]).nan_to_num(0.0, 0.0, 0.0).sum() * 0.0
+    return zero
 
 
 def _of_rows(values: Tensor, rows: Tensor) -> Tensor:

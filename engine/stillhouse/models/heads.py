@@ -89,7 +89,7 @@ def output_layer(model: nn.Module, inputs: Any, kind: TaskKind) -> nn.Linear | N
 @contextmanager
 def handing_on(layer: nn.Linear) -> Iterator[None]:
     """The layer gives what it is given, so that a model's logits are the hidden states that they would be made of."""
-    layer.forward = _same  # type: ignore[method-assign]
+    layer.forward = _same  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

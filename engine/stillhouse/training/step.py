@@ -30,7 +30,7 @@ from stillhouse.contract.kinds import TaskKind, kind_of
 from stillhouse.contract.outputs import StudentOut, Targets
 from stillhouse.contract.splits import Splits
 from stillhouse.errors import ConfigError, PluginError
-from stillhouse.models.calling import call, unwrapped
+from stillhouse.models.calling import unwrapped
 from stillhouse.models.captures import Captures
 from stillhouse.models.heads import Heads
 from stillhouse.models.integrity import StillHeld
@@ -160,11 +160,11 @@ class DistillStep:
         check_stages(self.plugins, stages, owner, run, self.host.captured)
         self.plugins.wrap(None)
         self.teachers.check(self.plugins, whole=True)
-        self.teachers.counter.calls = 0
         if not self.plugins.implements("student_forward"):
             self.heads.offer(models, probe.inputs, self.kind)
-        if not self.plugins.implements("teacher_forward") and self._soft_labels is None:
+        if not self.plugins.implements("teacher_forward") and not stored:
             self.heads.offer(self.teachers.models, probe.for_teacher, self.kind)
+        self.teachers.counter.calls = 0
         self.stages = stages
         self.schedule = StageSchedule(stages, steps, self.trained)
         self.driven = False  # whether a loop of ours enters and leaves the stages
@@ -191,7 +191,9 @@ class DistillStep:
         try:
             if not self.update.open:
                 self.begin_update([batch])
-            if STUDENT not in self.trained(self.info.stage):  # a trainer's model.train() wakes what the stage holds still
+            if STUDENT not in self.trained(
+                self.info.stage
+            ):  # a trainer's model.train() wakes what the stage holds still
                 self._held.hold(self.run.models, self.trained(self.info.stage))
             output = self._computed(model, self.update.part(batch).to(self.device))
         except BaseException:

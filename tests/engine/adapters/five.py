@@ -137,7 +137,11 @@ def hf(case: Case, base=None, arguments=None, **named) -> object:
         "use_cpu": True,
         "seed": 42,
     }
-    given = {"optimizers": (case.optimizer(case.student.parameters()), None), "data_collator": padded, **named}
+    given = {
+        "optimizers": (case.optimizer(case.student.parameters()), None),
+        "data_collator": padded,
+        **named,
+    }
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = distilling(base or Trainer)(
@@ -156,7 +160,9 @@ def sft(case: Case) -> object:
     from transformers import PreTrainedTokenizerFast
     from trl import SFTConfig, SFTTrainer
 
-    rows = datasets.Dataset.from_list([{name: value.tolist() for name, value in row.items()} for row in case.data])
+    rows = datasets.Dataset.from_list(
+        [{name: value.tolist() for name, value in row.items()} for row in case.data]
+    )
     return hf(
         case,
         SFTTrainer,
@@ -186,7 +192,12 @@ def accelerate(case: Case) -> None:
     accelerator = Accelerator(gradient_accumulation_steps=case.accumulate, cpu=True)
     with contextlib.redirect_stdout(io.StringIO()):
         made = attached(
-            case.distillation, accelerator, case.student, probe=padded(case.data[:4]), steps=case.steps, seed=42
+            case.distillation,
+            accelerator,
+            case.student,
+            probe=padded(case.data[:4]),
+            steps=case.steps,
+            seed=42,
         )
     with made as step:
         optimizer = case.optimizer(step.parameter_groups())

@@ -13,7 +13,11 @@ METHODS = {
         "kd",
         {"name": "fitnets", "teacher_layer": "transformer.h.1.mlp", "student_layer": "transformer.h.0.mlp"},
     ],
-    "ibmd": {"name": "ibmd", "deterministic": True, "dim": 8},  # its noise would depend on the micro-batches' shape
+    "ibmd": {
+        "name": "ibmd",
+        "deterministic": True,
+        "dim": 8,
+    },  # its noise would depend on the micro-batches' shape
 }
 
 
