@@ -117,7 +117,8 @@ def twice(student: nn.Module, teacher: nn.Module, rows: Mapping[str, Tensor]) ->
         with torch.no_grad():
             target = teacher(**_inputs(rows), output_hidden_states=True).hidden_states[-1][:, :-1]
         hidden = student(**_inputs(rows), output_hidden_states=True).hidden_states[-1][:, :-1]
-        return linear_softmax_kl(hidden, own, TeacherHead(target, given), mask=mask)
+        found: Tensor = linear_softmax_kl(hidden, own, TeacherHead(target, given), mask=mask)
+        return found
 
     return loss
 

@@ -156,9 +156,10 @@ def _head_kl(head: Head, target: Any, mask: Tensor | None, count: float, tempera
         hidden, target = _of_rows(hidden, rows), _target_rows(target, rows)
     if not hidden.numel():
         return _nothing(head)
-    return linear_softmax_kl(
+    loss: Tensor = linear_softmax_kl(
         hidden, head.weight, target, bias=head.bias, temperature=temperature, count=count
     )
+    return loss
 
 
 def _head_cross_entropy(head: Head, labels: Tensor, count: float, mask: Tensor | None) -> Tensor:
