@@ -80,7 +80,11 @@ class Lab:
         """A run that was killed in the middle of its last stage: two checkpoints, kept soft labels, rows."""
         if self._cut is None:
             place = self.place()
-            update = {"function": "stillhouse.training.loop:Loop._update", "call": 17 + REHEARSED, "when": "after"}
+            update = {
+                "function": "stillhouse.training.loop:Loop._update",
+                "call": 17 + REHEARSED,
+                "when": "after",
+            }
             self.whole()  # the teacher is in the cache
             assert place.go(die=update) < 0, place.said()
             self._cut = place
@@ -97,7 +101,9 @@ class Place:
         (folder / "run.yaml").write_text(yaml.safe_dump(CONFIG))
 
     def start(self, *more: str, **faults: Any) -> int:
-        return self.forks.start(["run", "run.yaml", "out=run", *more], self.folder, self.log, **{"quick": True, **faults})
+        return self.forks.start(
+            ["run", "run.yaml", "out=run", *more], self.folder, self.log, **{"quick": True, **faults}
+        )
 
     def go(self, *more: str, **faults: Any) -> int:
         return self.forks.wait(self.start(*more, **faults))

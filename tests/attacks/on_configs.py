@@ -29,12 +29,13 @@ WORDS = (
     "{name: kd, temperature: 1e-9}", "[kd, kd, kd]", "{name: sld, labels: [1]}", "{name: [kd]}", "{1: 2}", "{name: kd, ? [x] : 1}",
 )  # fmt: skip
 LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
-    f"{this}: &{this} [{','.join([f'*{before}'] * 9)}]\n" for before, this in zip("abcdefgh", "bcdefghi", strict=True)
+    f"{this}: &{this} [{','.join([f'*{before}'] * 9)}]\n"
+    for before, this in zip("abcdefgh", "bcdefghi", strict=True)
 )
 WHOLE = (
     LAUGHS, "a: &a\n  <<: *a\n", "x: " + "[" * 100_000, "? " * 5000, "- " * 5000, "a: " * 2000, "", "\x00", "---\n---\n", "!!map",
     "%YAML 9.9\n---\n", "&a *a", "task: digits\nmethod: kd\n" + "# x\n" * 200_000, "a: 'x\n" * 3000, "\n".join(f"k{n}: {n}" for n in range(30_000)),
-    "{" + ",".join(f"k{n}: [{n}]" for n in range(20_000)) + "}", "a: \"" + "\\x41" * 50_000 + '"', "k: " + "9" * 200_000,
+    "{" + ",".join(f"k{n}: [{n}]" for n in range(20_000)) + "}", 'a: "' + "\\x41" * 50_000 + '"', "k: " + "9" * 200_000,
 )  # fmt: skip
 KEYS = (
     "steps", "batch_size", "micro_batch_size", "optimizer", "optimizer.name", "optimizer.lr", "optimizer.betas", "optimizer.eps",
@@ -95,7 +96,8 @@ def configs(lab: Lab | None, count: int, chance: random.Random) -> Figures:
     for number in range(count):
         text = _text(chance, plain)
         overrides = [
-            f"{chance.choice(KEYS)}={chance.choice(WORDS)}" for _ in range(chance.choice([0, 0, 1, 2]) if number % 2 else 0)
+            f"{chance.choice(KEYS)}={chance.choice(WORDS)}"
+            for _ in range(chance.choice([0, 0, 1, 2]) if number % 2 else 0)
         ]
         started = time.perf_counter()
         try:
@@ -183,6 +185,8 @@ def accepted(lab: Lab, count: int, chance: random.Random) -> Figures:
         elif code == 2 and trained and "not finite" in said:
             figures.judged("told")  # whether training diverges is known only by training
         else:
-            figures.judged(f"{changed}: exit {code}{', after the teacher was trained' if trained else ''}: {said[-300:]}")
+            figures.judged(
+                f"{changed}: exit {code}{', after the teacher was trained' if trained else ''}: {said[-300:]}"
+            )
         shutil.rmtree(place.folder)
     return figures

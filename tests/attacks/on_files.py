@@ -17,7 +17,9 @@ from stillhouse.errors import DamagedFile
 from stillhouse.runs import checkpoint
 
 
-def _damaged(lab: Lab, count: int, chance: random.Random, pick: Callable[[Path], Path], *cases: tuple[str, ...]) -> Figures:
+def _damaged(
+    lab: Lab, count: int, chance: random.Random, pick: Callable[[Path], Path], *cases: tuple[str, ...]
+) -> Figures:
     """In a copy of a run, damage one file, then call the command; cases: (whole or cut, flags...)."""
     figures = Figures()
     for number in range(count):
@@ -35,11 +37,15 @@ def newest_checkpoint(lab: Lab, count: int, chance: random.Random) -> Figures:
 
 
 def soft_labels(lab: Lab, count: int, chance: random.Random) -> Figures:
-    return _damaged(lab, count, chance, lambda run: next((run / "soft-labels").iterdir()), ("cut", "--resume"))
+    return _damaged(
+        lab, count, chance, lambda run: next((run / "soft-labels").iterdir()), ("cut", "--resume")
+    )
 
 
 def student(lab: Lab, count: int, chance: random.Random) -> Figures:
-    return _damaged(lab, count, chance, lambda run: run / "student.safetensors", ("whole",), ("whole", "--resume"))
+    return _damaged(
+        lab, count, chance, lambda run: run / "student.safetensors", ("whole",), ("whole", "--resume")
+    )
 
 
 def summary(lab: Lab, count: int, chance: random.Random) -> Figures:
@@ -52,7 +58,9 @@ def manifest(lab: Lab, count: int, chance: random.Random) -> Figures:
 
 
 def config(lab: Lab, count: int, chance: random.Random) -> Figures:
-    return _damaged(lab, count, chance, lambda run: run / "config.yaml", ("whole",), ("cut", "--resume"), ("cut",))
+    return _damaged(
+        lab, count, chance, lambda run: run / "config.yaml", ("whole",), ("cut", "--resume"), ("cut",)
+    )
 
 
 def metrics(lab: Lab, count: int, chance: random.Random) -> Figures:
@@ -115,7 +123,9 @@ def data_cache(lab: Lab, count: int, chance: random.Random) -> Figures:
                 cache.made_once("data", made_from, lambda: right)
                 damage(cache.Cache("data").path(made_from), chance)
                 found = cache.made_once("data", made_from, lambda: right)
-                same = found.keys() == right.keys() and all(torch.equal(found[name], right[name]) for name in right)
+                same = found.keys() == right.keys() and all(
+                    torch.equal(found[name], right[name]) for name in right
+                )
                 figures.judged("same" if same else "other data")
     finally:
         os.environ[cache.CACHE] = before
@@ -151,7 +161,9 @@ def verify(lab: Lab, count: int, chance: random.Random) -> Figures:
         else:
             files = [path for path in sorted(place.run.rglob("*")) if path.is_file() and path.name[0] != "."]
             if not (place.run / "summary.json").exists():
-                files = [path for path in files if path.name != "metrics.jsonl"]  # its last rows may not be sealed yet
+                files = [
+                    path for path in files if path.name != "metrics.jsonl"
+                ]  # its last rows may not be sealed yet
             path = chance.choice(files)
             before = path.read_bytes()
             done = damage(path, chance)
@@ -159,7 +171,9 @@ def verify(lab: Lab, count: int, chance: random.Random) -> Figures:
             said = place.said()
             harmless = path.name == "config.yaml" and code == 0 and _means_the_same(before, path.read_bytes())
             told = code in (1, 2) and "Traceback" not in said
-            figures.judged("told" if told else "same" if harmless else f"{path.name}, {done}, exit {code}: {said[-300:]}")
+            figures.judged(
+                "told" if told else "same" if harmless else f"{path.name}, {done}, exit {code}: {said[-300:]}"
+            )
         shutil.rmtree(place.folder)
     return figures
 
@@ -196,7 +210,11 @@ def interrupted(lab: Lab, count: int, chance: random.Random) -> Figures:
     """Ctrl-C, SIGTERM, SIGHUP, once or several times at once: the exit status, no traceback, taken up bit for bit."""
     figures = Figures()
     whole = lab.whole()
-    points = ["stillhouse.training.loop:Loop._update", "os:fsync", "stillhouse.runs.recorder:Recorder._validate"]
+    points = [
+        "stillhouse.training.loop:Loop._update",
+        "os:fsync",
+        "stillhouse.runs.recorder:Recorder._validate",
+    ]
     for number in range(count):
         place = lab.place()
         sends = {

@@ -27,7 +27,9 @@ def _call(chance: random.Random) -> tuple[torch.Tensor, Any, dict[str, Any]]:
     dtype = chance.choice(list(TOLERANCE))
     student = _logits(chance, rows, width, dtype)
     if chance.random() < 0.6:
-        target: Any = _logits(chance, rows, chance.choice([width, width, width + 3, max(1, width - 2)]), dtype)
+        target: Any = _logits(
+            chance, rows, chance.choice([width, width, width + 3, max(1, width - 2)]), dtype
+        )
     else:
         k = chance.randrange(1, min(width, 9) + 1)
         values, indices = _logits(chance, rows, width, torch.float32).log_softmax(-1).topk(k)
@@ -42,7 +44,9 @@ def _call(chance: random.Random) -> tuple[torch.Tensor, Any, dict[str, Any]]:
     return student, target, settings
 
 
-def _spoiled(chance: random.Random, student: torch.Tensor, target: Any, settings: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+def _spoiled(
+    chance: random.Random, student: torch.Tensor, target: Any, settings: dict[str, Any]
+) -> tuple[Any, Any, dict[str, Any]]:
     """The same call with something in it that is wrong."""
     kind = chance.randrange(7)
     if kind == 0:
@@ -50,7 +54,9 @@ def _spoiled(chance: random.Random, student: torch.Tensor, target: Any, settings
     elif kind == 1:
         settings["divergence"] = chance.choice(["foward", None, 3, "KL"])
     elif kind == 2:
-        settings["mask"] = chance.choice([torch.ones(len(student) + 1, dtype=torch.bool), torch.ones(len(student)), "all", [True]])
+        settings["mask"] = chance.choice(
+            [torch.ones(len(student) + 1, dtype=torch.bool), torch.ones(len(student)), "all", [True]]
+        )
     elif kind == 3:
         student = chance.choice([student.long(), student[0, 0], student[:, :0], student.tolist(), None])
     elif kind == 4:
@@ -86,7 +92,11 @@ def _judged(student: torch.Tensor, target: Any, settings: dict[str, Any]) -> str
     loss = softmax_kl(given, target, **settings)
     (gradient,) = torch.autograd.grad(loss, given)
     exact = student.detach().double().requires_grad_()
-    wide = target.double() if isinstance(target, torch.Tensor) else TopK(target.indices, target.log_probs.double(), target.rest)
+    wide = (
+        target.double()
+        if isinstance(target, torch.Tensor)
+        else TopK(target.indices, target.log_probs.double(), target.rest)
+    )
     mask = settings.get("mask")
     rows = reference.softmax_kl_rows(
         exact, wide, settings["temperature"], settings["divergence"], settings.get("beta", 0.5), mask

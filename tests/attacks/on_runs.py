@@ -66,8 +66,14 @@ def kills_in_overwrite(lab: Lab, count: int, chance: random.Random) -> Figures:
     other, whole = lab.whole("optimizer.lr=0.01"), lab.whole()
     for number in range(count):
         place = lab.place(other.run)
-        function, calls = cycle([("os:unlink", 10), ("os:fsync", 8), ("os:replace", 8), ("os:rmdir", 3)], number)
-        died = {"function": function, "call": chance.randrange(1, calls), "when": chance.choice(["before", "after"])}
+        function, calls = cycle(
+            [("os:unlink", 10), ("os:fsync", 8), ("os:replace", 8), ("os:rmdir", 3)], number
+        )
+        died = {
+            "function": function,
+            "call": chance.randrange(1, calls),
+            "when": chance.choice(["before", "after"]),
+        }
         place.go("--overwrite", die=died)
         flags = cycle([("--overwrite",), ("--resume",), ()], number)
         code = place.go(*flags)
@@ -168,7 +174,9 @@ def _furnish(folder: Path, chance: random.Random, *, ours: bool) -> list[str]:
     (folder / ".git" / "HEAD").write_text("ref: refs/heads/main\n")
     (folder / "thesis.txt").write_text("three years\n")
     if not ours:
-        (folder / "config.yaml").write_text(chance.choice(["db: x\n", "defaults:\n- model\n", "task: digits\nmethod: kd\n"]))
+        (folder / "config.yaml").write_text(
+            chance.choice(["db: x\n", "defaults:\n- model\n", "task: digits\nmethod: kd\n"])
+        )
         if chance.random() < 0.5:
             (folder / "manifest.json").write_text('{"name": "an extension", "stillhouse": 1}')
     for name in ("checkpoints", "notes", "soft-labels"):
@@ -189,7 +197,11 @@ def _run_in(place: Place, how: str, flags: tuple[str, ...]) -> int:
         (place.folder / "link").symlink_to(place.run)
         words[-1] = "out=link"
     elif how == "its config":
-        words = ["run", "run/config.yaml", *(["out=run"] if not (place.run / "manifest.json").exists() else [])]
+        words = [
+            "run",
+            "run/config.yaml",
+            *(["out=run"] if not (place.run / "manifest.json").exists() else []),
+        ]
     return place.forks.run([*words, *flags], cwd, place.log, quick=True)
 
 
@@ -206,7 +218,13 @@ def hostile_repositories(lab: Lab, count: int, chance: random.Random) -> Figures
         subprocess.run([*git, "add", "-A"], check=True)
         subprocess.run([*git, "commit", "-qm", "a"], check=True)
         program = f"touch {mark}; cat"
-        for key in ("core.fsmonitor", "filter.evil.clean", "filter.evil.process", "core.hooksPath", "core.sshCommand"):
+        for key in (
+            "core.fsmonitor",
+            "filter.evil.clean",
+            "filter.evil.process",
+            "core.hooksPath",
+            "core.sshCommand",
+        ):
             subprocess.run([*git, "config", key, program], check=True)
         (place.folder / "a.txt").write_text(f"{chance.random()}")
         code = place.go()

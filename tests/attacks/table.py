@@ -1,6 +1,6 @@
 """``make attack``: every attack at full length, and the table of docs/reliability.md.
 
-    python tests/attacks/table.py [--only NAME] [--scale 1.0] [--seed 0]
+python tests/attacks/table.py [--only NAME] [--scale 1.0] [--seed 0]
 """
 
 from __future__ import annotations
@@ -62,25 +62,32 @@ def _all(folder: Path, options: argparse.Namespace) -> int:
     import importlib
 
     import torch
+    from forkserver import Forks
 
     from attacks.lab import Lab
-    from forkserver import Forks
 
     torch.set_num_threads(1)
     forks = Forks()
     lost, problems = 0, []
-    print("| attack | tried | survived | of these, refused in words | seconds |\n| --- | --- | --- | --- | --- |")
+    print(
+        "| attack | tried | survived | of these, refused in words | seconds |\n| --- | --- | --- | --- | --- |"
+    )
     for name, (module, function, count) in ATTACKS.items():
         if options.only not in name:
             continue
         act = getattr(importlib.import_module(f"attacks.{module}"), function)
         started = time.perf_counter()
         figures = act(
-            Lab(folder / function, forks), max(1, round(count * options.scale)), random.Random(f"{options.seed} {function}")
+            Lab(folder / function, forks),
+            max(1, round(count * options.scale)),
+            random.Random(f"{options.seed} {function}"),
         )
         seconds = time.perf_counter() - started
         note = f" ({figures.note})" if figures.note else ""
-        print(f"| {name}{note} | {figures.tried:,} | {figures.survived:,} | {figures.told:,} | {seconds:.0f} |", flush=True)
+        print(
+            f"| {name}{note} | {figures.tried:,} | {figures.survived:,} | {figures.told:,} | {seconds:.0f} |",
+            flush=True,
+        )
         lost += figures.tried - figures.survived
         problems += [f"{name}: {problem}" for problem in figures.problems]
     for problem in problems[:60]:

@@ -155,7 +155,7 @@ class Recorder:
         """Write one, unless nothing is kept."""
         if self.folder is None:
             return
-        loop.step.check_teacher()
+        loop.step.teachers.check(loop.step.plugins, whole=True)
         self._refuse_broken(loop)
         step = loop.at.step
         self._untried = step

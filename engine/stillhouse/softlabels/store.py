@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from stillhouse.contract.kinds import TaskKind
 from stillhouse.contract.splits import Split
 from stillhouse.errors import CheckpointError
 from stillhouse.files.tensors import read_tensors, write_tensors
-from stillhouse.models.calling import evaluating, forward
+from stillhouse.models.calling import DEFAULT, evaluating, forward
 
 
 class SoftLabels:
@@ -64,11 +65,14 @@ def write_soft_labels(
     device: torch.device,
     batch_size: int = 512,
     teacher: bool = True,
+    kind: TaskKind = DEFAULT,
 ) -> tuple[SoftLabels, int]:
     """One pass of ``model`` in eval mode over ``split``, in row order.
 
     teacher
         Whether the model reads the teacher's inputs where the split holds some.
+    kind
+        What a batch means.
 
     Returns the soft labels and the number of forward passes made.
     """
@@ -76,5 +80,5 @@ def write_soft_labels(
     with evaluating(model):
         for start in range(0, len(split), batch_size):
             batch = split.batch(torch.arange(start, min(start + batch_size, len(split)))).to(device)
-            found.append(forward(model, batch.for_teacher if teacher else batch.inputs).float())
+            found.append(forward(model, batch.for_teacher if teacher else batch.inputs, kind).float())
     return SoftLabels(torch.cat(found), fingerprint), len(found)
