@@ -88,6 +88,9 @@ def kernel_calls(lab: Lab | None, count: int, chance: random.Random) -> Figures:
 
 
 def _judged(student: torch.Tensor, target: Any, settings: dict[str, Any]) -> str:
+    if not isinstance(student, torch.Tensor) or not student.is_floating_point():
+        softmax_kl(student, target, **settings)
+        return "taken, whatever it is"
     given = student.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     loss = softmax_kl(given, target, **settings)
     (gradient,) = torch.autograd.grad(loss, given)
@@ -103,7 +106,11 @@ def _judged(student: torch.Tensor, target: Any, settings: dict[str, Any]) -> str
     )
     count = rows.numel() if mask is None else max(int(mask.sum()), 1)
     (expected,) = torch.autograd.grad(rows.sum() / count, exact)
-    away = (gradient.double() - expected).norm() / max(expected.norm().item(), 1e-6 * student.numel() ** 0.5)
-    if not bool(away <= 4 * TOLERANCE[student.dtype]):
+    # Entries below the type's smallest number can't be told from 0.
+    floor = max(1e-6, torch.finfo(student.dtype).smallest_normal / 1024 / TOLERANCE[student.dtype])
+    away = (gradient.double() - expected).norm() / max(expected.norm().item(), floor * student.numel() ** 0.5)
+    # What a teacher's top k holds is float32, whatever the student's logits are.
+    kept = torch.float32 if isinstance(target, TopK) else student.dtype
+    if not bool(away <= 4 * max(TOLERANCE[student.dtype], TOLERANCE[kept])):
         return f"gradient {away:.2e} away, {student.dtype} {tuple(student.shape)} {type(target).__name__} {settings}"
     return "same"

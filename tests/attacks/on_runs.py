@@ -116,7 +116,7 @@ def _one_of(place: Place, codes: list[int], logs: list[Path], wholes: list[Place
     if 0 not in codes:
         return f"nobody had it: {said}"
     rate = json.loads((place.run / "manifest.json").read_text())["config"]["optimizer"]["lr"]
-    owner = [number for number, name in enumerate(RATES) if float(name.partition("=")[2]) == rate][0]
+    owner = [float(name.partition("=")[2]) for name in RATES].index(rate)
     if codes[owner] != 0:
         return f"the config is of one that was refused: {said}"
     return "same" if place.result() == wholes[owner].result() else "mixed"

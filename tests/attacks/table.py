@@ -40,7 +40,7 @@ ATTACKS = {
     "a full disk (a limit on a file's size)": ("on_files", "full_disk", 60),
     "output that nobody reads": ("on_files", "unread_output", 10),
     "configs from a stranger": ("on_configs", "configs", 8400),
-    "accepted configs that may not go together": ("on_configs", "accepted", 400),
+    "accepted configs that may not go together": ("on_configs", "accepted", 200),
     "kernel calls": ("on_kernels", "kernel_calls", 5800),
 }
 """What is attacked: the module, the function, and how often at full length."""
