@@ -190,6 +190,12 @@ class Recorder:
             kept = f"the checkpoint of update {self._sound} is kept, --resume then goes on from it"
         return f"; {kept}. Lower optimizer.lr, set clip"
 
+    def advised(self, error: Diverged) -> Diverged:
+        """The error, with what the run can go on from."""
+        return (
+            error if "--resume" in str(error) or self.folder is None else Diverged(f"{error}{self._last()}")
+        )
+
     def diverged(self, loop: Loop, error: Diverged) -> dict[str, Any]:
         """The entry of the manifest's history."""
         return {"event": "diverged", "at": loop.at.step, "sound": self._sound, "why": str(error)}

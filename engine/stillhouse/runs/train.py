@@ -181,7 +181,7 @@ def train(
                     loop.run()
             except Diverged as error:
                 failing(recorder.diverged(loop, error))
-                raise
+                raise recorder.advised(error) from error
             step.plugins.notify("on_run_end", run=step.run)
             summary = _finish(parts, loop, recorder, sealed, manifest)
             for observer in parts.observers:
