@@ -93,11 +93,16 @@ class TestRefusals:
             made(tmp_path, data=[], max_steps=2)
 
 
-def test_evaluate_gives_the_loss_of_each_batch_and_its_terms_and_draws_nothing(tmp_path):
+def test_attaching_draws_no_random_number(tmp_path):
+    trainer = made(tmp_path, FITNETS)
+    own = torch.get_rng_state()
+    Trainer(trainer.model, trainer.args, train_dataset=five.texts(4))
+    assert torch.equal(own, torch.get_rng_state())
+
+
+def test_evaluate_gives_the_loss_of_each_batch_and_its_terms(tmp_path):
     trainer = made(tmp_path, per_device_eval_batch_size=16)
-    before = torch.get_rng_state()
     found = trainer.evaluate()
-    assert torch.equal(before, torch.get_rng_state())
     batch = five.padded(trainer.eval_dataset)
     with torch.no_grad():
         expected = trainer.step(trainer.model, batch).loss
