@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from stillhouse.errors import ConfigError, nearest
 from stillhouse.models.calling import Output, unwrapped
 
-_OF_OUTPUT = re.compile(r"(hidden_states|attentions)\.(-?\d+)$")
+_OF_OUTPUT = re.compile(r"((?:encoder_)?(?:hidden_states|attentions))\.(-?\d+)$")
 
 
 class Captures:
@@ -38,7 +38,8 @@ class Captures:
         """Take the output of ``name`` at each forward pass of ``role``; asking twice is the same as once.
 
         ``name:input`` takes what the module reads instead; ``hidden_states.N`` and ``attentions.N`` are taken from the
-        output object of a transformers model.
+        output object of a transformers model: of an encoder and a decoder the decoder's, with ``encoder_`` before it the
+        encoder's.
         """
         if role not in self._models:
             raise ConfigError(f"features of '{role}': no such model{nearest(role, self._models)}")
@@ -89,7 +90,7 @@ class Captures:
         for name in self._names.get(role, ()) if out is not None else ():
             match = _OF_OUTPUT.match(name)
             if match and name not in taken:
-                values: tuple[Tensor, ...] = getattr(out, match[1])
+                values = out.kept[match[1]]
                 if not -len(values) <= int(match[2]) < len(values):
                     raise ConfigError(
                         f"{role}.{name}: the model gave {len(values)} {match[1]}; expected a number below that"
