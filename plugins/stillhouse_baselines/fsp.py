@@ -76,25 +76,31 @@ class FSP(Method):
     def loss_terms(
         self, student_out: StudentOut, teacher_out: TeacherOut, batch: Batch, info: StepInfo
     ) -> dict[str, LossTerm]:
-        own, given = [], []
+        own, given, counts = [], [], None
         for pair, widen in zip(self.pairs, self.maps, strict=True):
             student, teacher = pair.of(student_out, teacher_out)
             mask = pair.student.mask(student, batch)
+            if mask is not None and pair.student.tokens:
+                counts = mask.sum(1).clamp(min=1)[:, None, None]
             mapped = widen(_channels_last(student, pair.student))
             own.append(_channels_first(kept(mapped, mask)))
             given.append(_channels_first(kept(_channels_last(teacher, pair.teacher), mask)))
         errors = [
-            (flow(*mine) - flow(*theirs)).square().flatten(1).mean(1)
+            (flow(*mine, counts) - flow(*theirs, counts)).square().flatten(1).mean(1)
             for mine, theirs in zip(pairwise(own), pairwise(given), strict=True)
         ]
         value = feature_mean(torch.stack(errors).mean(0), self.pairs[0].student, batch, info)
         return {"flow": LossTerm(value, self.config.weight)}
 
 
-def flow(first: Tensor, second: Tensor) -> Tensor:
-    """``(B, C_a, C_b)`` from features ``(B, C, positions...)`` of one model's two layers."""
+def flow(first: Tensor, second: Tensor, counts: Tensor | None = None) -> Tensor:
+    """``(B, C_a, C_b)`` from features ``(B, C, positions...)`` of one model's two layers.
+
+    counts
+        Of tokens: how many positions count in each sample ``(B, 1, 1)``; the others hold zeros. None: all.
+    """
     first, second = _meet(wide(first), wide(second))
-    return first @ second.transpose(1, 2) / first.shape[-1]
+    return first @ second.transpose(1, 2) / (first.shape[-1] if counts is None else counts)
 
 
 def _meet(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,17 +65,13 @@ class TAKD(Method):
             )
         else:
             made = [run.build(spec) for spec in self.config.assistants]
-        return {f"assistant{number}": network for number, network in enumerate(made, 1)}
+        self._names = [f"assistant{number}" for number in range(1, len(made) + 1)]
+        return dict(zip(self._names, made, strict=True))
 
     @hookimpl
     def stages(self, run: RunContext) -> list[Stage]:
-        names = [
-            name
-            for number in range(1, len(run.models))
-            if f"{run.caller}.{(name := f'assistant{number}')}" in run.models
-        ]
         found, teacher = [], "teacher"
-        for number, name in enumerate(names, 1):
+        for number, name in enumerate(self._names, 1):
             found.append(
                 Stage(f"assistant-{number}", self.config.share, model=name, train=(name,), teacher=teacher)
             )
