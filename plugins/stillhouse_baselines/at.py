@@ -82,7 +82,7 @@ class AT(Method):
             attention(kept(student, mask), pair.student),
             attention(kept(teacher, mask), pair.teacher),
         )
-        own, given = _meet(own, given)
+        own, given = _meet(own, given, info.caller)
         error = (F.normalize(own.flatten(1)) - F.normalize(given.flatten(1))).square()
         tokens = mask is not None and mask.shape == error.shape
         count = mask.sum(1).clamp(min=1) if tokens and mask is not None else error.shape[1]
@@ -94,13 +94,13 @@ def attention(features: Tensor, side: Feature) -> Tensor:
     return wide(features).square().mean(-1 if side.tokens else 1)
 
 
-def _meet(own: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+def _meet(own: Tensor, given: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """Both maps at the smaller size of each axis."""
     if own.shape == given.shape:
         return own, given
     if own.dim() != given.dim():
         raise ConfigError(
-            f"at: attention maps of shape {tuple(own.shape)} and {tuple(given.shape)}; expected as many axes of positions: "
+            f"{name}: attention maps of shape {tuple(own.shape)} and {tuple(given.shape)}; expected as many axes of positions: "
             "pair other layers"
         )
     size = [min(sizes) for sizes in zip(own.shape[1:], given.shape[1:], strict=True)]

@@ -71,7 +71,7 @@ class Memory(nn.Module):
     def update(self, index: Tensor, student: Tensor, teacher: Tensor, momentum: float) -> None:
         """Move the rows ``index`` towards new embeddings, and back onto the sphere."""
         for memory, new in ((self.student, student), (self.teacher, teacher)):
-            mixed = momentum * memory[index] + (1 - momentum) * new
+            mixed = momentum * memory[index] + (1 - momentum) * new.to(memory)
             memory[index] = F.normalize(mixed)
 
 
@@ -170,7 +170,7 @@ class CRD(Method):
             )
         )
         start, count = self._range(info.stage)
-        positive = self._index(batch, start)
+        positive = self._index(batch, start, info.caller)
         drawn = torch.randint(count, (len(own), self.config.negatives)).to(own.device) + start
         index = torch.cat([positive[:, None], drawn], 1)
         rows = own.new_zeros(len(own))
@@ -195,15 +195,15 @@ class CRD(Method):
             return 0, labelled + unlabelled
         return (labelled, unlabelled) if stage.data == "unlabelled" and unlabelled else (0, labelled)
 
-    def _index(self, batch: Batch, start: int) -> Tensor:
+    def _index(self, batch: Batch, start: int, name: str) -> Tensor:
         if batch.ids is None:
             raise ConfigError(
-                "crd: got a batch without ids, and others had them; expected 'ids' (B,) in each"
+                f"{name}: got a batch without ids, and others had them; expected 'ids' (B,) in each"
             )
         index = batch.ids + start
         if index.device.type == "cpu" and len(index) and int(index.max()) >= len(self.memory.student):
             raise ConfigError(
-                f"crd: got the sample number {int(index.max())}; expected fewer than {len(self.memory.student)}, the rows "
+                f"{name}: got the sample number {int(index.max())}; expected fewer than {len(self.memory.student)}, the rows "
                 "of the memory: say memory"
             )
         return index
@@ -211,7 +211,7 @@ class CRD(Method):
 
 def scored(anchors: Tensor, memory: Tensor, temperature: float) -> Tensor:
     """Scores ``(B, K + 1)`` of ``(B, dim)`` with ``(B, K + 1, dim)``."""
-    return (memory @ anchors[..., None])[..., 0] / temperature
+    return (memory.to(anchors) @ anchors[..., None])[..., 0] / temperature
 
 
 def contrast(scores: Tensor, samples: int) -> Tensor:

@@ -55,7 +55,7 @@ class DKD(Method):
         config, labels = self.config, targets.labels
         if labels is None:
             raise ConfigError(
-                "dkd: got class probabilities or no labels; expected class numbers, whose class is parted from the "
+                f"{info.caller}: got class probabilities or no labels; expected class numbers, whose class is parted from the "
                 "others: leave out mixup and label smoothing"
             )
         known = labels != IGNORE if batch.mask is None else (labels != IGNORE) & batch.mask

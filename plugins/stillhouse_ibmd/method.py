@@ -131,7 +131,7 @@ class IBMD(Method):
             )
         if self._regression and config.data == "all":
             raise ConfigError(
-                "ibmd.data is 'all', and the labels are floats; expected labelled or unlabelled"
+                f"{run.caller}.data is 'all', and the labels are floats; expected labelled or unlabelled"
             )
         self._make(run, outputs)
         self._tell(run)

@@ -23,7 +23,6 @@ from stillhouse.api import (
 )
 from stillhouse_transforms.classes import probabilities
 
-
 _NO_TOKENS = Conformance(
     expected_failures=dict.fromkeys(
         ("padding_counts_nowhere", "ragged_micro_batches_do_not_matter"), "token ids are no real numbers"
