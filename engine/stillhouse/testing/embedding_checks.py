@@ -92,13 +92,9 @@ def works_in_another_loop(subject: Subject, folder: Path) -> None:
             whole = Guest(subject)
         except ConfigError as error:
             raise NotApplicable(f"refuses to be embedded: {error}") from None
-        before = whole.weights()
         with whole.step:
             whole.train(whole.updates)
         after = whole.weights()
-        for name in (name for name in whole.step.auxiliary if whole.step.parameters(name)):
-            moved = any(not torch.equal(before[e], after[e]) for e in before if e.startswith(f"{name}."))
-            expect(moved, subject, f"embedded, the auxiliary module '{name}' did not change in a run")
         for stop in sorted({1, whole.updates // 2, whole.updates - 1}):
             _resumes(subject, stop, whole.updates, after)
 
