@@ -82,6 +82,9 @@ class Method:
         Names of the task kinds that the method has a meaning for (``CLASS_KINDS``: those with one softmax a row), and
         ``different_outputs`` where teacher and student may have different numbers of outputs. Others are refused
         before step 0.
+    writes
+        Files that it writes to the run directory, as in ``("weights.json", "pddm/*")``: ``--overwrite`` removes these, and
+        refuses where anything else lies there.
     conformance
         What the checks of ``stillhouse.testing`` should know.
     """
@@ -90,6 +93,7 @@ class Method:
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     requires: ClassVar[frozenset[str]] = frozenset({"logits"})
     supports: ClassVar[frozenset[str]] = CLASS_KINDS
+    writes: ClassVar[tuple[str, ...]] = ()
     conformance: ClassVar[Conformance] = Conformance()
     config: Any
     """The settings, of type ``Config``; a subclass annotates it with its own."""

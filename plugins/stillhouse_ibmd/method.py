@@ -95,6 +95,7 @@ class IBMD(Method):
     Config = IBMDConfig
     requires = frozenset({"logits", "hidden_states"})
     supports = CLASS_KINDS | {"regression", "different_outputs"}
+    writes = ("information_plane.csv", "information_plane.png")
     config: IBMDConfig
 
     def __init__(self, config: IBMDConfig | None = None) -> None:

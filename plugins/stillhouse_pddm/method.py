@@ -99,6 +99,7 @@ class PDDM(Method):
     Config = PDDMConfig
     requires = frozenset({"logits"})
     supports = CLASS_KINDS | {"regression"}
+    writes = ("pddm/path.pt", "pddm/path.json", "pddm/path.png", "pddm/pdnet.pt")
     conformance = Conformance(
         settings={"points": 2, "pdnet_steps": 2}
     )  # the checks stop and resume at each update

@@ -120,7 +120,8 @@ class SLD(Method):
         if info.stage.name != "target" or self.config.labels == "soft":
             return {"kl": LossTerm(kl)}
         # Every row has a label here, so the mean is over all rows that count.
-        labels = named = targets.dense.argmax(-1)
+        # A class that the target has no output for can't be learned: the surest among the others then.
+        labels = named = targets.dense[..., : student_out.logits.shape[-1]].argmax(-1)
         if self.config.labels == "actual":
             labels = self._actual(targets, named)
         ce = cross_entropy(student_out.logits, labels, count=info.rows, mask=batch.mask)

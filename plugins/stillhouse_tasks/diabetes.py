@@ -40,6 +40,7 @@ class Diabetes(Task):
     api_version = 1
     Config = DiabetesConfig
     config: DiabetesConfig
+    kind = "regression"
     metric = "r2"
     teachers = {"mlp": wide_mlp}
     students = {"mlp": small_mlp}

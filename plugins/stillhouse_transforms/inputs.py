@@ -123,11 +123,13 @@ class Augment(Method):
 
 
 def _each(value: Any, change: Any, who: str) -> Any:
-    """``change`` of a tensor, or of every tensor of a mapping; None stays."""
-    if value is None:
-        return None
+    """``change`` of every tensor in mappings and tuples; None stays."""
     if isinstance(value, dict):
         return {name: _each(item, change, who) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        return tuple(_each(item, change, who) for item in value)
+    if value is None:
+        return None
     if not value.is_floating_point():
         raise ConfigError(
             f"{who}: got inputs of type {value.dtype}; expected real numbers: leave it out for token ids"

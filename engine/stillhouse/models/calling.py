@@ -77,7 +77,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _caches(model: nn.Module) -> bool:
-    return hasattr(vars(unwrapped(model)).get("config"), "use_cache")
+    return hasattr(getattr(unwrapped(model), "config", None), "use_cache")
 
 
 def _parameters(model: nn.Module) -> dict[str | None, Any] | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stillhouse.contract.batch import Batch, samples, tensors_in
+from stillhouse.contract.batch import Batch, tensors_in
 from stillhouse.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,11 +30,14 @@ class Update:
         self._step, self._reduce = step, reduce
         self._parts: deque[Batch] = deque()
         self._metrics: dict[str, Tensor] = {}
-        self.open = 0
+        self.open, self._used = 0, False
 
     def announce(self, batches: Sequence[Any]) -> None:
         """Transform these micro-batches, and count the rows that come out, over all ranks."""
         step = self._step
+        if not batches:
+            raise ConfigError("begin_update() got no micro-batch; expected one at least")
+        self._metrics = {}
         self._parts = deque(self._transformed(step.complete(step.read(batch))) for batch in batches)
         if len(self._parts) == 1 and self._reduce is None:
             rows, labelled = step.kind.rows(self._parts[0]), step.kind.labelled(self._parts[0])
@@ -72,16 +75,12 @@ class Update:
 
     def made(self, metrics: Mapping[str, Tensor]) -> None:
         """A micro-batch has given its loss."""
-        found = self._metrics
-        self._metrics = {
-            **found,
-            **{name: found[name] + value if name in found else value for name, value in metrics.items()},
-        }
-        self.open -= 1
+        self._add(metrics)
+        self.open, self._used = self.open - 1, True
 
     def close(self) -> dict[str, Tensor]:
         """The metrics of the update, summed over its micro-batches; empty where none was made."""
-        made, self._metrics = self._metrics, {}
+        made, self._metrics, self._used = self._metrics if self._used else {}, {}, False
         self._parts.clear()
         self.open = 0
         return made
@@ -90,18 +89,30 @@ class Update:
         """After an error: the update is given up, and the next call begins another."""
         self.close()
 
+    def _add(self, metrics: Mapping[str, Tensor]) -> None:
+        found = self._metrics
+        added = {name: found[name] + value if name in found else value for name, value in metrics.items()}
+        self._metrics = {**found, **added}
+
     def _transformed(self, batch: Batch) -> Batch:
         step = self._step
+        step.info.logged = {}
         given = step.plugins.batch_transform(batch, step.info)
+        self._add(step.info.logged)
         return given if given is batch else step.complete(given)
 
 
 def _same_batch(announced: Batch, given: Any) -> None:
     """Raise where another micro-batch comes than was announced."""
-    inputs = given.inputs if isinstance(given, Batch) else given
-    count = samples(inputs) if tensors_in(inputs) else len(announced)
-    if count != len(announced):
+    if isinstance(given, Mapping):  # a loader's own names: labels stand among the inputs
+        given = {name: value for name, value in given.items() if name in announced.inputs}
+    inputs = (
+        given.inputs if isinstance(given, Batch) else given[0] if isinstance(given, tuple | list) else given
+    )
+    told = [tuple(tensor.shape) for _, tensor in tensors_in(announced.inputs)]
+    came = [tuple(tensor.shape) for _, tensor in tensors_in(inputs)]
+    if not set(came) <= set(told):
         raise ConfigError(
-            f"begin_update was told of a micro-batch of {len(announced)} samples, and one of {count} came; expected "
+            f"begin_update was told of a micro-batch with inputs of shape {told[0]}, and one of {came[0]} came; expected "
             "the micro-batches in the order in which they were announced"
         )
