@@ -24,6 +24,7 @@ from stillhouse.cache import made_once
 from stillhouse.contract.batch import IGNORE, Batch
 from stillhouse.contract.conformance import Conformance
 from stillhouse.contract.context import Auxiliary, RunContext, Stage, StepInfo
+from stillhouse.contract.features import Feature, FeaturePair, Layers, feature_mean, feature_pairs, kept, wide
 from stillhouse.contract.hooks import hookimpl
 from stillhouse.contract.kinds import CLASS_KINDS, KINDS, TaskKind
 from stillhouse.contract.losses import (
@@ -115,6 +116,9 @@ __all__ = [
     "Conformance",
     "DataError",
     "Diverged",
+    "Feature",
+    "FeaturePair",
+    "Layers",
     "LossTerm",
     "Method",
     "MethodConfig",
@@ -139,11 +143,15 @@ __all__ = [
     "binary_kl",
     "classification",
     "cross_entropy",
+    "feature_mean",
+    "feature_pairs",
     "hookimpl",
+    "kept",
     "label_loss",
     "made_once",
     "regression",
     "regression_loss",
     "soft_and_label_terms",
     "soft_loss",
+    "wide",
 ]

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from stillhouse.errors import ConfigError, nearest
 from stillhouse.models.calling import Output, unwrapped
 
-_OF_OUTPUT = re.compile(r"(hidden_states|attentions)\.(-?\d+)$")
+_OF_OUTPUT = re.compile(r"((?:encoder_)?(?:hidden_states|attentions))\.(-?\d+)$")
 
 
 class Captures:
@@ -39,7 +39,8 @@ class Captures:
         """Take the output of ``name`` at each forward pass of ``role``; asking twice is the same as once.
 
         ``name:input`` takes what the module reads instead; ``hidden_states.N`` and ``attentions.N`` are taken from the
-        output object of a transformers model.
+        output object of a transformers model: of an encoder and a decoder the decoder's, with ``encoder_`` before it the
+        encoder's.
         """
         if role not in self._models:
             raise ConfigError(f"features of '{role}': no such model{nearest(role, self._models)}")
@@ -92,7 +93,7 @@ class Captures:
             if asking != role:
                 continue
             what, _, number = name.partition(".")
-            values: tuple[Tensor, ...] = getattr(out, what)
+            values = out.kept[what]
             if not -len(values) <= int(number) < len(values):
                 raise ConfigError(
                     f"{role}.{name}: the model gave {len(values)} {what}; expected a number below that"

@@ -490,7 +490,12 @@ class DistillStep:
             self.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resume needs and the trainer does not hold: everything but the student and the teachers."""
+        """What a resume needs and the trainer does not hold: everything but the student and the teachers.
+
+        An update whose micro-batches have all been made is ended first: the plugins' state is that after it.
+        """
+        if not self.update.open:
+            self.end_update()
         stand = self.answers.stand_in
         return {
             "position": self.schedule.state_dict(),
