@@ -25,7 +25,17 @@ CONFIG, MANIFEST, METRICS, SUMMARY = "config.yaml", "manifest.json", "metrics.js
 STUDENT, CURVE, REPORT = "student.safetensors", "curve.png", "README.md"
 CHECKPOINTS, SOFT_LABELS = "checkpoints", "soft-labels"
 IN_PYTHON = " (in Python: resume=True, overwrite=True, dir=DIR)"
-FREE = ("out", "name", "observers", "threads", "log_every", "checkpoint_every", "device")
+FREE = (
+    "out",
+    "name",
+    "observers",
+    "threads",
+    "log_every",
+    "checkpoint_every",
+    "device",
+    "workers",
+    "evaluate_batch_size",
+)
 """Config keys that a resumed run may change: they don't enter the weights."""
 
 

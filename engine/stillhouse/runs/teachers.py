@@ -65,7 +65,7 @@ def fingerprint(
     """What a trained teacher's weights depend on."""
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     architecture = hashlib.sha256(f"{model!r} {shapes}".encode()).hexdigest()[:16]
-    chosen = settings.model_dump(mode="json", exclude={"device", "cache_teacher"})
+    chosen = settings.model_dump(mode="json", exclude={"device", "cache_teacher", "workers"})
     return {
         "data": data.fingerprint(),
         "builder": json.dumps(dict(named), sort_keys=True),
@@ -105,9 +105,7 @@ def trained(
         return model, {**made_from, "digest": digest, "found": "kept"}
     before(model)
     say(f"teacher {named['name']}: training it once, {settings.steps} updates ({digest})")
-    step = DistillStep(
-        "hard_labels", student=model, probe=data.batch(torch.arange(min(2, len(data)))).to(device), task=kind
-    )
+    step = DistillStep("hard_labels", student=model, probe=data.probe(2).to(device), task=kind)
     loop = Loop(step, Splits(data), settings, device, _Silent())
     loop.run()
     step.close()

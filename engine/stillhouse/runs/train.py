@@ -16,13 +16,14 @@ from stillhouse.api import Task
 from stillhouse.config import Named, RunConfig, dump
 from stillhouse.contract.batch import Batch
 from stillhouse.contract.context import STUDENT, TARGET
+from stillhouse.contract.metrics import higher_is_better
 from stillhouse.contract.observers import RunRecord
 from stillhouse.contract.splits import Splits
 from stillhouse.files import write_bytes, write_json
 from stillhouse.models.integrity import digest
 from stillhouse.runs import directory, page, teachers
 from stillhouse.runs.display import Display
-from stillhouse.runs.evaluate import Sealed, score
+from stillhouse.runs.evaluate import Sealed, check_score, score
 from stillhouse.runs.recorder import Interrupted, Recorder
 from stillhouse.runs.resolve import Parts, builder_of, pick_device, resolve
 from stillhouse.training.compatibility import OFFERED
@@ -117,6 +118,7 @@ def train(
     with closing(step):  # after an error too: nothing stays frozen, no hook stays on the caller's models
         for name, auxiliary in step.auxiliary.items():
             display.say(f"auxiliary module {name}: {_size(auxiliary.module):,} parameters")
+        check_score(parts.task, models.get(TARGET, models[STUDENT]), data, device)
         recorder = Recorder(config, parts.task, data.validation, device, display, folder, parts.observers)
         loop = Loop(step, data, config, device, recorder)
         manifest = directory.manifest(
@@ -179,7 +181,9 @@ def _teacher(
         )
         facts = dict(made)
     if data.validation is not None and data.validation.labelled:
-        facts["validation"] = score(parts.task, model, data.validation, device, teacher=True)
+        facts["validation"] = score(
+            parts.task, model, data.validation, device, teacher=True, config=parts.config
+        )
     return model, facts
 
 
@@ -202,11 +206,12 @@ def _check_models(parts: Parts, data: Splits, device: torch.device, teacher: nn.
             seed=parts.config.seed,
             offers=_offers(data),
         )
-    step.close()
+        with closing(step):
+            check_score(parts.task, models.get(TARGET, models[STUDENT]), data, device)
 
 
 def _probe(data: Splits, device: torch.device) -> Batch:
-    return data.train.batch(torch.arange(min(4, len(data.train)))).to(device)
+    return data.train.probe(4).to(device)
 
 
 def _offers(data: Splits) -> frozenset[str]:
@@ -245,7 +250,7 @@ def _finish(
     scores, test = {}, sealed.open()
     for name, split in (("validation", loop.splits.validation), ("test", test)):
         if split is not None:
-            scores[name] = score(parts.task, model, split, device)
+            scores[name] = score(parts.task, model, split, device, config=config)
     summary: Summary = {
         "name": config.name,
         "methods": [plugin.name for plugin in parts.methods],
@@ -282,7 +287,7 @@ def _warnings(
     if not teacher or "validation" not in scores:
         return []
     source, own = teacher[task.metric], scores["validation"][task.metric]
-    if source > own:
+    if (source > own) == higher_is_better(task.metric) and source != own:
         return []
     return [
         f"the teacher's validation {task.metric} ({source:.4f}) is no better than the trained model's "

@@ -8,7 +8,9 @@ import toys
 from torch.utils.data import TensorDataset
 
 from stillhouse.api import IGNORE, KINDS, TensorSplit
-from stillhouse.contract.splits import DatasetSplit, JoinedSplit, Splits
+from stillhouse.contract.datasets import DatasetSplit
+from stillhouse.contract.joined import JoinedSplit
+from stillhouse.contract.splits import Splits
 from stillhouse.contract.task import Task, classification, regression
 from stillhouse.errors import ConfigError, DataError
 from stillhouse.runs.evaluate import Sealed, outputs, score
