@@ -135,7 +135,7 @@ def _check_range(labels: Tensor, classes: int) -> None:
 def computed(task: Task, metrics: Metrics) -> dict[str, float]:
     """Each metric's numbers under its name; of one that is called ``""``, under their own."""
     found: dict[str, Any] = {}
-    who = type(task).__name__.lstrip("_")
+    who = _who(task)
     for name, metric in metrics.items():
         value = metric.compute()
         found |= numbers(value, who) if not name else {name: value}
@@ -143,6 +143,10 @@ def computed(task: Task, metrics: Metrics) -> dict[str, float]:
     if not task.metric:
         task.metric = next(iter(scores))  # type: ignore[misc]
     return scores
+
+
+def _who(task: Task) -> str:
+    return type(task).__name__.lstrip("_")
 
 
 def _fitting(model: nn.Module, split: Split, device: torch.device, kind: TaskKind, *, teacher: bool) -> int:
