@@ -124,3 +124,9 @@ class Squares(Method):
     @hookimpl
     def loss_terms(self, student_out, batch, info):
         return {"square": LossTerm(info.mean(student_out.logits.square().mean(-1), batch.mask))}
+
+
+class Alike(Squares):
+    """A method for a teacher and a student of as many outputs."""
+
+    requires = frozenset({"logits"})

@@ -131,7 +131,8 @@ class Torchdistill(Method):
                 value = out.logits if path == ROOT else out.features.get(feature_name(path, side))
             return _needed(value, role, path, side)[rows]
 
-        labels = None if targets.labels is None else targets.labels[rows]
+        labels = targets.labels if targets.probabilities is None else targets.probabilities
+        labels = None if labels is None else labels[rows]
         if labels is not None and len(labels) == 0:
             return student.logits[rows].sum()  # no valid row: zero, with a graph
         if labels is not None:

@@ -79,7 +79,7 @@ def test_methods_without_one_are_refused_before_anything_is_trained(method, cli,
     (tmp_path / "run.yaml").write_text(json.dumps(config))
     said = cli("run", "run.yaml", "steps=2")
     assert said.code != 0
-    assert "this task's labels are floats (regression)" in said.err
+    assert f"plugin '{method}' (stillhouse 0.1.0) has no meaning for regression" in said.err
     assert "update" not in said.out, "neither the teacher nor the student was trained"
     assert not list(tmp_path.glob("runs/*/checkpoints/*"))
     assert "Traceback" not in said.err

@@ -314,7 +314,9 @@ class TestData:
         data = Splits(TensorSplit(x, None, teacher_inputs=other))
         loop = toys.loop(EVEN, data=data, keep=keep, steps=300)
         loop.run(1)
-        torch.testing.assert_close(loop.step._kept.logits, loop.step.teacher(other), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            loop.step.answers._kept.logits, loop.step.teacher(other), rtol=1e-5, atol=1e-6
+        )
         read, ids = [], []
         loop.step.run.student.register_forward_pre_hook(lambda module, given: read.append(given[0]))
         toys.watch_ids(loop, lambda stage, given: ids.append(given))

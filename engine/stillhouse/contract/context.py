@@ -43,7 +43,7 @@ class Stage:
     train
         Names of the modules whose parameters are trained; None: ``model`` and every auxiliary module.
     teacher
-        Whose outputs are ``teacher_out``: ``teacher``; another teacher of the run by name; a model's name (it
+        Whose outputs are ``teacher_out``: ``teacher``; another teacher of the run by name, or several (their mean); a model's name (it
         stands still for the stage: its soft labels are kept, or a frozen copy answers); None: nobody's.
     """
 
@@ -53,7 +53,7 @@ class Stage:
     data: Literal["labelled", "unlabelled", "all"] = "labelled"
     model: str | None = STUDENT
     train: tuple[str, ...] | None = None
-    teacher: str | None = TEACHER
+    teacher: str | tuple[str, ...] | None = TEACHER
 
 
 @dataclass(slots=True)

@@ -31,11 +31,13 @@ class TeacherOut:
     """What the teacher gives, without a graph.
 
     ``logits`` is a dense tensor, a ``TopK`` or a ``Sampled`` (whatever ``softmax_kl`` takes as its
-    target); ``features`` holds the named modules' outputs where the teacher was called.
+    target); ``features`` holds the named modules' outputs where the teacher was called. Where several teachers answer,
+    ``logits`` is the mean of their log-probabilities, and ``each`` holds every one's own outputs by name.
     """
 
     logits: Tensor | TopK | Sampled
     features: Mapping[str, Tensor] = field(default_factory=dict)
+    each: Mapping[str, TeacherOut] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

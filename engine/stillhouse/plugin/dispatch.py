@@ -107,7 +107,7 @@ class Plugins:
         self._all = {name: self._implementations(name) for name in hook_arguments()}
         self._calls = self._all
         for name in FIRST_RESULT:
-            if name != "stages":  # a method may leave these to another by its answer: see stages()
+            if name not in ("stages", "stage_rows"):  # a method may leave these to another by its answer
                 _one_claim(name, self._calls[name])
 
     def _implementations(self, hook: str) -> tuple[Implementation, ...]:
@@ -235,16 +235,19 @@ class Plugins:
                 raise call.wrong(given, "a list of Stage")
             return tuple(_in_full(stage, call.plugin.name, run) for stage in given), call.plugin.name
         teacher = TEACHER if run.teacher is not None or self.requires & {"logits"} else None
-        return (Stage("train", teacher=teacher),), None
+        several = tuple(name for name in run.teachers if name != TEACHER)
+        return (Stage("train", teacher=several if len(several) > 1 else teacher),), None
 
     def stage_rows(self, run: RunContext, stage: Stage, split: Split) -> Tensor | None:
         """The sample numbers that a plugin chose for the stage, checked; None for all of them."""
+        answers = []
         for call in self._calls["stage_rows"]:
             run.caller = call.plugin.name
-            given = call(run, stage, split)
-            run.caller = ""
-            if given is None:
-                return None
+            if (given := call(run, stage, split)) is not None:
+                answers.append((call, given))
+        run.caller = ""
+        _one_claim("stage_rows", [call for call, _ in answers])
+        for call, given in answers:
             if not isinstance(given, Tensor) or given.dtype != torch.long or given.dim() != 1:
                 raise call.wrong(given, "sample numbers: a long tensor of one axis, or None")
             if not len(given) or int(given.min()) < 0 or int(given.max()) >= len(split):
@@ -285,8 +288,9 @@ def _in_full(stage: Stage, plugin: str, run: RunContext) -> Stage:
     def full(name: str | None) -> str | None:
         return f"{plugin}.{name}" if f"{plugin}.{name}" in run.models and name not in run.models else name
 
+    teacher = full(stage.teacher) if isinstance(stage.teacher, str | None) else stage.teacher
     train = None if stage.train is None else tuple(str(full(name)) for name in stage.train)
-    return replace(stage, model=full(stage.model), teacher=full(stage.teacher), train=train)
+    return replace(stage, model=full(stage.model), teacher=teacher, train=train)
 
 
 def _one_claim(hook: str, claims: Sequence[Implementation]) -> None:

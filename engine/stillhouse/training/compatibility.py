@@ -16,6 +16,7 @@ from stillhouse.errors import ConfigError, DataError
 from stillhouse.models.calling import evaluating, forward
 from stillhouse.models.integrity import stochastic_module
 from stillhouse.plugin.dispatch import Plugin, Plugins
+from stillhouse.training.answers import names_of
 
 OFFERED = frozenset({"logits", "deterministic_teacher", "hidden_states", "labels", "student_update"})
 """Capabilities of the reference loop, on a task with labels."""
@@ -136,7 +137,7 @@ def check_stages(
     """
     known = {TEACHER, *run.models, *run.teachers}
     for stage in stages:
-        for name in (*(stage.train or ()), stage.model, stage.teacher):
+        for name in (*(stage.train or ()), stage.model, *names_of(stage)):
             if name is not None and name not in known:
                 raise ConfigError(
                     f"stage '{stage.name}' names '{name}'; known models: {', '.join(run.models)}"

@@ -32,7 +32,7 @@ def keep(loop: Loop, split: Split, folder: Path | None) -> SoftLabels | None:
         return None
     if stage.teacher == TEACHER:
         return _teachers(loop, stage, split) if _worth_keeping(loop, stage, split) else None
-    if stage.teacher not in step.run.models:
+    if not isinstance(stage.teacher, str) or stage.teacher not in step.run.models:
         return None
     path = None if folder is None else folder / f"{loop.at.stage}-{stage.name}.safetensors"
     about = {"stage": stage.name, "model": stage.teacher, "data": split.fingerprint()}

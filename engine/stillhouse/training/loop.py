@@ -117,8 +117,8 @@ class Loop:
         kept = self.watcher.keep(self, self.split)
         rows = step.plugins.stage_rows(step.run, stage, self.split)
         step.set_up(stage, kept)
-        if self._stand_in is not None and step.stand_in is not None:
-            step.stand_in.load_state_dict(self._stand_in)
+        if self._stand_in is not None and step.answers.stand_in is not None:
+            step.answers.stand_in.load_state_dict(self._stand_in)
         self._stand_in = None
         self.model = step.model(stage)
         if self._span != self.schedule.span:

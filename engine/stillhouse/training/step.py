@@ -24,20 +24,21 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from stillhouse.contract.batch import Batch
-from stillhouse.contract.context import STUDENT, TARGET, TEACHER, RunContext, Stage, StepInfo
+from stillhouse.contract.context import STUDENT, TARGET, RunContext, Stage, StepInfo
 from stillhouse.contract.kinds import TaskKind, kind_of
-from stillhouse.contract.outputs import StudentOut, Targets, TeacherOut
+from stillhouse.contract.outputs import StudentOut, Targets
 from stillhouse.contract.splits import Splits
-from stillhouse.errors import ConfigError, DataError, PluginError, nearest
-from stillhouse.models.calling import call, evaluating, unwrapped
+from stillhouse.errors import ConfigError, PluginError
+from stillhouse.models.calling import call, unwrapped
 from stillhouse.models.captures import Captures
 from stillhouse.models.integrity import StillHeld
-from stillhouse.models.stand_in import stand_in
 from stillhouse.plugin.dispatch import Plugin, Plugins
 from stillhouse.plugin.load import MethodLike, as_plugins
 from stillhouse.plugin.watch import UPDATES, check_kept, guarded, watched
 from stillhouse.softlabels import SoftLabels
+from stillhouse.training.answers import Answers
 from stillhouse.training.compatibility import EMBEDDED, check_fit, check_stages, row_shape
+from stillhouse.training.host import StepHost
 from stillhouse.training.output import StepOutput, diverged, refuse_dead, total_of
 from stillhouse.training.stages import StageSchedule
 from stillhouse.training.teaching import Teachers
@@ -108,15 +109,13 @@ class DistillStep:
         )
         self.plugins = Plugins(method if loaded else as_plugins(method))  # type: ignore[arg-type]
         self.kind = kind_of(task, probe)
-        self.divided_by, self._say = divided_by, say
+        self.divided_by, self.host = divided_by, StepHost(self, say)
         models = {STUDENT: student} if target is None else {STUDENT: student, TARGET: target}
         # The first parameter says where the student is, and what its numbers are; it goes along when the student moves.
         self._like = next((p for p in student.parameters() if p.is_floating_point()), torch.zeros(()))
         self.teachers = Teachers(teacher, models, moving=teacher_moves)
         self.captures = Captures({**models, **self.teachers.models})
-        self._soft_labels = soft_labels
-        self._kept: SoftLabels | None = None
-        self._answering: nn.Module | None = None
+        self.answers = Answers(self, self.teachers, soft_labels)
         self._rows: Callable[[Batch], tuple[int, ...]] | None = None
         self._held = StillHeld()
         self.info = StepInfo(kind=self.kind)
@@ -135,21 +134,19 @@ class DistillStep:
             method_names=tuple(plugin.name for plugin in self.plugins.plugins),
             with_losses=self.plugins.implementing("loss_terms"),
             teachers=self.teachers.models,
-            host=self,
+            host=self.host,
         )
         try:
-            self._set_up(self.read(probe).to(self.device), steps, frozenset(offers))
+            self._set_up(self.read(probe).to(self.device), steps, frozenset(offers), soft_labels is not None)
         except BaseException:
             self.close()  # a refused plugin leaves no hook on models that others go on using
             raise
 
-    def _set_up(self, probe: Batch, steps: int | None, offers: frozenset[str]) -> None:
+    def _set_up(self, probe: Batch, steps: int | None, offers: frozenset[str], stored: bool) -> None:
         run, models = self.run, self.run.models
         self._rows = row_shape(self.kind, models[STUDENT], probe)
         run.probe = probe = self.complete(probe)
-        fits = self.teachers.first if self._soft_labels is None else None
-        check_fit(self.plugins, models, fits, run, offers=offers, stored=self._soft_labels is not None)
-        self._captured: set[tuple[str, str]] = set()
+        check_fit(self.plugins, models, self.teachers.first, run, offers=offers, stored=stored)
         self.plugins.wrap(lambda call: guarded(call, run))
         self.plugins.notify("on_run_start", run=run)
         self.auxiliary = self.plugins.auxiliary_modules(run)
@@ -157,7 +154,7 @@ class DistillStep:
             models[name] = auxiliary.module.to(self.device, auxiliary.dtype or self._like.dtype)
             self.captures.offer(name, auxiliary.module)
         stages, owner = self.plugins.stages(run)
-        check_stages(self.plugins, stages, owner, run, self._captured)
+        check_stages(self.plugins, stages, owner, run, self.host.captured)
         self.plugins.wrap(None)
         self.teachers.check(self.plugins, whole=True)
         self.teachers.counter.calls = 0
@@ -200,7 +197,7 @@ class DistillStep:
         info, plugins = self.info, self.plugins
         info.logged = {}
         with torch.no_grad():
-            teacher_out = self._teacher_out(batch)
+            teacher_out = self.answers.give(batch)
             soft = None if teacher_out is None else teacher_out.logits
             targets = Targets(batch.labels, soft, batch.probabilities)
             targets = plugins.label_transform(targets, batch, teacher_out, info)
@@ -214,27 +211,6 @@ class DistillStep:
         metrics = {name: term.value.detach() for name, term in terms.items()} | info.logged
         metrics["loss"] = loss.detach()
         return StepOutput(loss if self.divided_by == 1.0 else loss * self.divided_by, metrics, student_out)
-
-    def _teacher_out(self, batch: Batch) -> TeacherOut | None:
-        stage, kept = self.info.stage, self._kept
-        if stage.teacher is None:
-            return None
-        if kept is None and stage.teacher == TEACHER:
-            kept = self._soft_labels
-        if kept is not None:
-            if batch.ids is None:
-                raise DataError(
-                    "kept soft labels are found by sample id, and this batch has none; expected 'ids' (B,) in it"
-                )
-            return TeacherOut(kept.lookup(batch.ids))
-        given = self.plugins.teacher_forward(self._answering, batch, self.info)
-        if given is not None or self._answering is None:
-            return given
-        own = stage.teacher in self.run.models  # a model of this run reads what the student reads
-        inputs = batch.inputs if own else batch.for_teacher
-        with self.captures.collecting(stage.teacher):
-            out = call(self._answering, inputs, self.kind, self.captures.asks(stage.teacher))
-        return TeacherOut(out.logits, self.captures.take(stage.teacher, out))
 
     def _student_out(self, model: nn.Module, batch: Batch) -> StudentOut | None:
         name = self.info.stage.model
@@ -343,7 +319,7 @@ class DistillStep:
     def _watch(self) -> None:
         """Look at what the plugins do to what they are handed, in the first updates of a stage."""
         if self._watched:
-            self.teachers.check_modes(self.plugins)
+            self.teachers.check(self.plugins, whole=True)
         for plugin in self.plugins.plugins if self._watched else ():
             check_kept(plugin)
         first, done = self._watched == 0, self._watched == UPDATES
@@ -379,29 +355,19 @@ class DistillStep:
         at = self.schedule.at
         self.info.stage, self.info.stage_steps = stage, self.schedule.lengths[self.stages.index(stage)]
         self.info.index, self.info.stage_index = at.step, at.stage_step
-        self._started, self._watched, self._kept = True, 0, kept
+        self._started, self._watched = True, 0
         self._hold(stage)
-        if kept is None and stage.teacher in self.run.models:
-            assert self.run.probe is not None
-            name = str(stage.teacher)
-            self._answering = stand_in(self.run.models[name], self.run.probe.inputs, self.kind, name)
+        self.answers.set_up(stage, kept)
 
     def _hold(self, stage: Stage) -> None:
         self.info.stage = stage
         self._held.hold(self.run.models, self.trained(stage))
-        self._answering = None
-        if stage.teacher in self.teachers.models:
-            self._answering = self.teachers.models[str(stage.teacher)]
+        self.answers.hold(stage)
 
     def _leave_stage(self) -> None:
         self.teachers.check(self.plugins, whole=True)
         self.plugins.notify("on_stage_end", run=self.run, stage=self.info.stage)
         self.schedule.leave()
-
-    @property
-    def stand_in(self) -> nn.Module | None:
-        """The frozen copy of a model that stands where the teacher does; None where the teacher itself does."""
-        return None if self.info.stage.teacher not in self.run.models else self._answering
 
     def trained(self, stage: Stage) -> tuple[str, ...]:
         """Names of the modules that a stage trains."""
@@ -504,7 +470,7 @@ class DistillStep:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resume needs and the trainer does not hold: everything but the student and the teachers."""
-        stand = self.stand_in
+        stand = self.answers.stand_in
         return {
             "position": self.schedule.state_dict(),
             "models": {
@@ -525,29 +491,8 @@ class DistillStep:
         self.schedule.load_state_dict(state["position"])
         self.teacher_calls = state["teacher_calls"]
         self.set_up(self.schedule.stage)
-        if state["stand_in"] is not None and self.stand_in is not None:
-            self.stand_in.load_state_dict(state["stand_in"])
-
-    # What stands behind the RunContext.
-
-    def look(self, role: str, batch: Batch) -> StudentOut:
-        """A model's outputs and features, in eval mode and without a graph."""
-        models = {**self.run.models, **self.teachers.models}
-        if role not in models:
-            raise ConfigError(f"outputs of '{role}': no such model{nearest(role, models)}")
-        inputs = batch.for_teacher if role in self.teachers.models else batch.inputs
-        with torch.random.fork_rng(), evaluating(models[role]), self.captures.collecting(role):
-            out = call(models[role], inputs, self.kind, self.captures.asks(role))
-        return StudentOut(out.logits, self.captures.take(role, out))
-
-    def capture(self, role: str, module: str) -> None:
-        """Ask for a module's output; see RunContext."""
-        self._captured.add((self.run.caller, role))
-        self.captures.add(role, module)
-
-    def say(self, message: str) -> None:
-        """A line for people."""
-        self._say(message)
+        if state["stand_in"] is not None and self.answers.stand_in is not None:
+            self.answers.stand_in.load_state_dict(state["stand_in"])
 
 
 def _with_decoder_inputs(batch: Batch, student: nn.Module) -> Batch:

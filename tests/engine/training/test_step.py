@@ -106,7 +106,7 @@ def test_masked_rows_have_no_loss_and_no_gradient_whatever_the_models_make_of_th
         step = step_of(method, student, nn.Linear(toys.FEATURES, toys.CLASSES))
         logits[0].requires_grad_()
         step._student_out = lambda model, batch, given=logits[0]: type("Out", (), {"logits": given})()
-        step._teacher_out = lambda batch, given=logits[1]: TeacherOut(given)
+        step.answers.give = lambda batch, given=logits[1]: TeacherOut(given)
         loss, _ = step(student, Batch(x, y, mask=mask))
         loss.backward()
         assert torch.equal(logits[0].grad[~mask], torch.zeros(2, toys.CLASSES))
@@ -326,21 +326,16 @@ class TestTeacher:
 
 
 class TestRefusedBeforeTheFirstStep:
-    class Alike(toys.Squares):
-        """Says nothing of different outputs."""
-
-        requires = frozenset({"logits"})
-
     def test_different_numbers_of_outputs(self):
         with pytest.raises(ConfigError) as caught:
-            step_of(self.Alike(), toys.net(outputs=5))
+            step_of(toys.Alike(), toys.net(outputs=5))
         said = str(caught.value)
         assert "plugin 'alike'" in said
         assert "the teacher gives outputs of shape (4, 4), the student (4, 5)" in said
 
     def test_different_numbers_of_outputs_of_the_target(self):
         with pytest.raises(ConfigError, match=r"shape \(4, 4\), the target \(4, 7\)"):
-            step_of(["sld", self.Alike()], toys.net(), target=toys.net(outputs=7))
+            step_of(["sld", toys.Alike()], toys.net(), target=toys.net(outputs=7))
 
     def test_outputs_for_other_rows(self):
         class Positions(nn.Module):
