@@ -166,7 +166,7 @@ def check_score(task: Task, model: nn.Module, splits: Splits, device: torch.devi
 
     Raises ConfigError or DataError for what would end the run at its first score.
     """
-    split = splits.validation or splits.train
+    split = splits.train if splits.validation is None else splits.validation
     head = split.probe(TRIED)
     if head.labels is None:
         return
