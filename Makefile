@@ -24,8 +24,8 @@ $(DEV): $(READY)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[tasks,study,tensorboard,torchdistill,cuda]' --group dev
 	touch $@
 
-run: $(READY)  ## the main job: hard labels, KD and SLD on MNIST-1D, 3 seeds, one table
-	$(BIN)/stillhouse compare mnist1d-hard mnist1d-kd mnist1d-sld --seeds 0,1,2 --overwrite
+run: $(READY)  ## the main job: hard labels, KD, KD on all inputs and SLD on MNIST-1D, 3 seeds, one table
+	$(BIN)/stillhouse compare mnist1d-hard mnist1d-kd mnist1d-kd-all mnist1d-sld --seeds 0,1,2 --overwrite
 
 test: $(DEV)  ## the test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal

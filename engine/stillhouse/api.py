@@ -24,6 +24,7 @@ from stillhouse.cache import made_once
 from stillhouse.contract.batch import IGNORE, Batch
 from stillhouse.contract.conformance import Conformance
 from stillhouse.contract.context import Auxiliary, RunContext, Stage, StepInfo
+from stillhouse.contract.features import Feature, FeaturePair, Layers, feature_mean, feature_pairs, kept, wide
 from stillhouse.contract.hooks import hookimpl
 from stillhouse.contract.kinds import CLASS_KINDS, KINDS, TaskKind
 from stillhouse.contract.losses import (
@@ -35,10 +36,11 @@ from stillhouse.contract.losses import (
     soft_and_label_terms,
     soft_loss,
 )
+from stillhouse.contract.metrics import Metric, Metrics, WholeSplit, metrics_named
 from stillhouse.contract.observers import Observer, ObserverConfig, RunRecord
 from stillhouse.contract.outputs import LossTerm, StudentOut, Targets, TeacherOut
 from stillhouse.contract.splits import Split, Splits, TensorSplit
-from stillhouse.contract.task import Builder, Task, TaskConfig, classification, regression
+from stillhouse.contract.task import Builder, Task, TaskConfig
 from stillhouse.errors import ConfigError, DataError, Diverged, MissingExtra, PluginError
 
 API_VERSION = 1
@@ -115,9 +117,14 @@ __all__ = [
     "Conformance",
     "DataError",
     "Diverged",
+    "Feature",
+    "FeaturePair",
+    "Layers",
     "LossTerm",
     "Method",
     "MethodConfig",
+    "Metric",
+    "Metrics",
     "MissingExtra",
     "Observer",
     "ObserverConfig",
@@ -135,15 +142,19 @@ __all__ = [
     "TaskKind",
     "TeacherOut",
     "TensorSplit",
+    "WholeSplit",
     "binary_cross_entropy",
     "binary_kl",
-    "classification",
     "cross_entropy",
+    "feature_mean",
+    "feature_pairs",
     "hookimpl",
+    "kept",
     "label_loss",
     "made_once",
-    "regression",
+    "metrics_named",
     "regression_loss",
     "soft_and_label_terms",
     "soft_loss",
+    "wide",
 ]

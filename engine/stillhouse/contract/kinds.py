@@ -18,6 +18,7 @@ from stillhouse.errors import ConfigError, DataError, nearest
 
 LABEL_NAMES = ("labels", "label")
 """Keys of a mapping that hold its labels."""
+_FLOATS = "floats are task='regression', 0 or 1 for each class is task='multi_label'"
 _OURS = (*LABEL_NAMES, "ids", "mask", "teacher_inputs")
 _TRANSFORMERS = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "decoder_input_ids")
 
@@ -120,8 +121,7 @@ class TaskKind:
             return labels
         if labels.is_floating_point() or labels.dtype == torch.bool:
             raise DataError(
-                f"labels are {labels.dtype}, and {self.name} has class numbers (torch.int64); floats are "
-                "task='regression', 0 or 1 for each class is task='multi_label'"
+                f"labels are {labels.dtype}, and {self} has class numbers (torch.int64); {_FLOATS}"
             )
         return labels if labels.dtype == torch.long else labels.long()
 
@@ -168,6 +168,10 @@ class TaskKind:
         """Raise DataError where the outputs' rows are not the batch's. ``logits`` has its class axis last."""
         shape, labels = tuple(logits.shape), batch.labels
         rows = shape if self.labels == "numbers" and len(shape) == 1 else shape[:-1]
+        if labels is not None and labels.is_floating_point() and self.labels == "classes":
+            raise DataError(
+                f"labels are {labels.dtype}, and {self} has class numbers (torch.int64); {_FLOATS}"
+            )
         if not self._rank_fits(len(rows)):
             raise DataError(_unfit(self, who, shape, f"{self.name} has {self._wanted()}"))
         if rows[:1] != (len(batch),):

@@ -107,7 +107,7 @@ class Plugins:
         self._all = {name: self._implementations(name) for name in hook_arguments()}
         self._calls = self._all
         for name in FIRST_RESULT:
-            if name != "stages":  # a method may leave these to another by its answer: see stages()
+            if name not in ("stages", "stage_rows"):  # a method may leave these to another by its answer
                 _one_claim(name, self._calls[name])
 
     def _implementations(self, hook: str) -> tuple[Implementation, ...]:
@@ -240,12 +240,14 @@ class Plugins:
 
     def stage_rows(self, run: RunContext, stage: Stage, split: Split) -> Tensor | None:
         """The sample numbers that a plugin chose for the stage, checked; None for all of them."""
+        answers = []
         for call in self._calls["stage_rows"]:
             run.caller = call.plugin.name
-            given = call(run, stage, split)
-            run.caller = ""
-            if given is None:
-                return None
+            if (given := call(run, stage, split)) is not None:
+                answers.append((call, given))
+        run.caller = ""
+        _one_claim("stage_rows", [call for call, _ in answers])
+        for call, given in answers:
             if not isinstance(given, Tensor) or given.dtype != torch.long or given.dim() != 1:
                 raise call.wrong(given, "sample numbers: a long tensor of one axis, or None")
             if not len(given) or int(given.min()) < 0 or int(given.max()) >= len(split):
