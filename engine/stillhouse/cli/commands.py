@@ -96,6 +96,13 @@ def bench_overhead(options: argparse.Namespace) -> int:
     return main(options)
 
 
+def bench_trainers(options: argparse.Namespace) -> int:
+    """Measure an update of a language model beside one written by hand."""
+    from stillhouse.bench.trainers import main
+
+    return main(options)
+
+
 def doctor(options: argparse.Namespace) -> int:
     """Say what is there, what is in use, and what is missing."""
     import torch

@@ -74,13 +74,19 @@ def parser() -> argparse.ArgumentParser:
     overhead.add_argument("--steps", type=int, default=200, help="updates in a block, default 200")
     overhead.add_argument("--blocks", type=int, default=15, help="interleaved blocks of each, default 15")
     overhead.add_argument("--json", action="store_true", help="as JSON")
+    trainers = bench.add_parser(
+        "trainers", help="an update of a language model beside one by hand, and TRL's"
+    )
+    trainers.add_argument("--rounds", type=int, default=15, help="updates of each, taking turns, default 15")
+    trainers.add_argument("--no-memory", action="store_true", help="leave out the peaks of memory")
+    trainers.add_argument("--json", action="store_true", help="as JSON")
     kernels = bench.add_parser(
         "kernels", help="softmax-KL beside torch, and beside the memory floor", add_help=False
     )
     kernels.add_argument("rest", nargs=argparse.REMAINDER)
 
     main.add_argument("--debug", action="store_true", help="show tracebacks")
-    for command in (run, compare, verify, runs, plugins, show, doctor, overhead):
+    for command in (run, compare, verify, runs, plugins, show, doctor, overhead, trainers):
         # SUPPRESS: a default here would undo a --debug before the command.
         command.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks"
