@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillhouse.api import LossTerm, Method, Splits, TensorSplit, hookimpl
+from stillhouse.api import LossTerm, Method, Splits, Task, TensorSplit, hookimpl
 from stillhouse.config import Training
+from stillhouse.runs.evaluate import computed
 from stillhouse.training.compatibility import OFFERED
 from stillhouse.training.loop import Loop
 from stillhouse.training.step import DistillStep
@@ -42,6 +43,14 @@ def splits(train: int = 48, unlabelled: int = 64, *, labels: bool = True) -> Spl
         test=TensorSplit(*rows(16, 3)),
         unlabelled=TensorSplit(rows(unlabelled, 4)[0]) if unlabelled else None,
     )
+
+
+def scores(task: Task, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+    """What a task's metrics make of these rows."""
+    metrics = task.metrics()
+    for metric in metrics.values():
+        metric.update(outputs, labels)
+    return computed(task, metrics)
 
 
 class Silent:

@@ -36,10 +36,11 @@ from stillhouse.contract.losses import (
     soft_and_label_terms,
     soft_loss,
 )
+from stillhouse.contract.metrics import Metric, Metrics, WholeSplit, metrics_named
 from stillhouse.contract.observers import Observer, ObserverConfig, RunRecord
 from stillhouse.contract.outputs import LossTerm, StudentOut, Targets, TeacherOut
 from stillhouse.contract.splits import Split, Splits, TensorSplit
-from stillhouse.contract.task import Builder, Task, TaskConfig, classification, regression
+from stillhouse.contract.task import Builder, Task, TaskConfig
 from stillhouse.errors import ConfigError, DataError, Diverged, MissingExtra, PluginError
 
 API_VERSION = 1
@@ -122,6 +123,8 @@ __all__ = [
     "LossTerm",
     "Method",
     "MethodConfig",
+    "Metric",
+    "Metrics",
     "MissingExtra",
     "Observer",
     "ObserverConfig",
@@ -139,9 +142,9 @@ __all__ = [
     "TaskKind",
     "TeacherOut",
     "TensorSplit",
+    "WholeSplit",
     "binary_cross_entropy",
     "binary_kl",
-    "classification",
     "cross_entropy",
     "feature_mean",
     "feature_pairs",
@@ -149,7 +152,7 @@ __all__ = [
     "kept",
     "label_loss",
     "made_once",
-    "regression",
+    "metrics_named",
     "regression_loss",
     "soft_and_label_terms",
     "soft_loss",

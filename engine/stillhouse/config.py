@@ -99,6 +99,11 @@ class Training(BaseModel):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast, float32 weights.")
     seed: int = Field(0, ge=0, lt=2**32)
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    workers: int | None = Field(
+        None,
+        ge=0,
+        description="Processes that read a Dataset ahead; default: its DataLoader's own, else none.",
+    )
     cache_teacher: bool = Field(
         True, description="Call a deterministic teacher once per sample and keep its outputs."
     )
@@ -138,6 +143,12 @@ class RunConfig(Training):
     log_every: int = Field(100, gt=0, le=MOST, description="Updates between rows of metrics.jsonl.")
     validate_every: int = Field(
         500, gt=0, le=MOST, description="Updates between looks at the validation split."
+    )
+    evaluate_batch_size: int | None = Field(
+        None,
+        gt=0,
+        le=MOST,
+        description="Samples scored at once; default: as many as take 64 MiB, up to 1,024.",
     )
     checkpoint_every: int = Field(500, gt=0, le=MOST, description="Updates between checkpoints.")
 

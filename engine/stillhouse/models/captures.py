@@ -89,8 +89,8 @@ class Captures:
     def take(self, role: str, out: Output | None = None) -> dict[str, Tensor]:
         """The last forward pass's features of ``role``; they are dropped here, so that no graph is kept."""
         taken = self._taken.pop(role, {})
-        for asking, name in self._of_output if out is not None else ():
-            if asking != role:
+        for asking, name in self._of_output:
+            if asking != role or out is None:
                 continue
             what, _, number = name.partition(".")
             values = out.kept[what]

@@ -37,6 +37,11 @@ def loaded(entry: catalog.Entry) -> Any:
     else:
         check_version(entry, kind)
         check_config(entry, kind.Config, _CONFIGS[entry.kind])
+    if entry.kind == "task" and hasattr(kind, "score"):
+        raise PluginError(
+            f"{entry}: the task has a method 'score', which nothing calls; expected 'metrics': a function of a whole "
+            "split's outputs is a metric by metrics() -> {'': WholeSplit(function)}"
+        )
     return kind
 
 

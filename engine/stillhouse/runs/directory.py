@@ -47,7 +47,17 @@ __all__ = [
 
 FORMAT = 1
 IN_PYTHON = " (in Python: resume=True, overwrite=True, dir=DIR)"
-FREE = ("out", "name", "observers", "threads", "log_every", "checkpoint_every", "device")
+FREE = (
+    "out",
+    "name",
+    "observers",
+    "threads",
+    "log_every",
+    "checkpoint_every",
+    "device",
+    "workers",
+    "evaluate_batch_size",
+)
 """Config keys that a resumed run may change: they don't enter the weights."""
 AFTER_DIVERGENCE = ("optimizer.lr", "clip")
 """What a run that diverged may change besides, to go on: it is written down in the manifest's history."""

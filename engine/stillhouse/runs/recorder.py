@@ -110,7 +110,7 @@ class Recorder:
     def _validate(self, loop: Loop) -> None:
         if self.validation is None:
             return
-        scores = score(self.task, loop.model, self.validation, self.device)
+        scores = score(self.task, loop.model, self.validation, self.device, config=self.config)
         row = {"step": loop.at.step, "stage": loop.step.info.stage.name}
         self._write({**row, **{f"validation.{name}": value for name, value in scores.items()}})
         self.display.validated(loop.at.step, scores)

@@ -39,7 +39,7 @@ def fingerprint(
     """What a trained teacher's weights depend on."""
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     architecture = hashlib.sha256(f"{model!r} {shapes}".encode()).hexdigest()[:16]
-    chosen = settings.model_dump(mode="json", exclude={"device", "cache_teacher"})
+    chosen = settings.model_dump(mode="json", exclude={"device", "cache_teacher", "workers"})
     return {
         "data": data.fingerprint(),
         "builder": json.dumps(dict(named), sort_keys=True),
@@ -77,9 +77,7 @@ def trained(
         say(f"teacher {named['name']}: kept from an earlier run ({key})")
         return model, {**made_from, "key": key, "digest": digest(model), "found": "kept"}
     say(f"teacher {named['name']}: training it once, {settings.steps} updates ({key})")
-    step = DistillStep(
-        "hard_labels", student=model, probe=data.batch(torch.arange(min(2, len(data)))).to(device), task=kind
-    )
+    step = DistillStep("hard_labels", student=model, probe=data.probe(2).to(device), task=kind)
     loop = Loop(step, Splits(data), settings, device, _Silent())
     loop.run()
     step.close()

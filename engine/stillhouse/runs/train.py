@@ -16,6 +16,7 @@ from stillhouse.api import Task
 from stillhouse.config import Named, RunConfig, dump
 from stillhouse.contract.batch import Batch
 from stillhouse.contract.context import STUDENT, TARGET
+from stillhouse.contract.metrics import higher_is_better
 from stillhouse.contract.observers import RunRecord
 from stillhouse.contract.splits import Splits
 from stillhouse.errors import Diverged, WriteFailed
@@ -270,12 +271,14 @@ def _teacher(
         )
         facts = dict(made)
     if data.validation is not None and data.validation.labelled:
-        facts["validation"] = score(parts.task, model, data.validation, device, teacher=True)
+        facts["validation"] = score(
+            parts.task, model, data.validation, device, teacher=True, config=parts.config
+        )
     return model, facts
 
 
 def _probe(data: Splits, device: torch.device) -> Batch:
-    return data.train.batch(torch.arange(min(4, len(data.train)))).to(device)
+    return data.train.probe(4).to(device)
 
 
 def _stages(loop: Loop) -> list[dict[str, Any]]:
@@ -310,7 +313,7 @@ def _finish(
     scores, test = {}, sealed.open()
     for name, split in (("validation", loop.splits.validation), ("test", test)):
         if split is not None:
-            scores[name] = score(parts.task, model, split, device)
+            scores[name] = score(parts.task, model, split, device, config=config)
     summary: Summary = {
         "name": config.name,
         "methods": [plugin.name for plugin in parts.methods],
@@ -356,7 +359,7 @@ def _warnings(
     if not teacher or "validation" not in scores:
         return []
     source, own = teacher[task.metric], scores["validation"][task.metric]
-    if source > own:
+    if (source > own) == higher_is_better(task.metric) and source != own:
         return []
     return [
         f"the teacher's validation {task.metric} ({source:.4f}) is no better than the trained model's "

@@ -14,11 +14,12 @@ from torch.nn.utils import clip_grad_norm_
 from stillhouse.config import Training
 from stillhouse.contract.batch import Batch
 from stillhouse.contract.context import STUDENT
+from stillhouse.contract.reading import Reading
 from stillhouse.contract.splits import Split, Splits
 from stillhouse.errors import ConfigError
 from stillhouse.softlabels import SoftLabels
 from stillhouse.training import optim
-from stillhouse.training.order import Order
+from stillhouse.training.order import order_of, stage_seed
 from stillhouse.training.random_state import RandomState
 from stillhouse.training.stages import Position
 from stillhouse.training.step import DistillStep
@@ -68,6 +69,10 @@ class Loop:
                     self._update()
                     made += 1
                 self._leave()
+        except BaseException:
+            self._batches = None  # workers that read ahead end with it
+            raise
+        else:
             return True
         finally:
             self.random, self._running = RandomState.capture(), False
@@ -118,9 +123,24 @@ class Loop:
         self.model = step.model(stage)
         if self._span != self.schedule.span:
             self._optimize(self.schedule.span)
-        count = len(self.split) if rows is None else len(rows)
-        order = Order(count, self.settings.batch_size, self.settings.seed, at.stage)
-        self._batches = self.split.stream(order.rest(at.stage_step, self.schedule.length, rows))
+        self._batches = self._read(rows)
+
+    def _read(self, rows: Tensor | None) -> Iterator[Batch]:
+        """The stage's batches from where the run stands; ``rows``: those that a method chose."""
+        at, settings = self.at, self.settings
+        if at.stage_step and not self.split.numbered:
+            self.step.host.say(
+                f"the data have no row numbers: {at.stage_step} batches are read once more and dropped, up to where the "
+                "run was"
+            )
+        order = order_of(self.split, settings.batch_size, settings.seed, at.stage, rows)
+        reading = Reading(
+            workers=settings.workers,
+            pin_memory=self.device.type == "cuda",
+            seed=stage_seed(settings.seed, at.stage),
+            start=at.stage_step,
+        )
+        return self.split.stream(order.rest(at.stage_step, self.schedule.length, rows), reading)
 
     def _leave(self) -> None:
         step, stage = self.step, self.schedule.stage

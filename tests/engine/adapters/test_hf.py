@@ -77,7 +77,9 @@ class TestRefusals:
             made(tmp_path, Own())
 
     def test_a_target(self, tmp_path):
-        distillation = stillhouse.Distillation("sld", teacher=five.gpt2(2), target=five.gpt2(3), task="causal_lm")
+        distillation = stillhouse.Distillation(
+            "sld", teacher=five.gpt2(2), target=five.gpt2(3), task="causal_lm"
+        )
         args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
         with pytest.raises(ConfigError, match="target"):
             distilling(Trainer)(
@@ -192,8 +194,11 @@ def test_training_twice_starts_anew(tmp_path):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_of_both_kinds_changes_nothing(tmp_path, reentrant):
-    plain, checkpointed = made(tmp_path), made(
-        tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+    plain, checkpointed = (
+        made(tmp_path),
+        made(
+            tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+        ),
     )
     for trainer in (plain, checkpointed):
         trainer.train()
@@ -240,7 +245,11 @@ def test_packed_texts_give_the_loss_of_texts_apart(tmp_path):
     texts = five.texts(4)
     ids = torch.cat([row["input_ids"] for row in texts])
     places = torch.cat([torch.arange(len(row["input_ids"])) for row in texts])
-    packed = {"input_ids": ids[None], "position_ids": places[None], "labels": ids.where(places > 0, -100)[None]}
+    packed = {
+        "input_ids": ids[None],
+        "position_ids": places[None],
+        "labels": ids.where(places > 0, -100)[None],
+    }
     trainer = made(tmp_path, given={}, data=texts)
     with torch.no_grad():
         apart = trainer.step(trainer.model, five.padded(texts)).loss
@@ -250,14 +259,23 @@ def test_packed_texts_give_the_loss_of_texts_apart(tmp_path):
 
 def test_ragged_batches_equal_a_float64_loss_by_hand_over_the_real_tokens(tmp_path):
     student, teacher = five.gpt2(1), five.gpt2(2, layers=3, width=24)
-    trainer = made(tmp_path, student=copy.deepcopy(student), teacher=teacher, max_steps=1, per_device_train_batch_size=8,
-                   gradient_accumulation_steps=2)
+    trainer = made(
+        tmp_path,
+        student=copy.deepcopy(student),
+        teacher=teacher,
+        max_steps=1,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+    )
     trainer.train()
     student, teacher = student.double(), copy.deepcopy(teacher).double()
     total, rows = 0.0, 0
     for row in five.texts(16):
         ids = row["input_ids"][None]
-        own, given = student(ids).logits[0, :-1].log_softmax(-1), (teacher(ids).logits[0, :-1] / 4).log_softmax(-1)
+        own, given = (
+            student(ids).logits[0, :-1].log_softmax(-1),
+            (teacher(ids).logits[0, :-1] / 4).log_softmax(-1),
+        )
         soft = (student(ids).logits[0, :-1] / 4).log_softmax(-1)
         kl = 16 * (given.exp() * (given - soft)).sum()
         ce = -own[torch.arange(len(own)), ids[0, 1:]].sum()

@@ -157,8 +157,6 @@ def test_the_models_are_left_as_they_were_when_it_is_refused(fails):
         ({"train": X, "valdation": X}, "data has a split 'valdation'; did you mean 'validation'?"),
         ({"validation": (X, Y)}, "expected 'train' among them"),
         ({}, "data has the splits none"),
-        (Stream(), "an iterable has no sample ids"),
-        (DataLoader(Stream()), "an iterable has no sample ids"),
         ("mnist", "the train split is str; expected tensors"),
         ((X.numpy(), Y.numpy()), "the train split is tuple of ndarray, ndarray; expected tensors (torch.as_tensor"),
         ((X, Y.bool()), "labels are torch.bool, and classification has class numbers (torch.int64)"),
@@ -266,6 +264,61 @@ def test_ctrl_c_says_what_is_kept(tmp_path, kept):
         distilled(X, method=["sld", stops], dir=tmp_path / "run" if kept else None)
     assert ("resume=True" in str(caught.value)) == kept
     assert ("nothing is kept" in str(caught.value)) != kept
+
+
+class Noisy(Dataset):
+    """Random items, which are seen when they are read."""
+
+    def __len__(self):
+        return 48
+
+    def __getitem__(self, row):
+        return X[row] + torch.randn(6) + np.random.randn(), Y[row]
+
+
+@pytest.mark.parametrize("workers", [(0, 2), (2, 0)])
+def test_random_items_after_a_kill_go_on_bit_for_bit_with_any_number_of_workers(tmp_path, workers):
+    class Stops(toys.Squares):
+        stop = True
+
+        @stillhouse.api.hookimpl
+        def on_update_end(self, info):
+            if self.stop and info.index == 6:
+                raise RuntimeError("power cut")
+
+    class NeverStops(Stops):
+        stop = False
+
+    Stops.__name__ = NeverStops.__name__ = "Same"
+    common = {"checkpoint_every": 2, "dir": tmp_path / "run"}
+    whole = distilled(Noisy(), method=["kd", NeverStops()]).student
+    with pytest.raises(RuntimeError, match=r"power cut"):
+        distilled(Noisy(), method=["kd", Stops()], workers=workers[0], **common)
+    again = distilled(Noisy(), method=["kd", NeverStops()], workers=workers[1], resume=True, **common)
+    assert toys.same_bits(whole, again.student)
+
+
+def test_an_iterable_is_resumed_by_reading_what_it_had(tmp_path):
+    class Rows(IterableDataset):
+        def __iter__(self):
+            return iter([(x + torch.randn(6), y) for x, y in zip(X, Y, strict=True)])
+
+    def run(folder, stop, **given):
+        act = Stops(lambda: 1 / 0) if stop else Stops(lambda: None)
+        loader = DataLoader(Rows(), 7)
+        return distilled(
+            loader, method=["kd", act], dir=folder, batch_size=7, checkpoint_every=2, **given
+        ).student
+
+    whole = run(tmp_path / "whole", stop=False)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "run", stop=True)
+    said = []
+    shown = stillhouse.runs.display.Display()
+    shown.say = said.append
+    again = run(tmp_path / "run", stop=False, resume=True, display=shown)
+    assert toys.same_bits(whole, again)
+    assert any("4 batches are read once more and dropped" in line for line in said)
 
 
 class TestDirectory:

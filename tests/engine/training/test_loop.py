@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from stillhouse.api import Auxiliary, LossTerm, Method, Stage, hookimpl
-from stillhouse.contract.splits import DatasetSplit, Splits, TensorSplit
+from stillhouse.contract.datasets import DatasetSplit
+from stillhouse.contract.splits import Splits, TensorSplit
 from stillhouse.training.labels import keep
 from stillhouse.training.loop import micro_batches
 from stillhouse.training.order import Order
