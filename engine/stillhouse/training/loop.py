@@ -129,7 +129,7 @@ class Loop:
         """The stage's batches from where the run stands; ``rows``: those that a method chose."""
         at, settings = self.at, self.settings
         if at.stage_step and not self.split.numbered:
-            self.step.say(
+            self.step.host.say(
                 f"the data have no row numbers: {at.stage_step} batches are read once more and dropped, up to where the "
                 "run was"
             )
