@@ -24,6 +24,7 @@ from stillhouse.cache import made_once
 from stillhouse.contract.batch import IGNORE, Batch
 from stillhouse.contract.conformance import Conformance
 from stillhouse.contract.context import Auxiliary, RunContext, Stage, StepInfo
+from stillhouse.contract.features import Feature, FeaturePair, Layers, feature_mean, feature_pairs, kept, wide
 from stillhouse.contract.hooks import hookimpl
 from stillhouse.contract.kinds import CLASS_KINDS, KINDS, TaskKind
 from stillhouse.contract.losses import (
@@ -82,6 +83,9 @@ class Method:
         Names of the task kinds that the method has a meaning for (``CLASS_KINDS``: those with one softmax a row), and
         ``different_outputs`` where teacher and student may have different numbers of outputs. Others are refused
         before step 0.
+    writes
+        Files that it writes to the run directory, as in ``("weights.json", "pddm/*")``: ``--overwrite`` removes these, and
+        refuses where anything else lies there.
     conformance
         What the checks of ``stillhouse.testing`` should know.
     """
@@ -90,6 +94,7 @@ class Method:
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     requires: ClassVar[frozenset[str]] = frozenset({"logits"})
     supports: ClassVar[frozenset[str]] = CLASS_KINDS
+    writes: ClassVar[tuple[str, ...]] = ()
     conformance: ClassVar[Conformance] = Conformance()
     config: Any
     """The settings, of type ``Config``; a subclass annotates it with its own."""
@@ -112,6 +117,9 @@ __all__ = [
     "Conformance",
     "DataError",
     "Diverged",
+    "Feature",
+    "FeaturePair",
+    "Layers",
     "LossTerm",
     "Method",
     "MethodConfig",
@@ -138,11 +146,15 @@ __all__ = [
     "binary_cross_entropy",
     "binary_kl",
     "cross_entropy",
+    "feature_mean",
+    "feature_pairs",
     "hookimpl",
+    "kept",
     "label_loss",
     "made_once",
     "metrics_named",
     "regression_loss",
     "soft_and_label_terms",
     "soft_loss",
+    "wide",
 ]

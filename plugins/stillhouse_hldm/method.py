@@ -101,6 +101,7 @@ class HLDM(Method):
     api_version = 1
     Config = HLDMConfig
     supports = CLASS_KINDS | {"regression", "multi_label", "different_outputs"}
+    writes = ("weights.json", "weights.png")
     config: HLDMConfig
 
     def __init__(self, config: HLDMConfig | None = None) -> None:

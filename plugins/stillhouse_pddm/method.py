@@ -99,6 +99,7 @@ class PDDM(Method):
     Config = PDDMConfig
     requires = frozenset({"logits"})
     supports = CLASS_KINDS | {"regression"}
+    writes = ("pddm/path.pt", "pddm/path.json", "pddm/path.png", "pddm/pdnet.pt")
     conformance = Conformance(
         settings={"points": 2, "pdnet_steps": 2}
     )  # the checks stop and resume at each update
@@ -118,7 +119,7 @@ class PDDM(Method):
         self._regression = run.kind.labels == "numbers"
         if self._regression and self.config.data == "all":
             raise ConfigError(
-                "pddm.data is 'all', and the labels are floats; expected labelled or unlabelled"
+                f"{run.caller}.data is 'all', and the labels are floats; expected labelled or unlabelled"
             )
         self.networks = self._networks(run)
         named = [(self._title(point), network) for point, network in enumerate(self.networks)]
@@ -142,7 +143,7 @@ class PDDM(Method):
             return [copy.deepcopy(run.target) for _ in range(self.config.points)]
         if run.build is None:
             raise ConfigError(
-                "pddm.networks names models, and this trainer knows models as objects only; expected a path of "
+                f"{run.caller}.networks names models, and this trainer knows models as objects only; expected a path of "
                 "snapshots here: leave networks out"
             )
         return [run.build(spec) for spec in self.config.networks]

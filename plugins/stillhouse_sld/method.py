@@ -94,7 +94,7 @@ class SLD(Method):
 
         if run.splits is None and self.config.top_per_class is not None:
             raise ConfigError(
-                "sld.top_per_class chooses rows of a split, and this trainer hands over batches; leave it out"
+                f"{run.caller}.top_per_class chooses rows of a split, and this trainer hands over batches; leave it out"
             )
 
     @hookimpl
@@ -146,7 +146,7 @@ def surest(run: RunContext, split: Split, count: int) -> Tensor:
         sure, named = run.outputs("teacher", batch).logits.float().softmax(-1).max(-1)
         if sure.dim() > 1:
             raise ConfigError(
-                "sld.top_per_class chooses samples, and this task has a class a position; leave it out"
+                f"{run.caller}.top_per_class chooses samples, and this task has a class a position; leave it out"
             )
         confidence.append(sure.cpu())
         predicted.append(named.cpu())

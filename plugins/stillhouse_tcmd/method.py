@@ -99,6 +99,7 @@ class TCMD(Method):
     api_version = 1
     Config = TCMDConfig
     requires = frozenset({"logits"})
+    writes = ("tasks.json",)
     conformance = Conformance(settings={"tasks": [[0, 1], [2, 3, 4]], "shares": [2.0, 1.0, 1.0]})
     config: TCMDConfig
 
@@ -107,6 +108,7 @@ class TCMD(Method):
     @hookimpl
     def on_run_start(self, run: RunContext) -> None:
         assert run.probe is not None
+        self._name = run.caller
         self._exclusive = "task" not in run.probe.extra
         self.outputs = int(run.outputs("teacher").logits.shape[-1])
         self.tasks = tasks_of(run, self.config.tasks, self.outputs, merge=self.config.gate == "merge")
@@ -125,7 +127,7 @@ class TCMD(Method):
         config = self.config
         if config.gate == "merge" and (config.network == "shared" or not self._exclusive):
             raise ConfigError(
-                "tcmd.gate is merge, which joins specialists side by side where no task ids are given; expected "
+                f"{run.caller}.gate is merge, which joins specialists side by side where no task ids are given; expected "
                 "network: side_by_side and data without task ids: use gate: router"
             )
         if self._exclusive:
@@ -238,7 +240,7 @@ class TCMD(Method):
             return {"kd": LossTerm(info.mean(losses.whole(logits, targets.dense, temperature, mask), mask))}
         taught = self._taught(batch)
         if not self._exclusive:
-            rows = losses.by_task(logits, taught, self.tasks, self._ids(batch), temperature, mask)
+            rows = losses.by_task(logits, taught, self.tasks, self._ids(batch, info), temperature, mask)
             return {"kd": LossTerm(info.mean(rows, mask))}
         weights = losses.task_weights(targets.dense, self.tasks, temperature)
         rows = logits.new_zeros(logits.shape[:-1], dtype=torch.float32)
@@ -253,12 +255,12 @@ class TCMD(Method):
         if self._exclusive:
             rows = losses.whole(logits, targets.dense, temperature, batch.mask)
         else:
-            ids = self._ids(batch)
+            ids = self._ids(batch, info)
             rows = losses.by_task(logits, targets.dense, self.tasks, ids, temperature, batch.mask)
         if self.config.annealing:
             alpha = 1 - info.stage_index / max(info.stage_steps - 1, 1)
         if targets.has_labels and not self._exclusive:
-            logits = self._asked(logits, targets)
+            logits = self._asked(logits, targets, info)
         return self._blend(rows, logits, targets, batch, info, alpha)
 
     def _blend(
@@ -274,23 +276,23 @@ class TCMD(Method):
         ce = cross_entropy(logits, labels, count=info.rows, mask=batch.mask)
         return {"kd": LossTerm(info.mean(rows * weight, batch.mask)), "ce": LossTerm(ce, 1 - alpha)}
 
-    def _asked(self, logits: Tensor, targets: Targets) -> Tensor:
+    def _asked(self, logits: Tensor, targets: Targets, info: StepInfo) -> Tensor:
         """The logits with the classes of other tasks than the label's absent."""
         labels = targets.labels
         if labels is None:
             raise ConfigError(
-                "tcmd: got class probabilities from an earlier plugin, and tasks with heads of their own; expected "
+                f"{info.caller}: got class probabilities from an earlier plugin, and tasks with heads of their own; expected "
                 "class labels there: leave out mixup and label_smoothing"
             )
         owner = self._members[:-1].int().argmax(0)[labels.clamp(min=0)]
         owner = owner.where(labels != IGNORE, -1)
         return logits.where(self._members[owner], logits.new_full((), ABSENT))
 
-    def _ids(self, batch: Batch) -> Tensor:
+    def _ids(self, batch: Batch, info: StepInfo) -> Tensor:
         ids = batch.extra.get("task")
         if ids is None:
             raise ConfigError(
-                "tcmd: got a batch without extra['task'], and others had it; expected it in each"
+                f"{info.caller}: got a batch without extra['task'], and others had it; expected it in each"
             )
         return ids
 
@@ -319,7 +321,7 @@ class TCMD(Method):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["tasks"] != self.tasks:
             raise ConfigError(
-                f"tcmd: the checkpoint was made with the tasks {state['tasks']}, this run found {self.tasks}; "
+                f"{self._name}: the checkpoint was made with the tasks {state['tasks']}, this run found {self.tasks}; "
                 "expected the same: give them in the config"
             )
 

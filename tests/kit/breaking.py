@@ -104,11 +104,56 @@ class MeansOverTheMicroBatch(Broken):
         return softmax_kl(student_out.logits, targets.soft, mask=batch.mask)
 
 
+class MeanOfTheMicroBatchesMeans(Broken):
+    """Right for micro-batches that are even."""
+
+    def term(self, student_out, targets, batch, info):
+        return softmax_kl(student_out.logits, targets.soft, mask=batch.mask) / info.micros
+
+
+class DrawsNoise(Broken):
+    """Breaks nothing: what it draws differs from row to row."""
+
+    def noisy(self, student_out):
+        return student_out.logits + torch.randn_like(student_out.logits)
+
+    def term(self, student_out, targets, batch, info):
+        return softmax_kl(self.noisy(student_out), targets.soft, mask=batch.mask, count=info.rows)
+
+
+class DrawsNoiseAndMeansOverTheMicroBatch(DrawsNoise):
+    def term(self, student_out, targets, batch, info):
+        return softmax_kl(self.noisy(student_out), targets.soft, mask=batch.mask) / info.micros
+
+
 class OwnRandomNumbers(Broken):
     def term(self, student_out, targets, batch, info):
         generator = torch.Generator()
         generator.seed()
         return super().term(student_out, targets, batch, info) * (1 + torch.rand((), generator=generator))
+
+
+class ComparesPadding(Broken):
+    """Takes padding for rows, where the batch has positions."""
+
+    def term(self, student_out, targets, batch, info):
+        if student_out.logits.dim() == 2:
+            return super().term(student_out, targets, batch, info)
+        return info.mean(student_out.logits.nan_to_num(posinf=5.0).square().mean(-1))
+
+
+class ComparesTheSentencesMiddle(Broken):
+    """Its place depends on the padding."""
+
+    @hookimpl
+    def on_run_start(self, run):
+        self.place = run.probe.mask.shape[1] // 2 if run.kind.positions else None
+
+    def term(self, student_out, targets, batch, info):
+        if self.place is None:
+            return super().term(student_out, targets, batch, info)
+        kept = torch.arange(batch.mask.shape[1]) >= self.place
+        return softmax_kl(student_out.logits, targets.soft, mask=batch.mask & kept, count=info.rows)
 
 
 class WrongMinimum(Broken):
@@ -227,6 +272,12 @@ class Forgets(Broken):
         return super().term(student_out, targets, batch, info) * self.seen
 
 
+class NeedsTheData(Broken):
+    @hookimpl
+    def on_run_start(self, run):
+        self.rows = len(run.splits.train)
+
+
 class SavesAnObject(Broken):
     @hookimpl
     def state_dict(self):
@@ -268,6 +319,18 @@ BREAKS = [
     (ForgetsTheMask, "masked_rows_are_ignored", "use batch.mask"),
     (MeansOverAllRows, "masked_rows_are_ignored", "divide by info.rows"),
     (MeansOverTheMicroBatch, "micro_batches_do_not_matter", "multiply by info.share"),
+    (MeanOfTheMicroBatchesMeans, "micro_batches_do_not_matter", "gradient of 3 uneven micro-batches"),
+    (
+        DrawsNoiseAndMeansOverTheMicroBatch,
+        "micro_batches_do_not_matter",
+        "gradient of 3 uneven micro-batches",
+    ),
+    (ComparesPadding, "padding_counts_nowhere", "with 3 pads more .*use batch.mask"),
+    (ComparesTheSentencesMiddle, "padding_counts_nowhere", "with pads on the left"),
+    (MeansOverTheMicroBatch, "ragged_micro_batches_do_not_matter", "1 and 3 sentences, 6 and 5 tokens long"),
+    (NeedsTheData, "works_in_another_loop", "AttributeError: 'NoneType' object has no attribute 'train'"),
+    (Forgets, "works_in_another_loop", "saved after update 1 .* give what lasts"),
+    (ModuleThatIsNotTrained, "works_in_another_loop", "what is trained beside it \\(broken.idle\\) was not"),
     (OwnRandomNumbers, "same_seed_same_bits", "expected the same bits"),
     (WrongMinimum, "student_equal_to_teacher_gives_the_minimum", "it declares 0.5"),
     (NotAMinimum, "student_equal_to_teacher_gives_the_minimum", "for another student; it declares 0 as"),

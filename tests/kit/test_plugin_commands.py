@@ -64,7 +64,10 @@ def test_show_gives_hooks_order_settings_and_origin(cli):
 @pytest.mark.parametrize(
     ("name", "calls"),
     [
-        ("tensorboard", ["on_run_start(record)", "on_metrics(row)", "on_run_end(summary)"]),
+        (
+            "tensorboard",
+            ["on_run_start(record)", "on_metrics(row)", "on_run_end(summary)", "on_run_failed(error)"],
+        ),
         ("digits", ["splits()"]),
     ],
 )

@@ -116,7 +116,7 @@ class TestTokens:
     def test_packed_rows_are_read_as_the_texts_they_hold(self, labels):
         student, teacher = gpt2(1), gpt2(2)
         expected = by_hand(student, teacher, labels=labels)
-        ids = torch.tensor([sum(TEXTS, [])])
+        ids = torch.tensor([[token for text in TEXTS for token in text]])
         places = torch.tensor([[place for text in TEXTS for place in range(len(text))]])
         batch = {"input_ids": ids, "position_ids": places}
         if labels:

@@ -76,8 +76,8 @@ class Batch:
             return self
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def part(self, rows: slice) -> Batch:
-        """The samples in ``rows``: a micro-batch."""
+    def part(self, rows: slice | Tensor) -> Batch:
+        """The samples in ``rows``, a slice or their numbers: a micro-batch."""
         return self._each(lambda tensor: tensor[rows])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:

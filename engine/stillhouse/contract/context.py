@@ -230,7 +230,8 @@ class RunContext:
             or ``student_out.features[module]``.
         module
             The module's name; with ``:input`` behind it, what the module reads is taken instead.
-            ``hidden_states.N`` and ``attentions.N`` are those of a transformers model.
+            ``hidden_states.N`` and ``attentions.N`` are those of a transformers model (of an encoder and a decoder
+            the decoder's; ``encoder_hidden_states.N`` the encoder's).
 
         Raises ConfigError, offering the nearest names, if there is no such module.
         """

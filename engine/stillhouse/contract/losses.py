@@ -7,14 +7,19 @@ softmax are ``stillhouse.kernels.softmax_kl``, which takes the same ``count``.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from stillhouse.contract.batch import IGNORE, Batch
 from stillhouse.contract.context import StepInfo
+from stillhouse.contract.head import Head
 from stillhouse.contract.outputs import LossTerm, Targets
 from stillhouse.errors import ConfigError
-from stillhouse.kernels import softmax_kl
+from stillhouse.kernels import Sampled, TeacherHead, TopK, linear_softmax_kl, softmax_kl
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, *, count: float, mask: Tensor | None = None) -> Tensor:
@@ -28,8 +33,11 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, count: float, mask: Tensor 
     mask
         Bool ``(...)``; False rows count nowhere.
 
-    A row without a label, or masked, gives no loss and no gradient, whatever its logits hold.
+    A row without a label, or masked, gives no loss and no gradient, whatever its logits hold. Of a Head the rows with a
+    label alone are multiplied out.
     """
+    if isinstance(logits, Head) and not logits.multiplied:
+        return _head_cross_entropy(logits, labels, count, mask)
     wide = logits if logits.dtype.itemsize == 8 else logits.float()
     flat = wide.reshape(-1, logits.shape[-1])
     if labels.is_floating_point():
@@ -108,6 +116,8 @@ def soft_loss(
     Several labels at once: the same for each class's yes and no. Regression and embeddings: squared error, T unused.
     """
     if info.kind.labels == "classes":
+        if isinstance(logits, Head) and not logits.multiplied:
+            return _head_kl(logits, targets.soft, batch.mask, info.rows, temperature)
         return softmax_kl(logits, targets.soft, temperature=temperature, mask=batch.mask, count=info.rows)
     if info.kind.labels == "flags":
         return binary_kl(logits, targets.dense, temperature=temperature, count=info.rows, mask=batch.mask)
@@ -134,6 +144,59 @@ def soft_and_label_terms(
     if label_weight and targets.has_labels:
         terms["ce"] = LossTerm(label_loss(logits, targets, batch, info), label_weight)
     return terms
+
+
+def _head_kl(head: Head, target: Any, mask: Tensor | None, count: float, temperature: float) -> Tensor:
+    """``softmax_kl`` of the rows that count, a few multiplied out at a time."""
+    if isinstance(target, Head):
+        target = TeacherHead(target.hidden, target.weight, target.bias)
+    hidden = head.hidden
+    if mask is not None:
+        rows = mask.reshape(-1).nonzero()[:, 0]
+        hidden, target = _of_rows(hidden, rows), _target_rows(target, rows)
+    if not hidden.numel():
+        return _nothing(head)
+    loss: Tensor = linear_softmax_kl(
+        hidden, head.weight, target, bias=head.bias, temperature=temperature, count=count
+    )
+    return loss
+
+
+def _head_cross_entropy(head: Head, labels: Tensor, count: float, mask: Tensor | None) -> Tensor:
+    known = labels.sum(-1) > 0 if labels.is_floating_point() else labels != IGNORE
+    rows = (known if mask is None else known & mask).reshape(-1).nonzero()[:, 0]
+    if not len(rows):
+        return _nothing(head)
+    logits = F.linear(_of_rows(head.hidden, rows), head.weight, head.bias)
+    own = labels.reshape(-1, labels.shape[-1]) if labels.is_floating_point() else labels.reshape(-1)
+    return cross_entropy(logits, own[rows], count=count)
+
+
+def _nothing(head: Head) -> Tensor:
+    """0, in the graph of all that the logits would be made of."""
+    parts = [head.hidden.sum(), head.weight.sum(), *(() if head.bias is None else (head.bias.sum(),))]
+    zero: Tensor = torch.stack([part.float() for part in parts]).nan_to_num(0.0, 0.0, 0.0).sum() * 0.0
+    return zero
+
+
+def _of_rows(values: Tensor, rows: Tensor) -> Tensor:
+    return values.reshape(-1, values.shape[-1])[rows]
+
+
+def _target_rows(target: Any, rows: Tensor) -> Any:
+    if isinstance(target, TeacherHead):
+        return TeacherHead(_of_rows(target.hidden, rows), target.weight, target.bias)
+    if isinstance(target, TopK):
+        rest = None if target.log_rest is None else target.log_rest.reshape(-1)[rows]
+        return replace(
+            target,
+            indices=_of_rows(target.indices, rows),
+            log_probs=_of_rows(target.log_probs, rows),
+            log_rest=rest,
+        )
+    if isinstance(target, Sampled):
+        return replace(target, indices=_of_rows(target.indices, rows), weights=_of_rows(target.weights, rows))
+    return _of_rows(target, rows)
 
 
 def _kept(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,11 +20,10 @@ _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A model's answer: logits with the class axis last, and what was asked for of a transformers model."""
+    """A model's answer: logits with the class axis last, and what was asked for of a transformers model, by name."""
 
     logits: Tensor
-    hidden_states: tuple[Tensor, ...] = ()
-    attentions: tuple[Tensor, ...] = ()
+    kept: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
 
 def call(
@@ -35,7 +34,8 @@ def call(
     inputs
         A tensor, a tuple (arguments), or a mapping: keyword arguments, or one dict where the model takes that.
     asks
-        ``hidden_states`` and ``attentions``, where the model is one of transformers.
+        ``hidden_states`` and ``attentions``, where the model is one of transformers: of an encoder and a decoder the
+        decoder's, and with ``encoder_`` before it the encoder's.
 
     A model that can keep a cache for generating is told not to: with one, transformers drops the mask of packed rows.
 
@@ -43,7 +43,7 @@ def call(
     """
     caches = _caches(model)
     takes = _parameters(model) if caches or asks or isinstance(inputs, Mapping) else None
-    extra: dict[str, Any] = {f"output_{name}": True for name in asks}
+    extra: dict[str, Any] = {f"output_{name.removeprefix('encoder_')}": True for name in asks}
     if caches and (takes is None or "use_cache" in takes or None in takes):
         extra["use_cache"] = False
     if isinstance(inputs, Mapping):
@@ -52,8 +52,12 @@ def call(
         out = model(*inputs, **extra)
     else:
         out = model(inputs, **extra)
-    found = {name: tuple(getattr(out, name, None) or ()) for name in asks}
-    return Output(kind.aligned(_logits(model, out, inputs, kind)), **found)
+    found = {name: _kept(out, name) for name in asks}
+    return Output(kind.aligned(_logits(model, out, inputs, kind)), found)
+
+
+def _kept(out: Any, name: str) -> tuple[Tensor, ...]:
+    return tuple(getattr(out, name, None) or getattr(out, f"decoder_{name}", None) or ())
 
 
 def forward(model: nn.Module, inputs: Any, kind: TaskKind = DEFAULT) -> Tensor:

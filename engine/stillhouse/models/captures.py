@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from stillhouse.errors import ConfigError, nearest
 from stillhouse.models.calling import Output, unwrapped
 
-_OF_OUTPUT = re.compile(r"(hidden_states|attentions)\.(-?\d+)$")
+_OF_OUTPUT = re.compile(r"((?:encoder_)?(?:hidden_states|attentions))\.(-?\d+)$")
 
 
 class Captures:
@@ -29,6 +29,7 @@ class Captures:
         self._names: dict[str, list[str]] = {}
         self._handles: list[RemovableHandle] = []
         self._collecting: set[str] = set()
+        self._of_output: set[tuple[str, str]] = set()
 
     def offer(self, role: str, model: nn.Module) -> None:
         """Make another model's modules available."""
@@ -38,7 +39,8 @@ class Captures:
         """Take the output of ``name`` at each forward pass of ``role``; asking twice is the same as once.
 
         ``name:input`` takes what the module reads instead; ``hidden_states.N`` and ``attentions.N`` are taken from the
-        output object of a transformers model.
+        output object of a transformers model: of an encoder and a decoder the decoder's, with ``encoder_`` before it the
+        encoder's.
         """
         if role not in self._models:
             raise ConfigError(f"features of '{role}': no such model{nearest(role, self._models)}")
@@ -53,7 +55,9 @@ class Captures:
             offered = nearest(path, [module for module in modules if module])
             raise ConfigError(f"{role}.{name}: no such module in {type(model).__name__}{offered}")
         names.append(name)
-        if not of_output:
+        if of_output:
+            self._of_output.add((role, name))
+        else:
             hook = _Keep(self, role, name, bool(side))
             self._handles.append(modules[path].register_forward_hook(hook))
 
@@ -63,8 +67,7 @@ class Captures:
 
     def asks(self, role: str) -> frozenset[str]:
         """What has to be asked of the model's output object: ``hidden_states``, ``attentions``."""
-        found = (_OF_OUTPUT.match(name) for name in self._names.get(role, ()))
-        return frozenset(match[1] for match in found if match)
+        return frozenset(name.partition(".")[0] for asking, name in self._of_output if asking == role)
 
     def collecting(self, role: str) -> AbstractContextManager[None]:
         """Hooks of ``role`` keep what passes them."""
@@ -86,15 +89,16 @@ class Captures:
     def take(self, role: str, out: Output | None = None) -> dict[str, Tensor]:
         """The last forward pass's features of ``role``; they are dropped here, so that no graph is kept."""
         taken = self._taken.pop(role, {})
-        for name in self._names.get(role, ()) if out is not None else ():
-            match = _OF_OUTPUT.match(name)
-            if match and name not in taken:
-                values: tuple[Tensor, ...] = getattr(out, match[1])
-                if not -len(values) <= int(match[2]) < len(values):
-                    raise ConfigError(
-                        f"{role}.{name}: the model gave {len(values)} {match[1]}; expected a number below that"
-                    )
-                taken[name] = values[int(match[2])]
+        for asking, name in self._of_output:
+            if asking != role or out is None:
+                continue
+            what, _, number = name.partition(".")
+            values = out.kept[what]
+            if not -len(values) <= int(number) < len(values):
+                raise ConfigError(
+                    f"{role}.{name}: the model gave {len(values)} {what}; expected a number below that"
+                )
+            taken[name] = values[int(number)]
         return taken
 
     def close(self) -> None:
@@ -104,6 +108,7 @@ class Captures:
         self._handles.clear()
         self._taken.clear()
         self._names.clear()
+        self._of_output.clear()
 
 
 class _Keep:

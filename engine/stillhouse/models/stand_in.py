@@ -74,3 +74,8 @@ class AdaptersOff(nn.Module):
         with one_mode(student), student.disable_adapter():
             student.eval()
             return student(*given, **named)
+
+    def get_output_embeddings(self) -> Any:
+        """The student's own, as a model of transformers answers it."""
+        find = getattr(self._student[0], "get_output_embeddings", None)
+        return find() if callable(find) else None

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from stillhouse.api import Task
-from stillhouse.config import validate
+from stillhouse.config import dump, validate
 from stillhouse.contract.context import STUDENT, TARGET
 from stillhouse.contract.kinds import TaskKind, kind_of
 from stillhouse.contract.metrics import (
@@ -30,9 +30,9 @@ from stillhouse.runs.data import as_splits, batch_size_of, sample
 from stillhouse.runs.display import Display
 from stillhouse.runs.display import display as default_display
 from stillhouse.runs.resolve import Parts, pick_device
-from stillhouse.runs.train import Summary, cpu_threads, train
+from stillhouse.runs.train import Summary, make
+from stillhouse.runs.weights import load
 from stillhouse.training import optim
-from stillhouse.training.random_state import RandomState
 
 Score = str | Sequence[str] | Metric | Metrics | Callable[[Tensor, Tensor], Mapping[str, Any]]
 """What ``distill`` scores by: names, an object with update and compute, several by name, or a function."""
@@ -101,35 +101,29 @@ def distill(
     optim.check(config.optimizer, config.scheduler)
     plugins = as_plugins(method)
     specs = [{"name": plugin.name, **plugin.method.config.model_dump(mode="json")} for plugin in plugins]
-    config = validate({**config.model_dump(mode="json"), "method": None, "methods": specs})
+    config = validate({**dump(config), "method": None, "methods": specs})
     for model in (student, target):
         if model is not None:
             prepare_to_train(model)
     builders: dict[str, Callable[[], nn.Module]] = {STUDENT: lambda: student}
     if target is not None:
         builders[TARGET] = lambda: target
-    folder = None if dir is None else Path(dir)
-    parts = Parts(config, described, plugins, [], builders, teacher, folder)
-    if folder is not None:
-        finished = directory.look(config, resume=resume, overwrite=overwrite)
-        if finished is not None:
-            from stillhouse.runs.teachers import load
-
-            made_from = replace(splits, test=None).fingerprint()
-            directory.same_origin(folder, made_from, None if teacher is None else digest(teacher))
-            load(target or student, folder / directory.STUDENT)
-            return Distilled(target or student, finished["scores"], finished)
+    parts = Parts(config, described, plugins, [], builders, teacher, config.out, rebuilt=False)
+    final = target or student
     shown = display or default_display()
-    outside = RandomState.capture()
-    try:
-        with cpu_threads(config.threads):
-            summary = train(
-                parts, splits, pick_device(config.device), shown, resume=resume, overwrite=overwrite
-            )
-    finally:
-        shown.close()
-        outside.restore()
-    return Distilled(target or student, summary["scores"], summary)
+    summary, found = make(
+        parts, splits, pick_device(config.device), shown, resume=resume, overwrite=overwrite
+    )
+    if found:
+        folder = config.run_dir
+        kept = directory.read_manifest(folder)
+        before = directory.origin(kept["data"], kept["teacher"].get("digest"))
+        made_from = replace(splits, test=None).fingerprint()
+        directory.same_origin(
+            folder, before, directory.origin(made_from, None if teacher is None else digest(teacher))
+        )
+        load(final, folder / directory.STUDENT)
+    return Distilled(final, summary["scores"], summary)
 
 
 class _HandedOver(Task):

@@ -12,7 +12,6 @@ from stillhouse.contract.batch import Batch
 from stillhouse.contract.context import TEACHER, Stage
 from stillhouse.contract.outputs import TeacherOut
 from stillhouse.errors import ConfigError, DataError
-from stillhouse.models.calling import call
 from stillhouse.models.stand_in import stand_in
 from stillhouse.softlabels import SoftLabels
 from stillhouse.training.teaching import Teachers
@@ -86,7 +85,7 @@ class Answers:
     def _called(self, name: str, model: nn.Module, inputs: object) -> TeacherOut:
         captures = self._step.captures
         with captures.collecting(name):
-            out = call(model, inputs, self._step.kind, captures.asks(name))
+            out = self._step.heads.call(name, model, inputs, self._step.kind, captures.asks(name))
         return TeacherOut(out.logits, captures.take(name, out))
 
 

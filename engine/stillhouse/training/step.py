@@ -13,7 +13,8 @@ No loop, no optimizer. ``stillhouse.Distillation(...).attach(student, ...)`` mak
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -29,8 +30,9 @@ from stillhouse.contract.kinds import TaskKind, kind_of
 from stillhouse.contract.outputs import StudentOut, Targets
 from stillhouse.contract.splits import Splits
 from stillhouse.errors import ConfigError, PluginError
-from stillhouse.models.calling import call, unwrapped
+from stillhouse.models.calling import unwrapped
 from stillhouse.models.captures import Captures
+from stillhouse.models.heads import Heads
 from stillhouse.models.integrity import StillHeld
 from stillhouse.plugin.dispatch import Plugin, Plugins
 from stillhouse.plugin.load import MethodLike, as_plugins
@@ -118,6 +120,7 @@ class DistillStep:
         self.answers = Answers(self, self.teachers, soft_labels)
         self._rows: Callable[[Batch], tuple[int, ...]] | None = None
         self._held = StillHeld()
+        self.heads = Heads()
         self.info = StepInfo(kind=self.kind)
         self.update = Update(self, reduce)
         self.run = RunContext(
@@ -157,6 +160,10 @@ class DistillStep:
         check_stages(self.plugins, stages, owner, run, self.host.captured)
         self.plugins.wrap(None)
         self.teachers.check(self.plugins, whole=True)
+        if not self.plugins.implements("student_forward"):
+            self.heads.offer(models, probe.inputs, self.kind)
+        if not self.plugins.implements("teacher_forward") and not stored:
+            self.heads.offer(self.teachers.models, probe.for_teacher, self.kind)
         self.teachers.counter.calls = 0
         self.stages = stages
         self.schedule = StageSchedule(stages, steps, self.trained)
@@ -184,6 +191,10 @@ class DistillStep:
         try:
             if not self.update.open:
                 self.begin_update([batch])
+            if STUDENT not in self.trained(
+                self.info.stage
+            ):  # a trainer's model.train() wakes what the stage holds still
+                self._held.hold(self.run.models, self.trained(self.info.stage))
             output = self._computed(model, self.update.part(batch).to(self.device))
         except BaseException:
             self.update.abandon()
@@ -208,6 +219,7 @@ class DistillStep:
             diverged(error, student_out, info)
             raise
         loss = total_of(terms := plugins.combine_terms(terms, info))
+        self.heads.learn()
         metrics = {name: term.value.detach() for name, term in terms.items()} | info.logged
         metrics["loss"] = loss.detach()
         return StepOutput(loss if self.divided_by == 1.0 else loss * self.divided_by, metrics, student_out)
@@ -220,7 +232,7 @@ class DistillStep:
         with self.captures.collecting(name):
             out = self.plugins.student_forward(called, batch, self.info)
             if out is None:
-                answer = call(called, batch.inputs, self.kind, self.captures.asks(name))
+                answer = self.heads.call(name, called, batch.inputs, self.kind, self.captures.asks(name))
                 out = StudentOut(answer.logits, self.captures.take(name, answer))
             elif taken := self.captures.take(name):
                 out = StudentOut(out.logits, {**taken, **out.features})
@@ -406,6 +418,15 @@ class DistillStep:
     def teacher_calls(self, calls: int) -> None:
         self.teachers.counter.calls = calls
 
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """Nothing is held still while a trainer looks for what can be trained (an optimizer, a wrapper over ranks)."""
+        self._held.release()
+        try:
+            yield
+        finally:
+            self._held.hold(self.run.models, self.trained(self.info.stage))
+
     def parameters(self, name: str) -> list[nn.Parameter]:
         """A module's parameters that are trained, now or in another stage."""
         return [p for p in self.run.models[name].parameters() if p.requires_grad or self._held.holds(p)]
@@ -469,7 +490,12 @@ class DistillStep:
             self.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resume needs and the trainer does not hold: everything but the student and the teachers."""
+        """What a resume needs and the trainer does not hold: everything but the student and the teachers.
+
+        An update whose micro-batches have all been made is ended first: the plugins' state is that after it.
+        """
+        if not self.update.open:
+            self.end_update()
         stand = self.answers.stand_in
         return {
             "position": self.schedule.state_dict(),

@@ -35,7 +35,9 @@ class Update:
     def announce(self, batches: Sequence[Any]) -> None:
         """Transform these micro-batches, and count the rows that come out, over all ranks."""
         step = self._step
-        step.info.logged = {}
+        if not batches:
+            raise ConfigError("begin_update() got no micro-batch; expected one at least")
+        self._metrics = {}
         self._parts = deque(self._transformed(step.complete(step.read(batch))) for batch in batches)
         if len(self._parts) == 1 and self._reduce is None:
             rows, labelled = step.kind.rows(self._parts[0]), step.kind.labelled(self._parts[0])
@@ -44,7 +46,6 @@ class Update:
             total = torch.tensor(counts, dtype=torch.float64).sum(0)
             rows, labelled = (total if self._reduce is None else self._reduce(total)).tolist()
         self.expect(rows, labelled, len(self._parts))
-        self._metrics = dict(step.info.logged)  # what batch transforms have logged
 
     def expect(self, rows: float, labelled: float, micros: int) -> None:
         """So many rows in so many micro-batches are to come."""
@@ -74,11 +75,7 @@ class Update:
 
     def made(self, metrics: Mapping[str, Tensor]) -> None:
         """A micro-batch has given its loss."""
-        found = self._metrics
-        self._metrics = {
-            **found,
-            **{name: found[name] + value if name in found else value for name, value in metrics.items()},
-        }
+        self._add(metrics)
         self.open, self._used = self.open - 1, True
 
     def close(self) -> dict[str, Tensor]:
@@ -92,9 +89,16 @@ class Update:
         """After an error: the update is given up, and the next call begins another."""
         self.close()
 
+    def _add(self, metrics: Mapping[str, Tensor]) -> None:
+        found = self._metrics
+        added = {name: found[name] + value if name in found else value for name, value in metrics.items()}
+        self._metrics = {**found, **added}
+
     def _transformed(self, batch: Batch) -> Batch:
         step = self._step
+        step.info.logged = {}
         given = step.plugins.batch_transform(batch, step.info)
+        self._add(step.info.logged)
         return given if given is batch else step.complete(given)
 
 

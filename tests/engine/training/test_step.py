@@ -249,7 +249,7 @@ class TestDifferentNumbersOfOutputs:
         torch.testing.assert_close(metrics[f"{method}.kl"], kl.detach(), rtol=1e-5, atol=1e-6)
 
     def test_labels_beyond_the_smaller_number_are_refused(self):
-        x, y = toys.rows(4)
+        x, _ = toys.rows(4)
         with pytest.raises(DataError, match=r"labels holds? 3, first in row 1; expected 0 to 2"):
             step_of("hard_labels", toys.net(outputs=3), probe=(x, torch.tensor([0, 3, 1, 2])))
 
