@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stillhouse.contract.kinds import TaskKind
-from stillhouse.errors import ConfigError, DataError, MissingExtra, nearest
+from stillhouse.errors import ConfigError, DataError, nearest
 
 LIMIT = 512 * 2**20
 """Bytes of outputs that are joined for a function that scores them whole."""
@@ -123,10 +123,8 @@ class _Torchmetrics:
 
 
 def _torchmetrics() -> Any:
-    try:
-        import torchmetrics  # slow: it imports what is installed beside it
-    except ImportError:
-        raise MissingExtra("this metric", "torchmetrics", "metrics") from None
+    import torchmetrics  # here: it takes seconds, since it imports what is installed beside it
+
     return torchmetrics
 
 
