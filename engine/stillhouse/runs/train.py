@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from stillhouse.contract.batch import Batch
 from stillhouse.contract.context import STUDENT, TARGET
 from stillhouse.contract.observers import RunRecord
 from stillhouse.contract.splits import Splits
+from stillhouse.errors import ConfigError
 from stillhouse.files import write_bytes, write_json
 from stillhouse.models.integrity import digest, freeze
 from stillhouse.plugin.dispatch import Plugins
@@ -147,6 +148,65 @@ def train(
         for observer in parts.observers:
             observer.on_run_end(summary)
         return summary
+
+
+@dataclass
+class Prepared:
+    """What runs of one config share.
+
+    data
+        Fingerprints of the splits.
+    teacher
+        The teacher's fingerprint and validation scores; empty without one.
+    metric, metrics
+        The score that the task is judged by, and all that it gives.
+    refused
+        Why the methods, the models and the task don't fit; None where they do. Then no teacher was trained.
+    """
+
+    data: dict[str, str]
+    teacher: dict[str, Any]
+    metric: str
+    metrics: list[str]
+    refused: str | None = None
+
+
+def prepare(config: RunConfig, say: Callable[[str], None] = lambda message: None) -> Prepared:
+    """Make the data and the teacher that runs of this config will find kept, and check that all of it fits.
+
+    Raises what a run would raise before its first update, but for a misfit, which is told in ``refused``. No score of
+    the test split is taken.
+    """
+    parts = resolve(config)
+    device = pick_device(config.device)
+    outside = RandomState.capture()
+    try:
+        with cpu_threads(config.threads):
+            data = parts.task.splits()
+            data.validate()
+            found, data = data.fingerprint(), replace(data, test=None)
+            models = {
+                role: parts.builders[role]().to(device) for role in (STUDENT, TARGET) if role in parts.builders
+            }
+            metrics: list[str] = []
+            if data.validation is not None and data.validation.labelled:
+                metrics = list(score(parts.task, models[STUDENT], data.validation, device))
+            untrained = parts.builders["teacher"]().to(device) if "teacher" in parts.builders else None
+            try:
+                check_fit(
+                    Plugins(parts.methods),
+                    models,
+                    untrained,
+                    _probe(data, device),
+                    splits=data,
+                    offers=_offers(data),
+                )
+            except ConfigError as error:
+                return Prepared(found, {}, parts.task.metric, metrics, str(error))
+            teacher = _teacher(parts, data, device, say)[1]
+            return Prepared(found, teacher, parts.task.metric, metrics)
+    finally:
+        outside.restore()
 
 
 def _teacher(

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from statistics import fmean
 from typing import Any, Literal
@@ -45,6 +46,7 @@ class Facts(BaseModel):
     teacher: str | None = None
     teacher_scores: dict[str, float] = Field(default_factory=dict)
     metric: str = ""
+    metrics: list[str] = Field(default_factory=list)
     refused: str | None = None
 
 
@@ -116,8 +118,10 @@ class Plan(BaseModel):
 class Cell:
     """One run: a method on a pair with one setting and one seed.
 
-    test
-        Whether the test split is opened at its end; tuning cells have none.
+    config
+        The run's config, with the keys that don't enter its figures.
+    made_from
+        All that enters them.
     """
 
     method: str
@@ -125,15 +129,17 @@ class Cell:
     trial: int
     seed: int
     phase: Phase
+    config: dict[str, Any]
     made_from: dict[str, Any]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Names the cell's directory: equal for whatever gives equal figures."""
         return digest(self.made_from)
 
     @property
     def test(self) -> bool:
+        """Whether the test split is opened at its end; a tuning cell is not given one."""
         return self.phase != "tuning"
 
 
@@ -144,15 +150,18 @@ def digest(content: Any) -> str:
 
 def cell(entry: Entry, trial: int, seed: int, phase: Phase) -> Cell:
     """The cell with all that makes its figures: config, data, teacher, versions, device."""
-    config = {key: value for key, value in entry.trials[trial].config.items() if key not in OPEN}
+    config = {**entry.trials[trial].config, "seed": seed}
     made_from = {
-        "config": {**config, "seed": seed, "device": entry.device},
+        "config": {
+            **{key: value for key, value in config.items() if key not in OPEN},
+            "device": entry.device,
+        },
         "test": phase != "tuning",
         "data": entry.facts.data,
         "teacher": entry.facts.teacher,
         "versions": entry.versions,
     }
-    return Cell(entry.method, entry.pair, trial, seed, phase, made_from)
+    return Cell(entry.method, entry.pair, trial, seed, phase, config, made_from)
 
 
 def cells(plan: Plan, results: Mapping[str, Mapping[str, Any]]) -> list[Cell]:
@@ -264,10 +273,13 @@ def of_study(study: Study) -> Plan:
 def _entry(
     name: str, pair: str, given: Mapping[str, Any], search: Mapping[str, Any], trials: int
 ) -> Entry:
-    where = f"method {name} on {pair}"
+    known: dict[str, dict[str, Any]] = {}
 
     def resolved(settings: Mapping[str, Any]) -> dict[str, Any]:
-        return _resolved(given, settings, where)
+        key = json.dumps(settings, sort_keys=True)
+        if key not in known:
+            known[key] = _resolved(given, settings, f"method {name} on {pair}")
+        return known[key]
 
     settings = points(search, trials, name, key=lambda one: json.dumps(resolved(one), sort_keys=True))
     made = [Trial(settings=one, config=resolved(one)) for one in settings]
