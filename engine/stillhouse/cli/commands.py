@@ -30,35 +30,6 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def compare(options: argparse.Namespace) -> int:
-    """Make every run with every seed and print one table."""
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    from stillhouse.config import read
-    from stillhouse.study.compare import compare as make
-    from stillhouse.study.compare import fair, table
-
-    names = [word for word in options.configs if "=" not in word]
-    overrides = [word for word in options.configs if "=" in word]
-    if not names:
-        raise ConfigError("compare: got only overrides; expected at least one config")
-    configs = [read(name, overrides) for name in names]
-    try:
-        seeds = [int(seed) for seed in options.seeds.split(",")]
-    except ValueError:
-        raise ConfigError(f"--seeds {options.seeds}: expected whole numbers, as in 0,1,2") from None
-    out = Path(options.out)
-    rows = make(configs, seeds, out, overwrite=options.overwrite, resume=options.resume)
-    text = table(rows, seeds, fair(configs))
-    if sys.stdout.isatty():
-        Console().print(Markdown(text))
-    else:
-        print(f"\n{text}")
-    print(f"kept in {out / 'comparison.md'}")
-    return 0
-
-
 def config_show(options: argparse.Namespace) -> int:
     """Print a config as it would be run."""
     from stillhouse.config import dump, read, to_yaml

@@ -35,7 +35,9 @@ def parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--seeds", default="0,1,2", metavar="0,1,2", help="seeds, default 0,1,2")
     compare.add_argument("--out", default="runs/compare", metavar="DIR", help="default runs/compare")
+    compare.add_argument("--workers", type=int, metavar="N", help="runs at once, default as many as fit")
     _keeping(compare)
+    study, report = _study(commands)
 
     plugins = commands.add_parser("plugins", help="list what is installed, without importing it; and more")
     plugins.add_argument("--json", action="store_true", help="as JSON")
@@ -70,12 +72,30 @@ def parser() -> argparse.ArgumentParser:
     kernels.add_argument("rest", nargs=argparse.REMAINDER)
 
     main.add_argument("--debug", action="store_true", help="show tracebacks")
-    for command in (run, compare, plugins, show, doctor, overhead):
+    for command in (run, compare, study, report, plugins, show, doctor, overhead):
         # SUPPRESS: a default here would undo a --debug before the command.
         command.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks"
         )
     return main
+
+
+def _study(commands: Any) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    study = commands.add_parser("study", help="tune methods, run them on fresh seeds, and write a report")
+    study.add_argument("study", metavar="STUDY.yaml|NAME", help="a study's file, or a shipped study's name")
+    study.add_argument("--quick", action="store_true", help="as small as the study's key 'quick' says")
+    study.add_argument("--out", metavar="DIR", help="default runs/study-NAME")
+    where = study.add_mutually_exclusive_group()
+    where.add_argument("--workers", type=int, metavar="N", help="cells at once, default as many as fit")
+    where.add_argument("--ray", action="store_true", help="on the machines of a Ray cluster")
+    study.add_argument(
+        "--merge", action="append", default=[], metavar="DIR", help="take over finished cells from another machine"
+    )
+    _keeping(study)
+    report = commands.add_parser("report", help="write a study's report again, finished or not")
+    report.add_argument("dir", metavar="DIR")
+    report.add_argument("--out", metavar="DIR", help="default DIR")
+    return study, report
 
 
 def _plugin_verbs(plugins: argparse.ArgumentParser) -> None:
@@ -163,6 +183,10 @@ def _dispatch(options: argparse.Namespace) -> int:
         from stillhouse.cli import plugin_commands
 
         return plugin_commands.run(options)
+    if command in ("study", "compare", "report"):
+        from stillhouse.cli import study_commands
+
+        return int(getattr(study_commands, {"report": "write_report"}.get(command, command))(options))
     if command in ("bench", "config"):
         command += f"_{getattr(options, f'{command}_command')}"
     return int(getattr(commands, command)(options))
@@ -185,7 +209,7 @@ def _report(error: Exception) -> int:
         print(f"error: {error}", file=sys.stderr)
         for note in notes:
             print(f"  {note}", file=sys.stderr)
-        return 130 if type(error).__name__ == "Interrupted" else 2
+        return 130 if type(error).__name__ in ("Interrupted", "Stopped") else 2
     import traceback
 
     if notes:

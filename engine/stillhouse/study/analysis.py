@@ -48,6 +48,7 @@ class Cost:
         Updates to the baseline's mean final validation score, over the seeds that reached it; reached: how many did.
     """
 
+    updates: int
     seconds: float
     teacher_calls: float
     peak_memory: float
@@ -242,6 +243,7 @@ def _cost(plan: Plan, row: Row, results: Results, target: float | None) -> Cost:
         for seed in plan.tuning_seeds
     ]
     return Cost(
+        updates=made[0]["steps"],
         seconds=fmean(one["seconds"] for one in made),
         teacher_calls=fmean(one["teacher_calls"] for one in made),
         peak_memory=fmean(one["peak_memory"] for one in made),

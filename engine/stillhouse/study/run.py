@@ -92,8 +92,8 @@ def make(plan: Plan, folder: Path, text: str, options: Options, live: Live) -> M
                 return Made(known, results, 0.0, 0.0, 0)
             if not options.resume:
                 raise CheckpointError(
-                    f"{folder} holds this study, unfinished or with other settings; --resume runs what is missing, --out "
-                    "puts this one elsewhere"
+                    f"{folder} holds this study, unfinished or with other settings; --resume runs what is missing, "
+                    "--overwrite starts over, --out puts this one elsewhere"
                 )
         workers = options.workers or default_workers(_threads(plan))
         plan, modules = _prepare(plan, workers, live)

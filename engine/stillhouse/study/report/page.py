@@ -61,7 +61,7 @@ def _head(analysis: Analysis) -> str:
         notes = f'<p class="note">Not finished: some cells have not run yet.</p>{notes}'
     return (
         f"<header><p class=kicker>A comparison study</p><h1>{escape(plan.question)}</h1>"
-        f'<p class="lead">{escape(_capital(words.summary(plan)))}.</p>{notes}</header>\n'
+        f'<p class="lead">{escape(words.summary(plan))}.</p>{notes}</header>\n'
     )
 
 

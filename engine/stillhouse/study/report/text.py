@@ -11,12 +11,13 @@ from stillhouse.study.analysis import Analysis, Row
 from stillhouse.study.plan import Plan, score
 from stillhouse.study.report import words
 from stillhouse.study.report.words import NONE, number
+from stillhouse.study.statistics import FEWEST
 
 
 def markdown(analysis: Analysis) -> str:
     """The report in short."""
     plan = analysis.plan
-    lines = [f"# {plan.name}", "", plan.question, "", f"{words.summary(plan)}.".capitalize(), ""]
+    lines = [f"# {plan.name}", "", plan.question, "", f"{words.summary(plan)}.", ""]
     if not analysis.complete:
         lines += ["**Not finished: some cells have not run yet.**", ""]
     for pair, rows in analysis.rows.items():
@@ -43,6 +44,34 @@ def notes(analysis: Analysis) -> list[str]:
     for rows in analysis.rows.values():
         found += [f"Note, {row.title} on {row.entry.pair}: {remark}" for row in rows for remark in row.remarks]
     return ["", *found] if found else []
+
+
+def brief(analysis: Analysis) -> str:
+    """What a terminal shows at the end: a table for each pair."""
+    plan = analysis.plan
+    lines = []
+    for pair, rows in analysis.rows.items():
+        metric = next((row.entry.facts.metric for row in rows if row.scores), "score")
+        interval = "mean and 95 % interval" if len(plan.fresh_seeds) >= FEWEST else "mean"
+        head = [pair, f"test {metric}, {interval}", f"paired difference to {plan.titles[plan.baseline]}", "updates",
+                "teacher calls", "seconds"]  # fmt: skip
+        lines += [*_table((head, [_brief_cells(plan, row) for row in rows])), ""]
+    seeds = ", ".join(map(str, plan.fresh_seeds))
+    same = "the same data, student, initial weights, student updates and order of the data in every row"
+    lines.append(f"Seeds {seeds}{'' if plan.remarks else f'; {same}'}. Seconds are training alone.")
+    lines += [
+        f"{one.method} on {one.pair}, seed {one.seed}, {found['status']}: {found['error']['message'].splitlines()[0]}"
+        for one, found in analysis.failures
+    ]
+    return "\n".join([*lines, *notes(analysis)]) + "\n"
+
+
+def _brief_cells(plan: Plan, row: Row) -> list[str]:
+    if row.interval is None or row.cost is None:
+        return [row.title, "not applicable" if row.reason else "not run", *[NONE] * 4]
+    over = "-" if row.difference is None else row.difference.interval.signed()
+    cost = row.cost
+    return [row.title, str(row.interval), over, f"{cost.updates:,}", f"{cost.teacher_calls:,.0f}", f"{cost.seconds:.1f}"]
 
 
 Table = tuple[list[str], list[list[str]]]

@@ -22,9 +22,9 @@ def sentence(plan: Plan, row: Row) -> str:
     difference, base = row.difference, plan.titles[plan.baseline]
     if difference is None:
         return f"{name}; {base} has no score to compare with."
-    gap = f"{difference.interval.signed()} to {base}, paired by seed"
+    gap = f"{difference.interval.signed()}, paired by seed"
     if difference.verdict is None:
-        return f"{name} ({gap}); fewer than 3 seeds show nothing."
+        return f"{name} ({gap}, to {base}); fewer than 3 seeds show nothing."
     p = f"p = {number(difference.p_holm)} after Holm"
     if difference.verdict != "open":
         return f"{name}, {difference.verdict} than {base} ({gap}; {p})."
