@@ -89,6 +89,10 @@ class Processes:
         self._running.clear()
 
 
+    def close(self) -> None:
+        """Nothing is left to be closed: the server ends with this process."""
+
+
 def _child(order: Order) -> None:
     """A cell's process, from its beginning to its end."""
     _end_with_parent()

@@ -33,6 +33,8 @@ class Executor(Protocol):
 
     def stop(self) -> None: ...
 
+    def close(self) -> None: ...
+
 
 @dataclass
 class Options:
@@ -104,12 +106,13 @@ def make(plan: Plan, folder: Path, text: str, options: Options, live: Live) -> M
         if options.ray:
             from stillhouse.study.on_ray import Ray
 
-            executor = Ray(plan, options.workers)
+            executor = Ray(plan, _threads(plan))
         else:
             executor = Processes(workers, modules)
         started = time.perf_counter()
         with live.running(plan, results, executor.workers):
             made = _run(plan, folder, results, executor, live)
+        executor.close()
         seconds = time.perf_counter() - started if made else 0.0
         own = sum(results[name]["wall_seconds"] for name in made)
         return Made(plan, results, seconds, own, executor.workers)

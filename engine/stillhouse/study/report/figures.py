@@ -65,10 +65,10 @@ def _themed(svg: str, name: str) -> str:
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
-    svg = re.sub(r'\bid="(?!m\d)', f'id="{name}-', svg)
+    svg = re.sub(r'\bid="(?!method-)', f'id="{name}-', svg)
     svg = re.sub(r'xlink:href="#', f'xlink:href="#{name}-', svg)
     svg = svg.replace("url(#", f"url(#{name}-")
-    svg = re.sub(r'\bid="(m\d+)-\d+"', r'class="\1"', svg)
+    svg = re.sub(r'\bid="method-(\d+)-\d+"', r'class="m\1"', svg)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
     for stand_in, colour in _PAINTS.items():
         svg = svg.replace(stand_in, colour)
@@ -84,7 +84,7 @@ class _Marks:
     def __call__(self, number: int, *artists: Any) -> None:
         for artist in artists:
             self._next += 1
-            artist.set_gid(f"m{number}-{self._next}")
+            artist.set_gid(f"method-{number}-{self._next}")
 
 
 def intervals(rows: Sequence[Row], baseline: str, name: str) -> str:
@@ -96,7 +96,7 @@ def intervals(rows: Sequence[Row], baseline: str, name: str) -> str:
             assert row.interval is not None
             colour, mean, half = paint(number), row.interval.mean, row.interval.half
             values = list(row.scores.values())
-            mark(number, axes.scatter(values, [place] * len(values), s=16, color=colour, alpha=0.35, lw=0))
+            mark(number, axes.scatter(values, [place + 0.27] * len(values), s=13, color=colour, alpha=0.45, lw=0))
             if half is not None:
                 mark(number, *axes.plot([mean - half, mean + half], [place, place], color=colour, lw=2.4, solid_capstyle="round"))
             mark(number, axes.scatter([mean], [place], s=44, color=colour, zorder=3, lw=0))
@@ -111,7 +111,7 @@ def intervals(rows: Sequence[Row], baseline: str, name: str) -> str:
 
 def curves(rows: Sequence[Row], name: str) -> str:
     """Validation score over the updates: the mean of the seeds, and its interval as a band."""
-    with _figure(3.4, name) as (_, axes, out):
+    with _figure(_height(rows), name) as (_, axes, out):
         mark = _Marks()
         for number, row in enumerate(rows):
             if not row.curve:
@@ -130,18 +130,38 @@ def curves(rows: Sequence[Row], name: str) -> str:
 
 def costs(rows: Sequence[Row], name: str) -> str:
     """Test score against seconds of training."""
-    with _figure(3.4, name) as (_, axes, out):
+    with _figure(_height(rows), name) as (figure, axes, out):
         mark = _Marks()
+        labels = []
         for number, row in enumerate(rows):
             if row.cost is None or row.interval is None:
                 continue
             x, y, half = row.cost.seconds, row.interval.mean, row.interval.half or 0.0
-            mark(number, *axes.plot([x, x], [y - half, y + half], color=paint(number), lw=1.6, alpha=0.6))
+            mark(number, *axes.plot([x, x], [y - half, y + half], color=paint(number), lw=1.6, alpha=0.35))
             mark(number, axes.scatter([x], [y], s=52, color=paint(number), zorder=3, lw=0))
-            mark(number, axes.annotate(row.title, (x, y), xytext=(6, 3), textcoords="offset points", fontsize=7.5, color=INK))
-        axes.margins(x=0.14, y=0.1)
+            label = axes.annotate(row.title, (x, y), (7, -3), textcoords="offset points", fontsize=8, color=INK)
+            mark(number, label)
+            labels.append(label)
+        axes.margins(x=0.2, y=0.1)
         axes.set(xlabel="seconds of training", ylabel=_metric(rows, "test"))
+        _spread(figure, labels)
     return out[0]
+
+
+def _spread(figure: Any, labels: Sequence[Any]) -> None:
+    """Move labels up until none lies on another."""
+    figure.draw_without_rendering()
+    scale = 72 / figure.dpi
+    placed: list[Any] = []
+    for label in sorted(labels, key=lambda one: one.get_window_extent().y0):
+        for _ in range(len(labels)):
+            box = label.get_window_extent()
+            under = [other for other in placed if box.overlaps(other)]
+            if not under:
+                break
+            right, up = label.get_position()
+            label.set_position((right, up + (max(other.y1 for other in under) - box.y0) * scale + 0.5))
+        placed.append(label.get_window_extent())
 
 
 def tuning(rows: Sequence[Row], name: str) -> str:
@@ -182,14 +202,21 @@ def ranks(analysis: Analysis, name: str) -> str:
             averages,
             table,
             ax=axes,
-            label_fmt_left="{label}  {rank:.2f}",
-            label_fmt_right="{rank:.2f}  {label}",
+            label_fmt_left="{label}, {rank:.2f}",
+            label_fmt_right="{rank:.2f}, {label}",
             color_palette=palette,
             label_props={"fontsize": 8.5},
             crossbar_props={"color": INK, "marker": None, "linewidth": 2.4},
-            text_h_margin=0.02,
+            elbow_props={"linewidth": 1.2},
+            text_h_margin=0.12,
         )
+        axes.grid(visible=False)
     return out[0]
+
+
+def _height(rows: Sequence[Row]) -> float:
+    """As high as the figures that have a line for each method, so that they stand side by side."""
+    return max(3.0, 0.75 + 0.34 * sum(row.interval is not None for row in rows))
 
 
 def _metric(rows: Sequence[Row], split: str) -> str:

@@ -79,7 +79,8 @@ def _pair(analysis: Analysis, place: int, pair: str) -> str:
     teacher = facts.teacher_scores.get(facts.metric)
     known = "" if teacher is None else f"; the teacher's validation {escape(facts.metric)} is {teacher:.3f}"
     sentences = "".join(
-        f'<li class="{_verdict(plan.baseline, row)}">{escape(words.sentence(plan, row))}</li>' for row in rows
+        f'<li class="{_verdict(plan.baseline, row)}"><b>{escape(row.title)}</b>{escape(words.sentence(plan, row)[len(row.title):])}</li>'
+        for row in rows
     )
     shown = [
         ("Scores", "the mean and its 95 % interval, a dot for each seed", _when(figures.intervals, rows, plan.baseline)),
