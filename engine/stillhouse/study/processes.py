@@ -120,9 +120,11 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def died(order: Order, code: int) -> dict[str, Any]:
-    """The result of a cell whose process left none."""
-    if code < 0:
+def died(order: Order, code: int | str) -> dict[str, Any]:
+    """The result of a cell whose process left none: it ended with this exit code, or was lost for this reason."""
+    if isinstance(code, str):
+        why = code
+    elif code < 0:
         name = signal.Signals(-code).name
         why = f"its process was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
     else:

@@ -106,7 +106,7 @@ def make(plan: Plan, folder: Path, text: str, options: Options, live: Live) -> M
         if options.ray:
             from stillhouse.study.on_ray import Ray
 
-            executor = Ray(plan, _threads(plan))
+            executor = Ray(plan, _threads(plan), modules)
         else:
             executor = Processes(workers, modules)
         started = time.perf_counter()
