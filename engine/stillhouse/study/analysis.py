@@ -10,9 +10,10 @@ from typing import Any
 from stillhouse.study import statistics
 from stillhouse.study.plan import Cell, Entry, Plan, cell, cells, chosen, score, trial_scores
 from stillhouse.study.statistics import FEWEST, LEVEL, Interval, Ranks
-from stillhouse.study.work import DONE
+from stillhouse.study.work import DONE, REFUSED
 
 Results = Mapping[str, Mapping[str, Any]]
+NOT_RUN = "not run"
 FEW_TASKS = 5
 """Pairs from which on ranks are taken over pairs; below, over pairs and seeds."""
 
@@ -60,7 +61,13 @@ class Cost:
 
 @dataclass
 class Row:
-    """A method on a pair."""
+    """A method on a pair.
+
+    interval
+        None where there is no score; ``status`` and ``reason`` then say why.
+    given, gain
+        Scores with the method as it is given, and what tuning gains over them, where the study runs both.
+    """
 
     entry: Entry
     title: str
@@ -76,6 +83,7 @@ class Row:
     given: dict[int, float] = field(default_factory=dict)
     gain: Interval | None = None
     curve: list[tuple[int, Interval]] = field(default_factory=list)
+    status: str = DONE
     reason: str | None = None
     remarks: list[str] = field(default_factory=list)
 
@@ -131,13 +139,14 @@ def analyse(plan: Plan, results: Results) -> Analysis:
 
 
 def _row(plan: Plan, entry: Entry, results: Results) -> Row:
-    row = Row(entry, plan.titles[entry.method], {}, reason=entry.facts.refused)
-    if row.reason is not None:
+    row = Row(entry, plan.titles[entry.method], {})
+    if entry.facts.refused is not None:
+        row.status, row.reason = REFUSED, entry.facts.refused
         return row
     row.trials = trial_scores(plan, entry, results)
     row.chosen = chosen(plan, entry, results)
     if row.chosen is None:
-        row.reason = _why(plan, entry, results)
+        row.status, row.reason = _why(plan, entry, results)
         return row
     row.settings = entry.trials[row.chosen].settings
     finals = {seed: cell(entry, row.chosen, seed, "final") for seed in plan.fresh_seeds}
@@ -149,7 +158,7 @@ def _row(plan: Plan, entry: Entry, results: Results) -> Row:
         if value is not None:
             row.scores[seed] = value
     if not row.scores:
-        row.reason = _why(plan, entry, results)
+        row.status, row.reason = _why(plan, entry, results)
         return row
     missing = [seed for seed in plan.fresh_seeds if seed not in row.scores]
     if missing:
@@ -172,13 +181,13 @@ def _untested(results: Results, one: Cell) -> bool:
     return found is not None and found["status"] == DONE and "test" not in found["scores"]
 
 
-def _why(plan: Plan, entry: Entry, results: Results) -> str | None:
-    """The first error among the entry's cells; None where they have not all run."""
+def _why(plan: Plan, entry: Entry, results: Results) -> tuple[str, str | None]:
+    """Why there is no score: the status and the error of the first cell that has one."""
     for one in cells(plan.model_copy(update={"entries": [entry]}), results):
         found = results.get(one.digest)
         if found is not None and found["status"] != DONE:
-            return str(found["error"]["message"])
-    return None
+            return str(found["status"]), str(found["error"]["message"])
+    return NOT_RUN, None
 
 
 def _add_defaults(plan: Plan, row: Row, results: Results) -> None:

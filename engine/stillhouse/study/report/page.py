@@ -158,8 +158,7 @@ def _score_table(analysis: Analysis, rows: Sequence[Row]) -> str:
 
 def _score_cells(analysis: Analysis, place: int, row: Row) -> list[tuple[str, float | str | None]]:
     if row.interval is None:
-        what = "not applicable" if row.reason else "not run"
-        return [_method(place, row), (f'<span class="none">{what}</span>', None), *[(NONE, None)] * 9]
+        return [_method(place, row), (f'<span class="none">{row.status}</span>', None), *[(NONE, None)] * 9]
     low = NONE if row.bca is None else f"{row.bca[0]:.3f} to {row.bca[1]:.3f}"
     cells: list[tuple[str, float | str | None]] = [
         _method(place, row),

@@ -68,7 +68,7 @@ def brief(analysis: Analysis) -> str:
 
 def _brief_cells(plan: Plan, row: Row) -> list[str]:
     if row.interval is None or row.cost is None:
-        return [row.title, "not applicable" if row.reason else "not run", *[NONE] * 4]
+        return [row.title, row.status, *[NONE] * 4]
     over = "-" if row.difference is None else row.difference.interval.signed()
     cost = row.cost
     return [row.title, str(row.interval), over, f"{cost.updates:,}", f"{cost.teacher_calls:,.0f}", f"{cost.seconds:.1f}"]
@@ -95,7 +95,7 @@ def _score_table(plan: Plan, rows: Sequence[Row]) -> Table:
 
 def _score_cells(row: Row) -> list[str]:
     if row.interval is None:
-        return ["not applicable" if row.reason else "not run", *[NONE] * 6]
+        return [row.status, *[NONE] * 6]
     one = row.difference
     cells = [str(row.interval), f"{row.interquartile:.3f}"]
     if one is None:

@@ -15,7 +15,8 @@ NONE = "–"
 def sentence(plan: Plan, row: Row) -> str:
     """A method on a pair in a sentence."""
     if row.interval is None:
-        return f"{row.title} {f'is not applicable: {row.reason}' if row.reason else 'has not run yet'}."
+        why = "" if row.reason is None else f": {row.reason}"
+        return f"{row.title}, {row.status}{why}."
     name = f"{row.title} scores {row.interval}"
     if row.entry.method == plan.baseline:
         return f"{name}; the others are compared with it."
