@@ -60,7 +60,9 @@ class MLflow(Observer):
     def on_run_end(self, summary: Mapping[str, Any]) -> None:
         for split, scores in summary["scores"].items():
             for name, value in scores.items():
-                self._client.log_metric(self._run, f"final.{split}.{name}", float(value), step=summary["steps"])
+                self._client.log_metric(
+                    self._run, f"final.{split}.{name}", float(value), step=summary["steps"]
+                )
         self._client.set_terminated(self._run)
 
 

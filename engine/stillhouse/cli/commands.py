@@ -9,7 +9,6 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
-from stillhouse.errors import ConfigError
 from stillhouse.plugin import catalog
 
 

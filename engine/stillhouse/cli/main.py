@@ -89,7 +89,11 @@ def _study(commands: Any) -> tuple[argparse.ArgumentParser, argparse.ArgumentPar
     where.add_argument("--workers", type=int, metavar="N", help="cells at once, default as many as fit")
     where.add_argument("--ray", action="store_true", help="on the machines of a Ray cluster")
     study.add_argument(
-        "--merge", action="append", default=[], metavar="DIR", help="take over finished cells from another machine"
+        "--merge",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="take over finished cells from another machine",
     )
     _keeping(study)
     report = commands.add_parser("report", help="write a study's report again, finished or not")

@@ -45,9 +45,7 @@ def compare(options: argparse.Namespace) -> int:
     except ValueError:
         raise ConfigError(f"--seeds {options.seeds}: expected whole numbers, as in 0,1,2") from None
     text = to_yaml({"seeds": seeds, "compared": [dump(config) for config in configs]})
-    chosen = studies.Options(
-        workers=options.workers, resume=options.resume, overwrite=options.overwrite
-    )
+    chosen = studies.Options(workers=options.workers, resume=options.resume, overwrite=options.overwrite)
     return _make(of_configs(configs, seeds), Path(options.out), text, chosen)
 
 

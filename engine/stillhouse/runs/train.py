@@ -186,7 +186,9 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda message: None
             data.validate()
             found, data = data.fingerprint(), replace(data, test=None)
             models = {
-                role: parts.builders[role]().to(device) for role in (STUDENT, TARGET) if role in parts.builders
+                role: parts.builders[role]().to(device)
+                for role in (STUDENT, TARGET)
+                if role in parts.builders
             }
             metrics: list[str] = []
             if data.validation is not None and data.validation.labelled:

@@ -103,12 +103,16 @@ class Analysis:
     @property
     def failures(self) -> list[tuple[Cell, Mapping[str, Any]]]:
         """The cells that gave no figures, each with its result."""
-        return [(one, found) for one, found in self.provenance if found is not None and found["status"] != DONE]
+        return [
+            (one, found) for one, found in self.provenance if found is not None and found["status"] != DONE
+        ]
 
 
 def analyse(plan: Plan, results: Results) -> Analysis:
     """Everything that can be said of the results so far."""
-    rows = {pair: [_row(plan, plan.entry(name, pair), results) for name in plan.titles] for pair in plan.pairs}
+    rows = {
+        pair: [_row(plan, plan.entry(name, pair), results) for name in plan.titles] for pair in plan.pairs
+    }
     for pair, of_pair in rows.items():
         base = next(row for row in of_pair if row.entry.method == plan.baseline)
         target = _target(base, results, plan)
@@ -170,7 +174,9 @@ def _row(plan: Plan, entry: Entry, results: Results) -> Row:
     row.curve = _curve([results[one.digest] for one in finals.values() if one.digest in results], metric)
     if plan.defaults:
         _add_defaults(plan, row, results)
-    warned = {warning for one in finals.values() for warning in results.get(one.digest, {}).get("warnings", [])}
+    warned = {
+        warning for one in finals.values() for warning in results.get(one.digest, {}).get("warnings", [])
+    }
     row.remarks += sorted(warned)[:1]
     return row
 
@@ -222,7 +228,9 @@ def _difference(plan: Plan, ours: Mapping[int, float], base: Mapping[int, float]
 
 def _adjust(plan: Plan, differences: Sequence[Difference]) -> None:
     tested = [one for one in differences if one.p is not None]
-    for one, adjusted in zip(tested, statistics.holm([one.p for one in tested if one.p is not None]), strict=True):
+    for one, adjusted in zip(
+        tested, statistics.holm([one.p for one in tested if one.p is not None]), strict=True
+    ):
         one.p_holm = adjusted
         if adjusted >= LEVEL:
             one.verdict = "open"

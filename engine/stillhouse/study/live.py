@@ -116,15 +116,21 @@ class Screen(Live):
         head = Table.grid(padding=(0, 1))
         failed = Text(f"{self.failed} failed", style="bold red" if self.failed else "dim")
         counts = f"{self.done} of at most {self.total} cells, {len(self.active)} running,"
-        head.add_row(ProgressBar(total=max(1, self.total), completed=self.done, width=30), counts, failed, self.left())
+        head.add_row(
+            ProgressBar(total=max(1, self.total), completed=self.done, width=30), counts, failed, self.left()
+        )
         now = time.monotonic()
-        rows = [Text(f"  {label(cell)}  {now - since:.0f} s", style="dim") for cell, since in self.active.values()]
+        rows = [
+            Text(f"  {label(cell)}  {now - since:.0f} s", style="dim") for cell, since in self.active.values()
+        ]
         return Group(head, *rows)
 
 
 def label(cell: Cell) -> str:
     """The cell in words."""
-    what = f"trial {cell.trial}, " if cell.phase == "tuning" else "as given, " if cell.phase == "default" else ""
+    what = (
+        f"trial {cell.trial}, " if cell.phase == "tuning" else "as given, " if cell.phase == "default" else ""
+    )
     return f"{cell.method} on {cell.pair}, {what}seed {cell.seed}"
 
 

@@ -109,9 +109,13 @@ class _Place:
                 pass
             result = read_result(folder) or died(here, ended[0][1])
             run = folder / RUN
-            kept = [path for path in (run.rglob("*") if run.is_dir() and order.keep else []) if path.is_file()]
+            kept = [
+                path for path in (run.rglob("*") if run.is_dir() and order.keep else []) if path.is_file()
+            ]
             named = {path.relative_to(run): path for path in kept}
-            files = {str(name): path.read_bytes() for name, path in named.items() if CHECKPOINTS not in name.parts}
+            files = {
+                str(name): path.read_bytes() for name, path in named.items() if CHECKPOINTS not in name.parts
+            }
             return result, files
         finally:
             shutil.rmtree(folder.parent, ignore_errors=True)

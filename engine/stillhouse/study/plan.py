@@ -189,9 +189,7 @@ def expected(plan: Plan) -> int:
     """How many cells there will be at most."""
     each = len(plan.fresh_seeds) * (2 if plan.defaults else 1)
     tuning = len(plan.tuning_seeds) if plan.tuned else 0
-    return sum(
-        each + tuning * len(entry.trials) for entry in plan.entries if entry.facts.refused is None
-    )
+    return sum(each + tuning * len(entry.trials) for entry in plan.entries if entry.facts.refused is None)
 
 
 def tuning_cells(plan: Plan, entry: Entry) -> Iterator[Cell]:
@@ -202,15 +200,17 @@ def tuning_cells(plan: Plan, entry: Entry) -> Iterator[Cell]:
                 yield cell(entry, trial, seed, "tuning")
 
 
-def trial_scores(
-    plan: Plan, entry: Entry, results: Mapping[str, Mapping[str, Any]]
-) -> list[float | None]:
+def trial_scores(plan: Plan, entry: Entry, results: Mapping[str, Mapping[str, Any]]) -> list[float | None]:
     """Each trial's mean validation score over the tuning seeds; None where a cell of it failed or is not there."""
     made: dict[int, list[float | None]] = {}
     for one in tuning_cells(plan, entry):
-        made.setdefault(one.trial, []).append(score(results.get(one.digest), "validation", entry.facts.metric))
+        made.setdefault(one.trial, []).append(
+            score(results.get(one.digest), "validation", entry.facts.metric)
+        )
     return [
-        None if any(value is None for value in values) else fmean(value for value in values if value is not None)
+        None
+        if any(value is None for value in values)
+        else fmean(value for value in values if value is not None)
         for _, values in sorted(made.items())
     ]
 
@@ -270,9 +270,7 @@ def of_study(study: Study) -> Plan:
     )
 
 
-def _entry(
-    name: str, pair: str, given: Mapping[str, Any], search: Mapping[str, Any], trials: int
-) -> Entry:
+def _entry(name: str, pair: str, given: Mapping[str, Any], search: Mapping[str, Any], trials: int) -> Entry:
     known: dict[str, dict[str, Any]] = {}
 
     def resolved(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -306,7 +304,9 @@ def _resolved(given: Mapping[str, Any], settings: Mapping[str, Any], where: str)
             apply_override(content, f"{path}={json.dumps(value)}")
         return dump(resolve(validate_run(content)).config)
     except ConfigError as error:
-        tried = f" with {', '.join(f'{path}={value}' for path, value in settings.items())}" if settings else ""
+        tried = (
+            f" with {', '.join(f'{path}={value}' for path, value in settings.items())}" if settings else ""
+        )
         raise ConfigError(f"{where}{tried}: {error}") from None
 
 

@@ -6,10 +6,12 @@ A cell's process ends with the study's, however that ends: none goes on writing 
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +24,7 @@ from stillhouse.errors import StillhouseError
 from stillhouse.runs.recorder import Interrupted
 from stillhouse.study.directory import LOG, write_result
 from stillhouse.study.plan import Facts
+from stillhouse.study.preload import MODULES
 from stillhouse.study.work import FAILED, Order, prepare_pair, work
 
 PATIENCE = 60.0
@@ -55,7 +58,11 @@ class Processes:
         methods = multiprocessing.get_all_start_methods()
         self._context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if "forkserver" in methods:
-            self._context.set_forkserver_preload([*modules, *ALSO])
+            with tempfile.NamedTemporaryFile("w", prefix="stillhouse-", suffix=".json", delete=False) as file:
+                json.dump([*modules, *ALSO], file)
+            self._names = file.name
+            os.environ[MODULES] = file.name  # read by the server when the first cell starts it
+            self._context.set_forkserver_preload(["stillhouse.study.preload"])
         self._running: dict[Any, Order] = {}
 
     def start(self, order: Order) -> None:
@@ -67,7 +74,9 @@ class Processes:
 
     def finished(self, timeout: float) -> list[tuple[Order, int]]:
         """The cells that have ended by now, waiting for one at most ``timeout`` seconds, with their exit codes."""
-        ready = set(wait([process.sentinel for process in self._running], timeout)) if self._running else set()
+        ready = (
+            set(wait([process.sentinel for process in self._running], timeout)) if self._running else set()
+        )
         ended = []
         for process in [process for process in self._running if process.sentinel in ready]:
             process.join()
@@ -87,10 +96,12 @@ class Processes:
                 process.kill()
                 process.join()
         self._running.clear()
-
+        self.close()
 
     def close(self) -> None:
-        """Nothing is left to be closed: the server ends with this process."""
+        """Forget what was to be imported; the server itself ends with this process."""
+        if os.environ.pop(MODULES, None) is not None:
+            Path(self._names).unlink(missing_ok=True)
 
 
 def _child(order: Order) -> None:
@@ -101,8 +112,8 @@ def _child(order: Order) -> None:
     log = os.open(Path(order.folder) / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
         os.dup2(log, stream)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: PTH123, SIM115 - a descriptor, for as long as the process lives
-    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: PTH123, SIM115
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - a descriptor, for as long as the process lives
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     try:
         write_result(Path(order.folder), work(order))
     except (Interrupted, KeyboardInterrupt):

@@ -192,9 +192,13 @@ def _judged(plan: Plan, pair: str, found: Facts) -> Facts:
     """The facts with the metric that the study asks for."""
     wanted = found.metric if plan.metric is None else plan.metric.name
     if not found.metrics:
-        raise ConfigError(f"pair {pair}: its task has no labelled validation split; expected one, to choose and to judge by")
+        raise ConfigError(
+            f"pair {pair}: its task has no labelled validation split; expected one, to choose and to judge by"
+        )
     if wanted not in found.metrics:
-        raise ConfigError(f"metric.name: the task of pair {pair} has no '{wanted}'{nearest(wanted, found.metrics)}")
+        raise ConfigError(
+            f"metric.name: the task of pair {pair} has no '{wanted}'{nearest(wanted, found.metrics)}"
+        )
     return found.model_copy(update={"metric": wanted})
 
 

@@ -42,7 +42,9 @@ class Budget(BaseModel):
     model_config = STRICT
     updates: int = Field(gt=0, description="Student updates of every cell.")
     trials: int = Field(
-        0, ge=0, description="Settings tried for each method and pair, the given ones among them; 0: no tuning."
+        0,
+        ge=0,
+        description="Settings tried for each method and pair, the given ones among them; 0: no tuning.",
     )
 
 
@@ -51,13 +53,17 @@ class Seeds(BaseModel):
 
     model_config = STRICT
     tuning: list[int] = Field(default_factory=list, description="Seeds of every trial.")
-    fresh: list[int] = Field(min_length=1, description="Seeds of the reported cells; none of the tuning seeds.")
+    fresh: list[int] = Field(
+        min_length=1, description="Seeds of the reported cells; none of the tuning seeds."
+    )
 
     @model_validator(mode="after")
     def _apart(self) -> Seeds:
         both = [*self.tuning, *self.fresh]
         if len(set(both)) < len(both):
-            raise ValueError(f"seeds {both}: expected each once, and none of the tuning seeds among the fresh")
+            raise ValueError(
+                f"seeds {both}: expected each once, and none of the tuning seeds among the fresh"
+            )
         return self
 
 
@@ -78,7 +84,9 @@ class Pair(BaseModel):
     teacher: TeacherConfig | None = None
     student: StudentConfig | None = None
     target: StudentConfig | None = None
-    config: dict[str, Any] = Field(default_factory=dict, description="Further keys of a run, for all methods.")
+    config: dict[str, Any] = Field(
+        default_factory=dict, description="Further keys of a run, for all methods."
+    )
 
 
 class MethodSpec(BaseModel):
@@ -122,7 +130,9 @@ class Study(BaseModel):
     defaults: bool = Field(
         False, description="Also run every method as it is given, to see what tuning gains."
     )
-    common: dict[str, Any] = Field(default_factory=dict, description="Keys of a run, the same for every cell.")
+    common: dict[str, Any] = Field(
+        default_factory=dict, description="Keys of a run, the same for every cell."
+    )
     pairs: list[Pair] = Field(min_length=1)
     methods: dict[str, MethodSpec] = Field(min_length=1)
     quick: dict[str, Any] = Field(
@@ -132,7 +142,9 @@ class Study(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> Study:
         if self.baseline not in self.methods:
-            raise ValueError(f"baseline '{self.baseline}' is no method of the study{nearest(self.baseline, self.methods)}")
+            raise ValueError(
+                f"baseline '{self.baseline}' is no method of the study{nearest(self.baseline, self.methods)}"
+            )
         names = [pair.name for pair in self.pairs]
         if len(set(names)) < len(names):
             raise ValueError(f"pairs {names}: expected each name once")
@@ -148,17 +160,25 @@ class Study(BaseModel):
     def _check_tuning(self) -> None:
         trials, sizes = self.budget.trials, {name: method.space for name, method in self.methods.items()}
         if trials == 1 or (trials and not any(method.search for method in self.methods.values())):
-            raise ValueError(f"budget.trials is {trials}; expected 0, or two or more and a search space to take them from")
+            raise ValueError(
+                f"budget.trials is {trials}; expected 0, or two or more and a search space to take them from"
+            )
         if trials and not self.seeds.tuning:
-            raise ValueError(f"budget.trials is {trials} and seeds.tuning is empty; expected at least one tuning seed")
+            raise ValueError(
+                f"budget.trials is {trials} and seeds.tuning is empty; expected at least one tuning seed"
+            )
         if not trials:
             searched = [name for name, method in self.methods.items() if method.search]
             if searched or self.seeds.tuning:
-                raise ValueError("budget.trials is 0, and there is a search or a tuning seed; expected trials, or neither")
+                raise ValueError(
+                    "budget.trials is 0, and there is a search or a tuning seed; expected trials, or neither"
+                )
             return
         if len(set(sizes.values())) > 1:
             told = ", ".join(f"{name}: {describe(size)}" for name, size in sizes.items())
-            raise ValueError(f"the budgets differ: search spaces of {told}; expected the same size for every method")
+            raise ValueError(
+                f"the budgets differ: search spaces of {told}; expected the same size for every method"
+            )
 
 
 def describe(size: tuple[int, int]) -> str:
@@ -174,7 +194,9 @@ def _check_keys(where: str, keys: Any, taken: set[str]) -> None:
             why = {
                 **dict.fromkeys(OWN_KEYS, "the study sets it for each cell"),
                 **dict.fromkeys(PAIR_KEYS, "it belongs to a pair"),
-                **dict.fromkeys(BUDGET_KEYS, "the budgets would differ; 'budget' and 'common' say it for all"),
+                **dict.fromkeys(
+                    BUDGET_KEYS, "the budgets would differ; 'budget' and 'common' say it for all"
+                ),
             }[key]
             raise ValueError(f"{where}: got '{key}': {why}")
         if key not in RunConfig.model_fields:
@@ -196,7 +218,9 @@ def read(source: str, *, quick: bool = False) -> Study:
     known = shipped()
     path = known.get(source) or Path(source)
     if not path.is_file():
-        raise ConfigError(f"no study file '{source}', and no shipped study of that name{nearest(source, known)}")
+        raise ConfigError(
+            f"no study file '{source}', and no shipped study of that name{nearest(source, known)}"
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -207,7 +231,9 @@ def read(source: str, *, quick: bool = False) -> Study:
     if not quick:
         return study
     if not study.quick:
-        raise ConfigError(f"{source} has no key 'quick'; expected what --quick is to change, such as budget.updates")
+        raise ConfigError(
+            f"{source} has no key 'quick'; expected what --quick is to change, such as budget.updates"
+        )
     changed = _overlaid({key: value for key, value in content.items() if key != "quick"}, study.quick)
     return validate({**changed, "name": f"{study.name}-quick"})
 

@@ -80,7 +80,7 @@ def interquartile_mean(values: Sequence[float]) -> float:
 
 
 def paired_t(differences: Sequence[float]) -> float:
-    """p of the paired t-test; 1 where every difference is 0."""
+    """P of the paired t-test; 1 where every difference is 0."""
     if not any(differences):
         return 1.0
     with warnings.catch_warnings():
@@ -89,7 +89,7 @@ def paired_t(differences: Sequence[float]) -> float:
 
 
 def paired_permutation(differences: Sequence[float]) -> float:
-    """p of Fisher's test: the mean's place among those of every change of signs, or of 65,536 at random."""
+    """P of Fisher's test: the mean's place among those of every change of signs, or of 65,536 at random."""
     made = library("scipy.stats").permutation_test(
         (np.asarray(differences, dtype=float), np.zeros(len(differences))),
         lambda x, y, axis: np.mean(x - y, axis=axis),
@@ -102,7 +102,7 @@ def paired_permutation(differences: Sequence[float]) -> float:
 
 
 def wilcoxon(differences: Sequence[float]) -> float:
-    """p of the signed-rank test (Wilcoxon 1945); differences of 0 are left out, and 1 where all are 0."""
+    """P of the signed-rank test (Wilcoxon 1945); differences of 0 are left out, and 1 where all are 0."""
     if not any(differences):
         return 1.0
     return float(library("scipy.stats").wilcoxon(differences).pvalue)

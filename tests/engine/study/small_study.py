@@ -29,10 +29,19 @@ SMALL: dict[str, Any] = {
             "teacher": {"name": "mlp", "hidden": 16, "train": {"steps": 20}},
             "student": {"name": "mlp", "hidden": 8},
         },
-        {"name": "diabetes", "task": "diabetes", "teacher": {"name": "mlp", "train": {"steps": 5}}, "student": "mlp"},
+        {
+            "name": "diabetes",
+            "task": "diabetes",
+            "teacher": {"name": "mlp", "train": {"steps": 5}},
+            "student": "mlp",
+        },
     ],
     "methods": {
-        "hard": {"title": "Hard labels", "config": {"method": "hard_labels"}, "search": {"optimizer.lr": RATES}},
+        "hard": {
+            "title": "Hard labels",
+            "config": {"method": "hard_labels"},
+            "search": {"optimizer.lr": RATES},
+        },
         "kd": {"title": "KD", "config": {"method": "kd"}, "search": {"optimizer.lr": RATES}},
     },
 }
@@ -64,8 +73,9 @@ def make(content: dict[str, Any], folder: Path, **options: Any) -> tuple[Analysi
     study = validate(content)
     said = io.StringIO()
     with redirect_stdout(said):
-        made = studies.make(of_study(study), folder, to_text(study), studies.Options(workers=2, **options), live.Live())
+        made = studies.make(
+            of_study(study), folder, to_text(study), studies.Options(workers=2, **options), live.Live()
+        )
     analysis = analyse(made.plan, made.results)
     report.write(analysis, folder)
     return analysis, said.getvalue()
-

@@ -46,7 +46,9 @@ def test_it_is_refused_with_its_path(case):
 
 def test_a_setting_of_a_trial_is_checked_before_anything_is_run():
     content = small(methods__kd__search={"method.temprature": RATES})
-    with pytest.raises(ConfigError, match=r"method kd on digits with method\.temprature=.*did you mean 'temperature'"):
+    with pytest.raises(
+        ConfigError, match=r"method kd on digits with method\.temprature=.*did you mean 'temperature'"
+    ):
         of_study(validate(content))
 
 
@@ -105,4 +107,6 @@ def test_a_shipped_study_has_a_quick_form_and_every_setting_of_it_resolves(name)
     study = read(name)
     assert isinstance(study, Study)
     plan = of_study(read(name, quick=True))
-    assert {len(entry.trials) for entry in plan.entries} == {plan.tuned and read(name, quick=True).budget.trials}
+    assert {len(entry.trials) for entry in plan.entries} == {
+        plan.tuned and read(name, quick=True).budget.trials
+    }

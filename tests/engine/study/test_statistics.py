@@ -15,7 +15,34 @@ SLEEP = [1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]
 """Student 1908: hours of sleep that ten patients gained by one drug over another."""
 MAIZE = [49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48]
 """Darwin 1876: crossed less self-fertilised plants, in eighths of an inch; Fisher 1935 tried all 2^15 changes of sign."""
-SPATIAL = [48, 36, 20, 29, 42, 42, 20, 42, 22, 41, 45, 14, 6, 0, 33, 28, 34, 4, 32, 24, 47, 41, 24, 26, 30, 41]
+SPATIAL = [
+    48,
+    36,
+    20,
+    29,
+    42,
+    42,
+    20,
+    42,
+    22,
+    41,
+    45,
+    14,
+    6,
+    0,
+    33,
+    28,
+    34,
+    4,
+    32,
+    24,
+    47,
+    41,
+    24,
+    26,
+    30,
+    41,
+]
 """Efron & Tibshirani 1993, chapter 14: the A test of 26 children."""
 TREES = {
     "C4.5": [.763, .599, .954, .628, .882, .936, .661, .583, .775, 1.000, .940, .619, .972, .957],
@@ -114,9 +141,7 @@ def test_ranks_are_those_of_demsars_table():
     # the paper's 9.28; four ties (of 4, 2, 2 and 2) make it 9.28 / (1 - 78 / 840) = 10.23, of 3 degrees of freedom
     assert made.friedman == pytest.approx(0.0167, abs=1e-4)
     different = {pair for pair, p in made.pairwise.items() if p < 0.05}
-    apart = {
-        (a, b) for a, b in made.pairwise if abs(made.average[a] - made.average[b]) > made.critical
-    }
+    apart = {(a, b) for a, b in made.pairwise if abs(made.average[a] - made.average[b]) > made.critical}
     assert different == apart == set()
 
 

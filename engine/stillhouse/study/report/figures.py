@@ -16,7 +16,9 @@ COLOURS = 15
 INK, FAINT = "#010101", "#020202"
 """Stand for text and for grid lines; replaced by the page's own."""
 WIDTH = 6.4
-_PAINTS = {INK: "var(--ink)", FAINT: "var(--line)"} | {f"#0300{n:02x}": f"var(--m{n})" for n in range(COLOURS)}
+_PAINTS = {INK: "var(--ink)", FAINT: "var(--line)"} | {
+    f"#0300{n:02x}": f"var(--m{n})" for n in range(COLOURS)
+}
 
 
 def paint(number: int) -> str:
@@ -96,9 +98,21 @@ def intervals(rows: Sequence[Row], baseline: str, name: str) -> str:
             assert row.interval is not None
             colour, mean, half = paint(number), row.interval.mean, row.interval.half
             values = list(row.scores.values())
-            mark(number, axes.scatter(values, [place + 0.27] * len(values), s=13, color=colour, alpha=0.45, lw=0))
+            mark(
+                number,
+                axes.scatter(values, [place + 0.27] * len(values), s=13, color=colour, alpha=0.45, lw=0),
+            )
             if half is not None:
-                mark(number, *axes.plot([mean - half, mean + half], [place, place], color=colour, lw=2.4, solid_capstyle="round"))
+                mark(
+                    number,
+                    *axes.plot(
+                        [mean - half, mean + half],
+                        [place, place],
+                        color=colour,
+                        lw=2.4,
+                        solid_capstyle="round",
+                    ),
+                )
             mark(number, axes.scatter([mean], [place], s=44, color=colour, zorder=3, lw=0))
             if row.entry.method == baseline:
                 axes.axvline(mean, color=INK, lw=0.8, ls=(0, (3, 3)), zorder=0)
@@ -123,7 +137,18 @@ def curves(rows: Sequence[Row], name: str) -> str:
             high = [mean + half for mean, half in zip(means, halves, strict=True)]
             style = "-" if number < COLOURS else "--"
             mark(number, axes.fill_between(steps, low, high, color=paint(number), alpha=0.14, lw=0))
-            mark(number, *axes.plot(steps, means, style, color=paint(number), lw=1.8, marker="o", ms=3 if len(steps) < 12 else 0))
+            mark(
+                number,
+                *axes.plot(
+                    steps,
+                    means,
+                    style,
+                    color=paint(number),
+                    lw=1.8,
+                    marker="o",
+                    ms=3 if len(steps) < 12 else 0,
+                ),
+            )
         axes.set(xlabel="student updates", ylabel=_metric(rows, "validation"))
     return out[0]
 
@@ -139,7 +164,9 @@ def costs(rows: Sequence[Row], name: str) -> str:
             x, y, half = row.cost.seconds, row.interval.mean, row.interval.half or 0.0
             mark(number, *axes.plot([x, x], [y - half, y + half], color=paint(number), lw=1.6, alpha=0.35))
             mark(number, axes.scatter([x], [y], s=52, color=paint(number), zorder=3, lw=0))
-            label = axes.annotate(row.title, (x, y), (7, -3), textcoords="offset points", fontsize=8, color=INK)
+            label = axes.annotate(
+                row.title, (x, y), (7, -3), textcoords="offset points", fontsize=8, color=INK
+            )
             mark(number, label)
             labels.append(label)
         axes.margins(x=0.2, y=0.1)
@@ -176,7 +203,18 @@ def tuning(rows: Sequence[Row], name: str) -> str:
                 chosen = trial == row.chosen
                 face = {"facecolor": paint(number) if chosen else "none", "edgecolor": paint(number)}
                 shape = "s" if trial == 0 else "o"
-                mark(number, axes.scatter([value], [place], s=46 if chosen else 26, marker=shape, lw=1.3, zorder=3 if chosen else 2, **face))
+                mark(
+                    number,
+                    axes.scatter(
+                        [value],
+                        [place],
+                        s=46 if chosen else 26,
+                        marker=shape,
+                        lw=1.3,
+                        zorder=3 if chosen else 2,
+                        **face,
+                    ),
+                )
         axes.set_yticks(range(len(shown)), [row.title for _, row in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
@@ -221,5 +259,3 @@ def _height(rows: Sequence[Row]) -> float:
 
 def _metric(rows: Sequence[Row], split: str) -> str:
     return f"{split} {next((row.entry.facts.metric for row in rows if row.scores), 'score')}"
-
-

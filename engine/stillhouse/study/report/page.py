@@ -74,16 +74,22 @@ def _pair(analysis: Analysis, place: int, pair: str) -> str:
     facts = next((row.entry.facts for row in rows if row.entry.facts.teacher_scores), rows[0].entry.facts)
     given = rows[0].entry.given
     models = ", ".join(
-        f"{role} {escape(_named(given.get(role)))}" for role in ("task", "teacher", "student") if given.get(role)
+        f"{role} {escape(_named(given.get(role)))}"
+        for role in ("task", "teacher", "student")
+        if given.get(role)
     )
     teacher = facts.teacher_scores.get(facts.metric)
     known = "" if teacher is None else f"; the teacher's validation {escape(facts.metric)} is {teacher:.3f}"
     sentences = "".join(
-        f'<li class="{_verdict(plan.baseline, row)}"><b>{escape(row.title)}</b>{escape(words.sentence(plan, row)[len(row.title):])}</li>'
+        f'<li class="{_verdict(plan.baseline, row)}"><b>{escape(row.title)}</b>{escape(words.sentence(plan, row)[len(row.title) :])}</li>'
         for row in rows
     )
     shown = [
-        ("Scores", "the mean and its 95 % interval, a dot for each seed", _when(figures.intervals, rows, plan.baseline)),
+        (
+            "Scores",
+            "the mean and its 95 % interval, a dot for each seed",
+            _when(figures.intervals, rows, plan.baseline),
+        ),
         ("Learning", "validation over the updates, mean and 95 % band", _when(figures.curves, rows)),
         ("Quality against cost", "test score by seconds of training", _when(figures.costs, rows)),
     ]
@@ -91,7 +97,7 @@ def _pair(analysis: Analysis, place: int, pair: str) -> str:
         about = "each setting tried; filled: chosen, square: as given"
         shown.append(("Tuning", about, _when(figures.tuning, rows)))
     drawn = "".join(
-        f'<figure><figcaption><b>{title}</b> {escape(about)}</figcaption>{make(f"p{place}f{at}")}</figure>'
+        f"<figure><figcaption><b>{title}</b> {escape(about)}</figcaption>{make(f'p{place}f{at}')}</figure>"
         for at, (title, about, make) in enumerate(shown)
         if any(row.scores for row in rows)
     )
@@ -132,11 +138,15 @@ def _legend(rows: Sequence[Row]) -> str:
     return f'<div class="legend" title="click to show one method">{chips}</div>'
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[tuple[str, float | str | None]]], *, kind: str = "") -> str:
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[tuple[str, float | str | None]]], *, kind: str = ""
+) -> str:
     """A sortable table; each cell has its HTML and what it is sorted by (None goes last)."""
     heads = "".join(f'<th scope="col"><button type="button">{name}</button></th>' for name in head)
     body = "".join(
-        "<tr>" + "".join(f'<td data-sort="{"" if by is None else escape(str(by))}">{html}</td>' for html, by in row) + "</tr>"
+        "<tr>"
+        + "".join(f'<td data-sort="{"" if by is None else escape(str(by))}">{html}</td>' for html, by in row)
+        + "</tr>"
         for row in rows
     )
     return f'<div class="scroll"><table class="sortable {kind}"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -184,7 +194,7 @@ def _score_cells(analysis: Analysis, place: int, row: Row) -> list[tuple[str, fl
 
 
 def _half(half: float | None) -> str:
-    return "" if half is None else f' <small>± {half:.3f}</small>'
+    return "" if half is None else f" <small>± {half:.3f}</small>"
 
 
 def _cost_table(rows: Sequence[Row]) -> str:
@@ -225,7 +235,14 @@ def _tuning(analysis: Analysis) -> str:
     plan = analysis.plan
     if not plan.tuned:
         return ""
-    head = ["method", "pair", "searched", "chosen", "validation", *(["tuned less as given"] if plan.defaults else [])]
+    head = [
+        "method",
+        "pair",
+        "searched",
+        "chosen",
+        "validation",
+        *(["tuned less as given"] if plan.defaults else []),
+    ]
     body: list[list[tuple[str, float | str | None]]] = []
     for pair, rows in analysis.rows.items():
         for place, row in enumerate(rows):
@@ -244,7 +261,9 @@ def _tuning(analysis: Analysis) -> str:
                 gain = row.gain
                 cells.append((NONE, None) if gain is None else (gain.signed(), gain.mean))
             body.append(cells)
-    return f'<section id="tuning"><h2>What was tuned, and how</h2>{table(head, body, kind="words")}</section>\n'
+    return (
+        f'<section id="tuning"><h2>What was tuned, and how</h2>{table(head, body, kind="words")}</section>\n'
+    )
 
 
 def _told_failures(analysis: Analysis) -> list[tuple[str, str]]:
@@ -295,7 +314,19 @@ def _entry(analysis: Analysis, row: Row, cells: Sequence[tuple[Cell, Mapping[str
         "versions": {**entry.versions, **(done or {}).get("versions", {})},
         **{key: done[key] for key in ("plugins", "machine", "kernel", "git") if done},
     }
-    head = ["phase", "trial", "seed", "status", "validation", "test", "test opened", "began (UTC)", "seconds", "differs", "cell"]
+    head = [
+        "phase",
+        "trial",
+        "seed",
+        "status",
+        "validation",
+        "test",
+        "test opened",
+        "began (UTC)",
+        "seconds",
+        "differs",
+        "cell",
+    ]
     body = [_cell(analysis, one, found, done) for one, found in cells]
     return (
         f"<details><summary>{escape(row.title)} <small>on {escape(entry.pair)}, {len(cells)} cells</small></summary>"

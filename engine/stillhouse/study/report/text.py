@@ -42,7 +42,9 @@ def notes(analysis: Analysis) -> list[str]:
     """The study's remarks, and each row's, a line each."""
     found = [f"Note: {remark}" for remark in analysis.remarks]
     for rows in analysis.rows.values():
-        found += [f"Note, {row.title} on {row.entry.pair}: {remark}" for row in rows for remark in row.remarks]
+        found += [
+            f"Note, {row.title} on {row.entry.pair}: {remark}" for row in rows for remark in row.remarks
+        ]
     return ["", *found] if found else []
 
 
@@ -71,7 +73,14 @@ def _brief_cells(plan: Plan, row: Row) -> list[str]:
         return [row.title, row.status, *[NONE] * 4]
     over = "-" if row.difference is None else row.difference.interval.signed()
     cost = row.cost
-    return [row.title, str(row.interval), over, f"{cost.updates:,}", f"{cost.teacher_calls:,.0f}", f"{cost.seconds:.1f}"]
+    return [
+        row.title,
+        str(row.interval),
+        over,
+        f"{cost.updates:,}",
+        f"{cost.teacher_calls:,.0f}",
+        f"{cost.seconds:.1f}",
+    ]
 
 
 Table = tuple[list[str], list[list[str]]]
@@ -89,7 +98,16 @@ def _table(table: Table) -> list[str]:
 def _score_table(plan: Plan, rows: Sequence[Row]) -> Table:
     metric = next((row.entry.facts.metric for row in rows if row.scores), "score")
     base = plan.titles[plan.baseline]
-    head = ["method", f"test {metric}", "IQM", f"to {base}", "p (Holm)", "effect", "P(better)", "seeds needed"]
+    head = [
+        "method",
+        f"test {metric}",
+        "IQM",
+        f"to {base}",
+        "p (Holm)",
+        "effect",
+        "P(better)",
+        "seeds needed",
+    ]
     return head, [[row.title, *_score_cells(row)] for row in rows]
 
 
@@ -215,7 +233,9 @@ def scores_csv(analysis: Analysis) -> str:
         metric = analysis.plan.entry(one.method, one.pair).facts.metric
         values = [score(found, split, metric) for split in ("validation", "test")]
         status = "not run" if found is None else found["status"]
-        rows.append([one.pair, one.method, one.phase, one.trial, one.seed, status, metric, *values, one.digest])
+        rows.append(
+            [one.pair, one.method, one.phase, one.trial, one.seed, status, metric, *values, one.digest]
+        )
     return _csv(head, rows)
 
 
@@ -234,8 +254,16 @@ def statistics_csv(analysis: Analysis) -> str:
                 over = [one.interval.mean, one.interval.half, one.p, one.p_holm, one.p_permutation, one.p_wilcoxon,
                         one.effect, one.improvement, one.needed, one.verdict]  # fmt: skip
             rows.append(
-                [pair, row.entry.method, *start, *(row.bca or (None, None)), row.interquartile, *over,
-                 words.settings(row.settings), row.reason]  # fmt: skip
+                [
+                    pair,
+                    row.entry.method,
+                    *start,
+                    *(row.bca or (None, None)),
+                    row.interquartile,
+                    *over,
+                    words.settings(row.settings),
+                    row.reason,
+                ]  # fmt: skip
             )
     return _csv(head, rows)
 

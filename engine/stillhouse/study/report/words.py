@@ -52,7 +52,9 @@ def summary(plan: Plan) -> str:
     ]
     if plan.tuned:
         trials = max(len(entry.trials) for entry in plan.entries)
-        parts.append(f"{trials} settings tried for each on {_count(len(plan.tuning_seeds), 'seed')}, by validation")
+        parts.append(
+            f"{trials} settings tried for each on {_count(len(plan.tuning_seeds), 'seed')}, by validation"
+        )
     else:
         parts.append("no tuning")
     return ", ".join(parts)
