@@ -31,6 +31,6 @@ def library(module: str) -> ModuleType:
 
 def check_installed(*, tuned: bool) -> None:
     """Raise MissingExtra for what a study's tables and tuning need, before it begins."""
-    for root in LIBRARIES:
+    for root, distribution in LIBRARIES.items():
         if importlib.util.find_spec(root) is None and (tuned or root != "optuna"):
-            raise MissingExtra("a study", LIBRARIES[root], "study")
+            raise MissingExtra("a study", distribution, "study")

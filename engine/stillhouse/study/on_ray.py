@@ -41,7 +41,11 @@ class Ray:
         self.workers = max(1, int(ray.cluster_resources().get("CPU", 1)) // threads)
         teachers = ray.put(_teachers(plan))
         kind = ray.remote(num_cpus=threads)(_Place)
-        self._place = lambda: kind.remote(list(modules), teachers)
+
+        def place() -> Any:
+            return kind.remote(list(modules), teachers)
+
+        self._place = place
         self._idle = [self._place() for _ in range(self.workers)]
         self._running: dict[Any, tuple[Order, Any]] = {}
 

@@ -140,7 +140,12 @@ def died(order: Order, code: int | str) -> dict[str, Any]:
         why = f"its process was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
     else:
         why = f"its process ended with exit code {code} and no result"
-    error = {"type": "Died", "message": f"{why}; see {Path(order.folder) / LOG}", "notes": [], "where": None}
+    error: dict[str, Any] = {
+        "type": "Died",
+        "message": f"{why}; see {Path(order.folder) / LOG}",
+        "notes": [],
+        "where": None,
+    }
     return {
         "digest": order.digest,
         "made_from": order.made_from,

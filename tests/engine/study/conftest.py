@@ -17,3 +17,15 @@ def finished(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("study") / "small"
     return folder, *make(SMALL, folder)
+
+
+@pytest.fixture(autouse=True)
+def _prepared_here(monkeypatch):
+    """Preparation in this process, which has imported everything; the fixture ``finished`` has it in one of its own."""
+
+    from stillhouse.study import processes
+
+    def prepared(pairs, workers):
+        return [processes.prepare_pair(pair)[0] for pair in pairs], []
+
+    monkeypatch.setattr("stillhouse.study.run.prepared", prepared)

@@ -61,7 +61,7 @@ def small(**changes: Any) -> dict[str, Any]:
 
 def untuned(**changes: Any) -> dict[str, Any]:
     """One pair, no tuning: the fewest cells."""
-    content = small(budget={"updates": 12}, seeds={"fresh": [0, 1, 2]}, **changes)
+    content = small(**{"budget": {"updates": 12}, "seeds": {"fresh": [0, 1, 2]}, **changes})
     content["pairs"] = content["pairs"][:1]
     for method in content["methods"].values():
         method.pop("search", None)

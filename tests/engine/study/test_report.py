@@ -46,7 +46,7 @@ class TestSentences:
         assert said.endswith("one of this size would need about 67 seeds.")
 
     def test_fewer_than_three_seeds_have_no_interval_and_a_remark(self, tmp_path):
-        analysis, _ = make(untuned(seeds={"fresh": [0, 1]}) | {"seeds": {"fresh": [0, 1]}}, tmp_path / "s")
+        analysis, _ = make(untuned(seeds={"fresh": [0, 1]}), tmp_path / "s")
         kd = analysis.rows["digits"][1]
         assert (kd.interval.half, kd.bca, kd.difference.p, kd.difference.verdict) == (None, None, None, None)
         assert "2 seeds: intervals and tests are withheld; 3 or more give them" in analysis.remarks

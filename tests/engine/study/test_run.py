@@ -23,16 +23,6 @@ TABLES = ("scores.csv", "statistics.csv", "report.tex")
 """What holds no time."""
 
 
-@pytest.fixture(autouse=True)
-def _prepared_here(monkeypatch):
-    """Preparation in this process, which has imported everything; the fixture ``finished`` has it in one of its own."""
-
-    def prepared(pairs, workers):
-        return [processes.prepare_pair(pair)[0] for pair in pairs], []
-
-    monkeypatch.setattr("stillhouse.study.run.prepared", prepared)
-
-
 def results(folder: Path) -> dict[str, dict]:
     found, damaged = directory.read_results(folder)
     assert not damaged

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from small_study import RATES, small
 
@@ -56,7 +58,9 @@ def test_more_trials_than_points_are_refused():
     content = small(budget__trials=5)
     for method in content["methods"].values():
         method["search"] = LISTED
-    with pytest.raises(ConfigError, match="4 different settings with the given ones, and budget.trials is 5"):
+    with pytest.raises(
+        ConfigError, match=r"4 different settings with the given ones, and budget\.trials is 5"
+    ):
         of_study(validate(content))
 
 
@@ -110,3 +114,11 @@ def test_a_shipped_study_has_a_quick_form_and_every_setting_of_it_resolves(name)
     assert {len(entry.trials) for entry in plan.entries} == {
         plan.tuned and read(name, quick=True).budget.trials
     }
+
+
+def test_the_study_that_the_docs_show_resolves(tmp_path):
+    page = (Path(__file__).parents[3] / "docs" / "studies.md").read_text()
+    path = tmp_path / "mine.yaml"
+    path.write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    plan = of_study(read(str(path)))
+    assert [len(entry.trials) for entry in plan.entries] == [6, 6]

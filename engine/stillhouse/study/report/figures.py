@@ -33,7 +33,7 @@ def _figure(height: float, name: str) -> Iterator[tuple[Any, Any, list[str]]]:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    style = {
+    style: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": name,
         "font.size": 9,

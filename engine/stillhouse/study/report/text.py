@@ -187,8 +187,14 @@ def rank_words(analysis: Analysis) -> str:
     )
 
 
-_TEX = {"&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_", "$": r"\$", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "±": r"$\pm$", "–": "--"}  # fmt: skip
+_TEX = {
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "\\": r"\textbackslash{}",
+    "±": r"$\pm$",
+    NONE: "--",
+}
+_TEX |= {letter: f"\\{letter}" for letter in "&%#_${}"}
 
 
 def _tex(value: str) -> str:
@@ -196,7 +202,7 @@ def _tex(value: str) -> str:
 
 
 def latex(analysis: Analysis) -> str:
-    """A table for each pair, for ``\\input``; needs the package booktabs."""
+    """A table for each pair, to be put into a document that has the package booktabs."""
     plan = analysis.plan
     out = [f"% {plan.name}: {words.summary(plan)}".replace("\n", " ")]
     for pair, rows in analysis.rows.items():
@@ -263,7 +269,7 @@ def statistics_csv(analysis: Analysis) -> str:
                     *over,
                     words.settings(row.settings),
                     row.reason,
-                ]  # fmt: skip
+                ]
             )
     return _csv(head, rows)
 

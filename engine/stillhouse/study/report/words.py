@@ -9,7 +9,7 @@ from typing import Any
 from stillhouse.study.analysis import Analysis, Difference, Row
 from stillhouse.study.plan import Plan
 
-NONE = "–"
+NONE = "–"  # noqa: RUF001 - an en dash is how tables say nothing
 
 
 def sentence(plan: Plan, row: Row) -> str:
