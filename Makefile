@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 DEV := $(VENV)/.ready-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-kit test-slow attack lint format examples bench build clean
+.PHONY: help setup run study test test-kit test-slow attack lint format examples bench build clean
 
 help:  ## what can be done here
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
@@ -21,7 +21,7 @@ $(READY): pyproject.toml constraints.txt
 
 # The CUDA compiler's wheels are here because the kernels' machine code is tested without a GPU.
 $(DEV): $(READY)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[tasks,study,tensorboard,torchdistill,cuda]' --group dev
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[tasks,study,tensorboard,torchdistill,cuda,mlflow,wandb]' --group dev
 	touch $@
 
 run: $(READY)  ## the main job: hard labels, KD, KD on all inputs and SLD on MNIST-1D, 3 seeds, one table
@@ -51,6 +51,9 @@ format: $(DEV)  ## format the sources
 
 examples: $(DEV)  ## run every example
 	for file in examples/*.py; do echo "$$file"; $(BIN)/python $$file || exit 1; done
+
+study: $(READY)  ## a small study of every method: tuning, seeds, report
+	$(BIN)/stillhouse study mnist1d --quick --resume
 
 bench: $(DEV)  ## what the engine and the kernels cost, side by side
 	$(BIN)/stillhouse bench overhead

@@ -38,7 +38,9 @@ def parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--seeds", default="0,1,2", metavar="0,1,2", help="seeds, default 0,1,2")
     compare.add_argument("--out", default="runs/compare", metavar="DIR", help="default runs/compare")
+    compare.add_argument("--workers", type=int, metavar="N", help="runs at once, default as many as fit")
     _keeping(compare)
+    study, report = _study(commands)
 
     verify = commands.add_parser("verify", help="check every file of a run against its digest")
     verify.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
@@ -86,12 +88,34 @@ def parser() -> argparse.ArgumentParser:
     kernels.add_argument("rest", nargs=argparse.REMAINDER)
 
     main.add_argument("--debug", action="store_true", help="show tracebacks")
-    for command in (run, compare, verify, runs, plugins, show, doctor, overhead, trainers):
+    for command in (run, compare, study, report, verify, runs, plugins, show, doctor, overhead, trainers):
         # SUPPRESS: a default here would undo a --debug before the command.
         command.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks"
         )
     return main
+
+
+def _study(commands: Any) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    study = commands.add_parser("study", help="tune methods, run them on fresh seeds, and write a report")
+    study.add_argument("study", metavar="STUDY.yaml|NAME", help="a study's file, or a shipped study's name")
+    study.add_argument("--quick", action="store_true", help="as small as the study's key 'quick' says")
+    study.add_argument("--out", metavar="DIR", help="default runs/study-NAME")
+    where = study.add_mutually_exclusive_group()
+    where.add_argument("--workers", type=int, metavar="N", help="cells at once, default as many as fit")
+    where.add_argument("--ray", action="store_true", help="on the machines of a Ray cluster")
+    study.add_argument(
+        "--merge",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="take over finished cells from another machine",
+    )
+    _keeping(study)
+    report = commands.add_parser("report", help="write a study's report again, finished or not")
+    report.add_argument("dir", metavar="DIR")
+    report.add_argument("--out", metavar="DIR", help="default DIR")
+    return study, report
 
 
 def _plugin_verbs(plugins: argparse.ArgumentParser) -> None:
@@ -190,6 +214,10 @@ def _dispatch(options: argparse.Namespace) -> int:
         from stillhouse.cli import run_commands
 
         return int(getattr(run_commands, command)(options))
+    if command in ("study", "compare", "report"):
+        from stillhouse.cli import study_commands
+
+        return int(getattr(study_commands, {"report": "write_report"}.get(command, command))(options))
     if command in ("bench", "config"):
         command += f"_{getattr(options, f'{command}_command')}"
     return int(getattr(commands, command)(options))
