@@ -1,5 +1,6 @@
-"""Soft labels: a model's outputs on a split, kept by sample id and bound to what made them."""
+"""Soft labels: a teacher's answers, kept by sample id and bound to what made them."""
 
-from stillhouse.softlabels.store import SoftLabels, write_soft_labels
+from stillhouse.softlabels.forms import Form, Labels
+from stillhouse.softlabels.store import HeldLabels, SoftLabels, StoredLabels, write_soft_labels
 
-__all__ = ["SoftLabels", "write_soft_labels"]
+__all__ = ["Form", "HeldLabels", "Labels", "SoftLabels", "StoredLabels", "write_soft_labels"]

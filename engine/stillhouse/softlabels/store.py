@@ -1,64 +1,451 @@
-"""One pass of a model over a split, its logits in a safetensors file or in memory, found by sample id.
+"""Soft labels: a teacher's answers to the samples of a split, found by sample id, bound to what made them.
 
-A file carries the fingerprint of what made it (model, data, stage); reading it for anything else is
-refused, naming the field that differs.
+What fits into memory is held there (``HeldLabels``); a store on disk (``StoredLabels``) is read through memory maps::
+
+    labels = SoftLabels.open("labels/")
+    logits = labels.lookup(ids)              # a tensor, a TopK, a Sampled or a TeacherHead
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+import tempfile
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from stillhouse.contract.splits import Split
-from stillhouse.errors import CheckpointError
-from stillhouse.files import write_bytes
+from stillhouse.errors import CheckpointError, DamagedFile, DataError
+from stillhouse.kernels import TeacherHead
 from stillhouse.models.calling import evaluating, forward
+from stillhouse.softlabels.fingerprint import check_same, differs, rows_digest
+from stillhouse.softlabels.forms import Form, Labels, decode, encode, moved, shaped, spread
+from stillhouse.softlabels.places import Place, place, sealed, sha256, unsealed
+from stillhouse.softlabels.shard import PREFIX, VERSION, Rows, Shard, publish, read_manifest, samples, segments
+
+STORE, HEAD = "store.json", "head.safetensors"
+LIMIT = 512 * 2**20
+"""Bytes of soft labels that are held in memory; above it they lie in a file."""
+SHARD_BYTES, SHARD_SAMPLES = 32 * 2**20, 16_384
+"""The most of a shard."""
+_RESIDENT = 256 * 2**20
+"""Bytes of mapped pages after which they are given back."""
 
 
-class SoftLabels:
-    """Logits ``(rows, C)`` of one split in float32, with the fingerprint of what made them."""
+class SoftLabels(ABC):
+    """A teacher's answers by sample id.
+
+    form
+        What is kept of each row.
+    fingerprint
+        What they were made from, by field.
+    """
+
+    form: Form
+    fingerprint: dict[str, str]
+
+    @staticmethod
+    def open(where: str | Path) -> StoredLabels:
+        """The store in a directory or at a URI; CheckpointError where there is none, or a damaged one."""
+        return StoredLabels(place(where))
+
+    @staticmethod
+    def load(where: Path, expected: Mapping[str, str], device: torch.device) -> SoftLabels:
+        """A run's own labels, whole and made from exactly ``expected``: in memory on ``device`` where they fit.
+
+        Raises CheckpointError otherwise, naming the field that differs.
+        """
+        stored = SoftLabels.open(where)
+        check_same(str(where), stored.fingerprint, expected)
+        stored.check_whole()
+        return stored.held(device)
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    @abstractmethod
+    def lookup(self, ids: Tensor, mask: Tensor | None = None) -> Labels:
+        """The answers to these samples, in the order of ``ids`` ``(B,)``, on the device of ``ids``.
+
+        mask
+            Bool ``(B, ...)``: a sample's rows go to its True places, one after the other. Without it samples of
+            differing length are padded at their end.
+
+        Returns logits ``(B, ..., outputs)``, or a TopK, a Sampled or a TeacherHead with that leading shape. At places
+        where the mask is False stands something that only a loss that masks them may see.
+
+        Raises DataError for a sample that is not there, or has another number of rows than the mask; DamagedFile for a
+        shard that was changed.
+        """
+
+    def features(self, ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """The kept features of these samples by name, as the teacher's ``features`` of a step; empty where none are."""
+        return {}
+
+    @abstractmethod
+    def blocks(self, size: int = 4096) -> Iterator[tuple[Tensor, Labels]]:
+        """Every sample in order of its id, in blocks: the ids, and their answers. Memory stays that of a block."""
+
+
+class HeldLabels(SoftLabels):
+    """Logits ``(samples, ..., outputs)`` in memory, of the samples 0 to ``len - 1``."""
 
     def __init__(self, logits: Tensor, fingerprint: Mapping[str, str]) -> None:
         self.logits = logits
         self.fingerprint = dict(fingerprint)
+        self.form = Form("dense", "float32", logits.shape[-1])
 
     def __len__(self) -> int:
         return len(self.logits)
 
-    def lookup(self, ids: Tensor) -> Tensor:
-        """The logits of these samples ``(len(ids), C)``, whatever order they come in."""
+    def lookup(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         return self.logits[ids]
 
-    def save(self, path: Path) -> None:
-        """Write atomically."""
-        metadata = {"fingerprint": json.dumps(self.fingerprint, sort_keys=True)}
-        write_bytes(path, save({"logits": self.logits.cpu().contiguous()}, metadata))
+    def blocks(self, size: int = 4096) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(self), size):
+            logits = self.logits[start : start + size]
+            yield torch.arange(start, start + len(logits)), logits
 
-    @classmethod
-    def load(cls, path: Path, expected: Mapping[str, str], device: torch.device) -> SoftLabels:
-        """Read a file that was made from exactly ``expected``.
+    def save(self, folder: Path) -> None:
+        """Write a store; what was there is replaced."""
+        shutil.rmtree(folder, ignore_errors=True)
+        writer = _Whole(folder, self.fingerprint, len(self))
+        for _, logits in self.blocks(writer.samples(self.logits)):
+            writer.add(logits)
+        writer.close()
 
-        Raises CheckpointError if it is unreadable, or was made from something else.
+
+class StoredLabels(SoftLabels):
+    """A store on disk or at a URI. Each shard's digest is checked when it is first read."""
+
+    def __init__(self, where: Place) -> None:
+        self.place = where
+        names = set(where.names())
+        if STORE not in names:
+            raise DamagedFile(
+                f"soft labels {where} can't be read: there is no {STORE}; expected a directory that 'stillhouse label' wrote"
+            )
+        self.about = unsealed(where.read(STORE), f"soft labels {where}/{STORE}")
+        if self.about.get("version") != VERSION:
+            raise DamagedFile(f"soft labels {where} are of version {self.about.get('version')}; expected {VERSION}")
+        self.form = Form.read(self.about["form"])
+        shards = sorted(name for name in names if name.startswith(PREFIX) and name.endswith(".json"))
+        self.manifests = [read_manifest(where, name) for name in shards]
+        for manifest in self.manifests:
+            _one_kind(where, self.about, manifest)
+        self.fingerprint = {**self.about["fingerprint"], **_data(self.manifests)}
+        self._opened: dict[int, Shard] = {}
+        self._touched = 0
+        self._head: tuple[Tensor, Tensor | None] | None = None
+        self._index()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy for a data loader's worker opens the store anew."""
+        return SoftLabels.open, (str(self.place),)
+
+    def _index(self) -> None:
+        self.manifests.sort(key=lambda manifest: manifest["ids"]["first"])
+        firsts = torch.tensor([manifest["ids"]["first"] for manifest in self.manifests], dtype=torch.long)
+        counts = torch.tensor([manifest["ids"]["count"] for manifest in self.manifests], dtype=torch.long)
+        self._count = int(counts.sum())
+        self._ids: Tensor | None = None
+        if all(manifest["ids"]["contiguous"] for manifest in self.manifests):
+            self._firsts, self._ends = firsts, firsts + counts
+            twice = (self._ends[:-1] > firsts[1:]).nonzero()
+            if len(twice):
+                self._refuse_twice(int(firsts[int(twice[0, 0]) + 1]))
+            return
+        found = [self._shard_ids(number) for number in range(len(self.manifests))]
+        shard = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        position = torch.cat([torch.arange(len(ids)) for ids in found])
+        self._ids, order = torch.cat(found).sort(stable=True)
+        twice = (torch.diff(self._ids) == 0).nonzero()
+        if len(twice):
+            self._refuse_twice(int(self._ids[int(twice[0, 0])]))
+        self._shard, self._position = shard[order], position[order]
+
+    def _shard_ids(self, number: int) -> Tensor:
+        ids = self.manifests[number]["ids"]
+        if ids["contiguous"]:
+            return torch.arange(ids["first"], ids["first"] + ids["count"])
+        return self._open(number).tensors["ids"].clone()
+
+    def _refuse_twice(self, sample: int) -> None:
+        raise DamagedFile(
+            f"soft labels {self.place} hold sample {sample} in two shards; expected once: remove one of them"
+        )
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def ids(self) -> Tensor:
+        """Every sample's id, rising ``(samples,)``."""
+        if self._ids is not None:
+            return self._ids
+        return segments(self._firsts, self._ends - self._firsts)
+
+    def _find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Each sample's shard and position in it."""
+        sorted_ids = self._firsts if self._ids is None else self._ids
+        if self._ids is None:
+            at = torch.searchsorted(sorted_ids, ids, right=True) - 1
+            missing = (at < 0) | (ids >= self._ends[at]) if len(sorted_ids) else torch.ones_like(ids).bool()
+        else:
+            at = torch.searchsorted(sorted_ids, ids).clamp(max=len(sorted_ids) - 1)
+            missing = sorted_ids[at] != ids
+        if missing.any():
+            raise DataError(
+                f"sample {int(ids[missing][0])} is not in soft labels {self.place}, which hold {len(self):,} samples; label "
+                "the rest into the same directory, or check that the ids are those of this data set"
+            )
+        if self._ids is None:
+            return at, ids - self._firsts[at]
+        return self._shard[at], self._position[at]
+
+    def _open(self, number: int) -> Shard:
+        if number not in self._opened:
+            self._opened[number] = Shard(self.place, self.manifests[number])
+        return self._opened[number]
+
+    def _groups(self, ids: Tensor) -> list[tuple[Shard, Tensor, Tensor]]:
+        """The shards of these samples, each with the places in ``ids`` and in the shard."""
+        shard, position = self._find(ids)
+        found = []
+        numbers = shard.unique().tolist() if len(ids) > 1 else shard.tolist()
+        for number in numbers:
+            where = (shard == number).nonzero()[:, 0]
+            opened = self._open(number)
+            self._touched += opened.touched(len(where))
+            found.append((opened, where, position[where]))
+        return found
+
+    def _settle(self) -> None:
+        if self._touched > _RESIDENT:
+            self._touched = 0
+            for shard in self._opened.values():
+                shard.forget()
+
+    def counts(self, ids: Tensor) -> Tensor:
+        """Rows of each sample ``(B,)``."""
+        ids = ids.cpu()
+        found = torch.empty_like(ids)
+        for shard, where, positions in self._groups(ids):
+            found[where] = shard.row_counts(positions)
+        return found
+
+    def lookup(self, ids: Tensor, mask: Tensor | None = None) -> Labels:
+        device, ids = ids.device, ids.cpu()
+        groups = self._groups(ids)
+        parts = [(where, shard.row_counts(positions), shard.take(positions)) for shard, where, positions in groups]
+        counts, arrays = self._merged(len(ids), parts)
+        self._settle()
+        labels = decode(self.form, arrays, self.head())
+        return moved(self._placed(labels, ids, counts, mask), device)
+
+    def _merged(
+        self, samples: int, parts: list[tuple[Tensor, Tensor, dict[str, Tensor]]]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The shards' arrays as one, in the order of the samples that were asked for."""
+        if len(parts) == 1:
+            return parts[0][1], parts[0][2]
+        counts = torch.zeros(samples, dtype=torch.long)
+        for where, each, _ in parts:
+            counts[where] = each
+        order = torch.cat([where for where, _, _ in parts])
+        joined = {name: torch.cat([part[name] for _, _, part in parts]) for name in self.form.fields}
+        rows = _order(order, torch.cat([each for _, each, _ in parts]))
+        if self.form.kind != "sampled":
+            return counts, {name: value[rows] for name, value in joined.items()}
+        distinct = joined["distinct"].long()
+        starts = distinct.cumsum(0) - distinct
+        entries = segments(starts[rows], distinct[rows])
+        return counts, {
+            "distinct": joined["distinct"][rows],
+            "indices": joined["indices"][entries],
+            "counts": joined["counts"][entries],
+        }
+
+    def _placed(self, labels: Labels, ids: Tensor, counts: Tensor, mask: Tensor | None) -> Labels:
+        shape = self.about["row_shape"]
+        if shape is not None and (mask is None or not shape or tuple(mask.shape[1:]) == tuple(shape)):
+            return shaped(labels, (len(ids), *shape))
+        return spread(labels, self._mask(ids, counts, mask))
+
+    def _mask(self, ids: Tensor, counts: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is None:
+            longest = int(counts.max()) if len(counts) else 0
+            return torch.arange(longest)[None, :] < counts[:, None]
+        mask = mask.cpu()
+        asked = mask.reshape(len(ids), -1).sum(-1)
+        if not torch.equal(asked, counts):
+            wrong = int((asked != counts).nonzero()[0, 0])
+            raise DataError(
+                f"sample {int(ids[wrong])} has {int(counts[wrong])} rows in soft labels {self.place}, and "
+                f"{int(asked[wrong])} in this batch's mask; expected the same: use the data, the tokenizer and the mask that "
+                "they were made with"
+            )
+        return mask
+
+    def features(self, ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        names = self.about["features"]
+        if not names["per_row"] and not names["per_sample"]:
+            return {}
+        device, ids = ids.device, ids.cpu()
+        parts = []
+        for shard, where, positions in self._groups(ids):
+            parts.append((where, shard.row_counts(positions), *shard.features(positions)))
+        self._settle()
+        order = torch.cat([part[0] for part in parts])
+        each = torch.cat([part[1] for part in parts])
+        counts = torch.empty_like(each)
+        counts[order] = each
+        back, rows, found = order.argsort(), _order(order, each), {}
+        for name in names["per_sample"]:
+            found[name] = torch.cat([part[3][name] for part in parts])[back].to(device)
+        for name in names["per_row"]:
+            value = torch.cat([part[2][name] for part in parts])[rows]
+            placed = self._placed(value, ids, counts, mask)
+            assert isinstance(placed, Tensor)
+            found[name] = placed.to(device)
+        return found
+
+    def head(self) -> tuple[Tensor, Tensor | None] | None:
+        """Weight ``(outputs, width)`` and bias of the teacher's head, for hidden states."""
+        if self.form.kind == "hidden" and self._head is None:
+            content = self.place.read(HEAD)
+            if sha256(content) != self.about["head"]:
+                raise DamagedFile(f"soft labels {self.place}: {HEAD} was changed or damaged since it was written")
+            tensors = load(content)
+            self._head = tensors["weight"], tensors.get("bias")
+        return self._head
+
+    def blocks(self, size: int = 4096) -> Iterator[tuple[Tensor, Labels]]:
+        for ids in self.ids.split(size):
+            yield ids, self.lookup(ids)
+
+    # Whether they are what is asked for.
+
+    def check_whole(self) -> None:
+        """Raise CheckpointError unless every sample of the data set is there."""
+        expected = self.about["samples"]
+        if len(self) != expected:
+            raise CheckpointError(
+                f"soft labels {self.place} hold {len(self):,} of {expected:,} samples; label the rest into the same directory"
+            )
+
+    def check(
+        self,
+        *,
+        teacher: str | None = None,
+        tokenizer: str | None = None,
+        transform: str = "none",
+        temperature: str = "1",
+        split: Split | None = None,
+    ) -> None:
+        """Raise CheckpointError where they were made from something else, naming the field, what is stored and asked.
+
+        teacher, tokenizer
+            Digests (``models.integrity.digest``, ``fingerprint.tokenizer_digest``); None is not compared.
+        split
+            The data: every row of every shard is hashed, and the first shard that differs is named.
         """
-        try:
-            with safe_open(path, "pt", device=str(device)) as file:
-                found = json.loads((file.metadata() or {}).get("fingerprint", "{}"))
-                logits = file.get_tensor("logits")
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"soft labels {path} can't be read ({error}); remove the file") from None
-        for field in sorted({*found, *expected}):
-            if found.get(field) != expected.get(field):
-                raise CheckpointError(
-                    f"soft labels {path} were made with {field} = {found.get(field)!r}, this run has "
-                    f"{expected.get(field)!r}; remove the file, or use the {field} that made it"
-                )
-        return cls(logits, found)
+        asked = {"teacher": teacher, "tokenizer": tokenizer, "transform": transform, "temperature": temperature}
+        for field, value in asked.items():
+            stored = self.about["fingerprint"].get(field)
+            if value is not None and stored != value:
+                raise differs(str(self.place), field, stored, value)
+        if split is not None:
+            self._check_data(split)
+
+    def _check_data(self, split: Split) -> None:
+        for number, manifest in enumerate(self.manifests):
+            ids = self._shard_ids(number)
+            stored = manifest["fingerprint"].get("data")
+            asked = rows_digest(split, ids) if int(ids[-1]) < len(split) else f"{len(split)} samples"
+            if stored != asked:
+                where = f"{self.place} ({samples(manifest)})"
+                raise differs(where, "data", stored, asked, "label again, or use the data that made them")
+
+    def held(self, device: torch.device) -> SoftLabels:
+        """In memory on ``device`` where they are dense in float32, of samples 0 to len - 1, and fit; else this store."""
+        plain = self.form.kind == "dense" and self.form.dtype == "float32" and self.about["row_shape"] is not None
+        size = 4 * self.form.outputs * sum(int(manifest["rows"]) for manifest in self.manifests)
+        if not plain or size > LIMIT or not torch.equal(self.ids, torch.arange(len(self))):
+            return self
+        shape = (len(self), *self.about["row_shape"], self.form.outputs)
+        logits = torch.empty(shape, device=device)
+        for ids, block in self.blocks():
+            assert isinstance(block, Tensor)
+            logits[ids[0] : ids[-1] + 1] = block.to(device)
+        return HeldLabels(logits, self.fingerprint)
+
+
+def _order(order: Tensor, each: Tensor) -> Tensor:
+    """Row numbers that bring the rows of samples, standing in ``order``, into the order of the samples."""
+    starts, back = each.cumsum(0) - each, order.argsort()
+    return segments(starts[back], each[back])
+
+
+def _one_kind(where: Place, about: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+    same = ("form", "features", "row_shape")
+    stored = {key: json.dumps(manifest[key]) for key in same}
+    asked = {key: json.dumps(about[key]) for key in same}
+    made_from = {name: value for name, value in manifest["fingerprint"].items() if name != "data"}
+    if about["fingerprint"].get("data") is not None:
+        made_from = dict(manifest["fingerprint"])
+    check_same(f"{where}/{manifest['file']}", {**stored, **made_from}, {**asked, **about["fingerprint"]})
+
+
+def _data(manifests: list[dict[str, Any]]) -> dict[str, str]:
+    """The digest of all rows: that of the shards' digests."""
+    found = [str(manifest["fingerprint"].get("data")) for manifest in manifests]
+    if len(set(found)) == 1:
+        return {"data": found[0]}
+    return {"data": sha256(" ".join(found).encode())[:16]} if found else {}
+
+
+def describe(
+    where: Place,
+    form: Form,
+    fingerprint: Mapping[str, str],
+    *,
+    samples: int,
+    row_shape: list[int] | None,
+    per_row: list[str] | None = None,
+    per_sample: list[str] | None = None,
+    head: tuple[Tensor, Tensor | None] | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """Write what all shards have in common, and the teacher's head, and return it."""
+    about: dict[str, Any] = {
+        "version": VERSION,
+        "form": form.about(),
+        "row_shape": row_shape,
+        "features": {"per_row": sorted(per_row or ()), "per_sample": sorted(per_sample or ())},
+        "fingerprint": dict(fingerprint),
+        "samples": samples,
+        "head": None,
+        **more,
+    }
+    if head is not None:
+        named = {"weight": head[0]} | ({} if head[1] is None else {"bias": head[1]})
+        content = save({name: value.detach().cpu().contiguous() for name, value in named.items()})
+        where.write(HEAD, content)
+        about["head"] = sha256(content)
+    where.write(STORE, sealed(about))
+    return about
+
+
+# The small case: what a run keeps.
 
 
 def write_soft_labels(
@@ -69,17 +456,90 @@ def write_soft_labels(
     device: torch.device,
     batch_size: int = 512,
     teacher: bool = True,
+    folder: Path | None = None,
 ) -> tuple[SoftLabels, int]:
-    """One pass of ``model`` in eval mode over ``split``, in row order.
+    """One pass of ``model`` in eval mode over ``split``, in row order; dense, in float32.
 
     teacher
         Whether the model reads the teacher's inputs where the split holds some.
+    folder
+        Where to keep them, replacing what was there. Without it they are kept in memory, or above ``LIMIT`` bytes in a
+        temporary folder that is removed with them.
 
-    Returns the soft labels and the number of forward passes made.
+    Returns the soft labels, in memory on ``device`` where they fit, and the number of forward passes made.
     """
-    found = []
+    held: Tensor | None = None
+    writer: _Whole | None = None
+    passes = 0
     with evaluating(model):
         for start in range(0, len(split), batch_size):
             batch = split.batch(torch.arange(start, min(start + batch_size, len(split)))).to(device)
-            found.append(forward(model, batch.for_teacher if teacher else batch.inputs).float())
-    return SoftLabels(torch.cat(found), fingerprint), len(found)
+            logits = forward(model, batch.for_teacher if teacher else batch.inputs).float()
+            if not passes and 4 * logits[0].numel() * len(split) <= LIMIT:
+                held = torch.empty((len(split), *logits.shape[1:]), device=device)
+            if not passes and (held is None or folder is not None):
+                writer = _Whole(_emptied(folder), fingerprint, len(split), temporary=folder is None)
+            if held is not None:
+                held[start : start + len(logits)] = logits
+            if writer is not None:
+                writer.add(logits)
+            passes += 1
+    if writer is not None:
+        writer.close()
+    if held is not None:
+        return HeldLabels(held, fingerprint), passes
+    assert writer is not None
+    return writer.opened(), passes
+
+
+def _emptied(folder: Path | None) -> Path:
+    if folder is None:
+        return Path(tempfile.mkdtemp(prefix="stillhouse-soft-labels-"))
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+class _Whole:
+    """Writes a whole store of dense float32 rows, a shard at a time."""
+
+    def __init__(self, folder: Path, fingerprint: Mapping[str, str], samples: int, *, temporary: bool = False) -> None:
+        self._place, self._folder = place(folder), folder
+        self._fingerprint = dict(fingerprint)
+        self._total, self._temporary = samples, temporary
+        self._waiting: list[Tensor] = []
+        self._at = 0
+
+    def samples(self, logits: Tensor) -> int:
+        """Samples of a shard."""
+        return max(1, min(SHARD_SAMPLES, SHARD_BYTES // max(1, 4 * logits[0].numel())))
+
+    def add(self, logits: Tensor) -> None:
+        """Take the next samples' outputs ``(samples, ..., outputs)``."""
+        self._waiting.append(logits.cpu())
+        if sum(map(len, self._waiting)) >= self.samples(logits):
+            self._flush()
+
+    def _flush(self) -> None:
+        logits = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting)
+        self._waiting.clear()
+        shape, outputs = list(logits.shape[1:-1]), logits.shape[-1]
+        form = Form("dense", "float32", outputs)
+        if not self._at:
+            describe(self._place, form, self._fingerprint, samples=self._total, row_shape=shape)
+        ids = torch.arange(self._at, self._at + len(logits))
+        each = int(torch.Size(shape).numel())
+        rows = Rows(ids, torch.full_like(ids, each), encode(form, logits.reshape(-1, outputs)))
+        publish(self._place, form, rows, shape, self._fingerprint)
+        self._at += len(logits)
+
+    def close(self) -> None:
+        """Write what waits."""
+        if self._waiting:
+            self._flush()
+
+    def opened(self) -> StoredLabels:
+        """The store; one in a temporary folder takes the folder with it when it goes."""
+        found = StoredLabels(self._place)
+        if self._temporary:
+            weakref.finalize(found, shutil.rmtree, self._folder, ignore_errors=True)
+        return found
