@@ -37,6 +37,10 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--out", default="runs/compare", metavar="DIR", help="default runs/compare")
     _keeping(compare)
 
+    from stillhouse.cli import label_commands
+
+    labelling = label_commands.add(commands)
+
     plugins = commands.add_parser("plugins", help="list what is installed, without importing it; and more")
     plugins.add_argument("--json", action="store_true", help="as JSON")
     _plugin_verbs(plugins)
@@ -64,13 +68,16 @@ def parser() -> argparse.ArgumentParser:
     overhead.add_argument("--steps", type=int, default=200, help="updates in a block, default 200")
     overhead.add_argument("--blocks", type=int, default=15, help="interleaved blocks of each, default 15")
     overhead.add_argument("--json", action="store_true", help="as JSON")
+    labels = bench.add_parser("labels", help="reading kept labels beside a bare memory map and a teacher's forward")
+    labels.add_argument("--json", action="store_true", help="as JSON")
+    labels.add_argument("--quick", action="store_true", help="reading alone, not training")
     kernels = bench.add_parser(
         "kernels", help="softmax-KL beside torch, and beside the memory floor", add_help=False
     )
     kernels.add_argument("rest", nargs=argparse.REMAINDER)
 
     main.add_argument("--debug", action="store_true", help="show tracebacks")
-    for command in (run, compare, plugins, show, doctor, overhead):
+    for command in (run, compare, *labelling, plugins, show, doctor, overhead, labels):
         # SUPPRESS: a default here would undo a --debug before the command.
         command.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks"
@@ -159,6 +166,10 @@ def _dispatch(options: argparse.Namespace) -> int:
     from stillhouse.cli import commands
 
     command = options.command
+    if command in ("label", "labels"):
+        from stillhouse.cli import label_commands
+
+        return label_commands.run(options)
     if command == "plugins":
         from stillhouse.cli import plugin_commands
 

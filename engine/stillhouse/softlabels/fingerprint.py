@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,19 @@ def rows_digest(split: Split, ids: Tensor) -> str:
             found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()[:16]
+
+
+def parts_digests(split: Split, ids: Tensor, data: Sequence[Sequence[Any]]) -> list[tuple[int, str]]:
+    """The digests of a split's rows for the parts that a manifest lists; ``ids`` are those of all parts, in order."""
+    sizes = [int(count) for count, _ in data] or [len(ids)]
+    return [(len(part), rows_digest(split, part)) for part in ids.split(sizes)]
+
+
+def with_data(made_from: Mapping[str, str], data: Sequence[tuple[int, str]]) -> dict[str, str]:
+    """A fingerprint with its field ``data``: the digest of one part of the rows, or of the digests of several."""
+    found = [digest for _, digest in data]
+    one = found[0] if len(found) == 1 else hashlib.sha256(" ".join(found).encode()).hexdigest()[:16]
+    return {**made_from, "data": one} if found else dict(made_from)
 
 
 def _named(name: str, value: Any) -> list[tuple[str, Tensor]]:

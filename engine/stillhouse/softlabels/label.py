@@ -18,7 +18,6 @@ from stillhouse.models.calling import evaluating, forward
 from stillhouse.models.captures import Captures
 from stillhouse.models.integrity import digest
 from stillhouse.models.served import Served
-from stillhouse.softlabels.fingerprint import rows_digest
 from stillhouse.softlabels.forms import Form, Labels, encode
 from stillhouse.softlabels.shard import Rows
 
@@ -66,7 +65,7 @@ class Asking:
 
     def __init__(self, teacher: nn.Module, device: torch.device, features: Sequence[str] = (), head: str = "") -> None:
         """Raises ConfigError for a module that is not there, or features of a teacher elsewhere."""
-        self.teacher, self.device, self._features, self._head = teacher, device, tuple(features), head
+        self.teacher, self.device, self.head = teacher, device, head
         self._captures = Captures({TEACHER: teacher})
         if isinstance(teacher, Served) and (features or head):
             raise ConfigError("a teacher elsewhere gives no hidden states and no features; expected form topk, without them")
@@ -99,7 +98,7 @@ class Asking:
             )
         ragged = mask is not None and len(lead) > 1
         keep = mask if ragged and mask is not None else torch.ones(lead, dtype=torch.bool, device=self.device)
-        hidden = found.pop(f"{self._head}:input", None)
+        hidden = found.pop(f"{self.head}:input", None)
         per_row = {name: value for name, value in found.items() if len(lead) > 1 and value.shape[: len(lead)] == lead}
         return Answered(
             _rows(answer, keep),
@@ -215,7 +214,3 @@ def check_head(answered: Answered, head: nn.Linear, name: str) -> None:
         f"the logits are not what the module '{name}' makes of its input; name the right one with --head, or keep another form"
     )
 
-
-def shard_fingerprint(made_from: dict[str, str], split: Split, ids: Tensor) -> dict[str, str]:
-    """What a shard of these samples is made from: that of the store, and a digest of every row."""
-    return {**made_from, "data": rows_digest(split, ids)}

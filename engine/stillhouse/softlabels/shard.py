@@ -81,9 +81,17 @@ def _offsets(counts: Tensor) -> Tensor:
 
 
 def publish(
-    place: Place, form: Form, rows: Rows, row_shape: Sequence[int] | None, fingerprint: Mapping[str, str]
+    place: Place,
+    form: Form,
+    rows: Rows,
+    row_shape: Sequence[int] | None,
+    fingerprint: Mapping[str, str],
+    data: Sequence[tuple[int, str]] = (),
 ) -> dict[str, Any]:
     """Write the shard and then its manifest, which is returned.
+
+    data
+        Digests of the samples' rows, as ``rows_digest`` makes them, each with how many samples it is of.
 
     row_shape
         The shape of each sample's rows, equal for all (``()``: one row); None where samples differ in length.
@@ -118,6 +126,7 @@ def publish(
         "form": form.about(),
         "features": {"per_row": sorted(rows.per_row), "per_sample": sorted(rows.per_sample)},
         "fingerprint": dict(fingerprint),
+        "data": [[count, found] for count, found in data],
     }
     place.write(f"{name}.safetensors", content)
     place.write(f"{name}.json", sealed(manifest))

@@ -25,7 +25,7 @@ from stillhouse.contract.splits import Split
 from stillhouse.errors import CheckpointError, DamagedFile, DataError
 from stillhouse.kernels import TeacherHead
 from stillhouse.models.calling import evaluating, forward
-from stillhouse.softlabels.fingerprint import check_same, differs, rows_digest
+from stillhouse.softlabels.fingerprint import check_same, differs, parts_digests, with_data
 from stillhouse.softlabels.forms import Form, Labels, decode, encode, moved, shaped, spread
 from stillhouse.softlabels.places import Place, place, sealed, sha256, unsealed
 from stillhouse.softlabels.shard import PREFIX, VERSION, Rows, Shard, publish, read_manifest, samples, segments
@@ -35,6 +35,7 @@ LIMIT = 512 * 2**20
 """Bytes of soft labels that are held in memory; above it they lie in a file."""
 SHARD_BYTES, SHARD_SAMPLES = 32 * 2**20, 16_384
 """The most of a shard."""
+_RELABEL = "label again, or use the data that made them"
 _RESIDENT = 256 * 2**20
 """Bytes of mapped pages after which they are given back."""
 
@@ -244,12 +245,19 @@ class StoredLabels(SoftLabels):
 
     def lookup(self, ids: Tensor, mask: Tensor | None = None) -> Labels:
         device, ids = ids.device, ids.cpu()
+        counts, labels = self._rows(ids)
+        return moved(self._placed(labels, ids, counts, mask), device)
+
+    def rows(self, ids: Tensor) -> Labels:
+        """The answers to these samples, their rows one behind the other ``(rows, ...)``, with no padding."""
+        return self._rows(ids.cpu())[1]
+
+    def _rows(self, ids: Tensor) -> tuple[Tensor, Labels]:
         groups = self._groups(ids)
         parts = [(where, shard.row_counts(positions), shard.take(positions)) for shard, where, positions in groups]
         counts, arrays = self._merged(len(ids), parts)
         self._settle()
-        labels = decode(self.form, arrays, self.head())
-        return moved(self._placed(labels, ids, counts, mask), device)
+        return counts, decode(self.form, arrays, self.head())
 
     def _merged(
         self, samples: int, parts: list[tuple[Tensor, Tensor, dict[str, Tensor]]]
@@ -369,11 +377,22 @@ class StoredLabels(SoftLabels):
     def _check_data(self, split: Split) -> None:
         for number, manifest in enumerate(self.manifests):
             ids = self._shard_ids(number)
-            stored = manifest["fingerprint"].get("data")
-            asked = rows_digest(split, ids) if int(ids[-1]) < len(split) else f"{len(split)} samples"
+            where, stored = f"{self.place} ({samples(manifest)})", manifest["fingerprint"].get("data")
+            if int(ids.max()) >= len(split):
+                raise differs(where, "data", f"sample {int(ids.max())}", f"{len(split)} samples", _RELABEL)
+            if not manifest["data"]:
+                raise differs(where, "data", stored, "the rows of this data set", "import them with the data they belong to")
+            asked = with_data({}, parts_digests(split, ids, manifest["data"]))["data"]
             if stored != asked:
-                where = f"{self.place} ({samples(manifest)})"
-                raise differs(where, "data", stored, asked, "label again, or use the data that made them")
+                raise differs(where, "data", stored, asked, _RELABEL)
+
+    def raw(self, number: int) -> Rows:
+        """What is kept of the samples of one shard, as it is kept."""
+        shard = self._open(number)
+        positions = torch.arange(shard.count)
+        per_row, per_sample = shard.features(positions)
+        ids = self._shard_ids(number)
+        return Rows(ids, shard.row_counts(positions), shard.take(positions), per_row, per_sample)
 
     def held(self, device: torch.device) -> SoftLabels:
         """In memory on ``device`` where they are dense in float32, of samples 0 to len - 1, and fit; else this store."""
