@@ -23,35 +23,66 @@ def add(commands: Any) -> list[argparse.ArgumentParser]:
     label = commands.add_parser("label", help="keep a teacher's answers, to train from them without it")
     label.add_argument("config", metavar="CONFIG|NAME", help="whose teacher, over whose data")
     label.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace the config's")
-    label.add_argument("--out", required=True, metavar="DIR", help="a directory, or a URI such as s3://bucket/labels")
-    label.add_argument("--form", choices=("dense", "topk", "sampled", "hidden"), help="default: dense to 1,024 outputs, topk above")
+    label.add_argument(
+        "--out", required=True, metavar="DIR", help="a directory, or a URI such as s3://bucket/labels"
+    )
+    label.add_argument(
+        "--form",
+        choices=("dense", "topk", "sampled", "hidden"),
+        help="default: dense to 1,024 outputs, topk above",
+    )
     label.add_argument("--k", type=int, help="entries of a top k (default 64), or draws (default 50)")
     label.add_argument("--dtype", help="float32, float16, bfloat16, or uint8 for log-probabilities in a byte")
-    label.add_argument("--pack", action="store_true", help="compress each sample's block (zstd; extra 'pack')")
-    label.add_argument("--features", nargs="+", default=(), metavar="MODULE", help="keep outputs of these modules too")
-    label.add_argument("--head", default="", metavar="MODULE", help="for hidden: the module that makes the logits")
+    label.add_argument(
+        "--pack", action="store_true", help="compress each sample's block (zstd; extra 'pack')"
+    )
+    label.add_argument(
+        "--features", nargs="+", default=(), metavar="MODULE", help="keep outputs of these modules too"
+    )
+    label.add_argument(
+        "--head", default="", metavar="MODULE", help="for hidden: the module that makes the logits"
+    )
     label.add_argument("--data", choices=("all", "labelled", "unlabelled"), default="all", help="default all")
-    label.add_argument("--batch-size", type=int, default=64, metavar="N", help="samples asked at once, default 64")
-    label.add_argument("--shard-samples", type=int, metavar="N", help="samples of a shard; default: about 32 MiB")
+    label.add_argument(
+        "--batch-size", type=int, default=64, metavar="N", help="samples asked at once, default 64"
+    )
+    label.add_argument(
+        "--shard-samples", type=int, metavar="N", help="samples of a shard; default: about 32 MiB"
+    )
     label.add_argument("--seed", type=int, default=0, help="of the draws, default 0")
-    label.add_argument("--workers", type=int, default=1, metavar="N", help="processes, each with its own teacher")
+    label.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes, each with its own teacher"
+    )
     label.add_argument("--ray", action="store_true", help="workers on a Ray cluster (extra 'ray')")
     labels = commands.add_parser("labels", help="look at, check, rewrite and move kept labels")
     verbs = labels.add_subparsers(dest="labels_command", metavar="COMMAND", required=True)
-    inspect = verbs.add_parser("inspect", help="counts, bytes, entropy, coverage, samples with their top classes")
+    inspect = verbs.add_parser(
+        "inspect", help="counts, bytes, entropy, coverage, samples with their top classes"
+    )
     inspect.add_argument("--show", type=int, default=3, metavar="N", help="samples shown, default 3")
-    inspect.add_argument("--names", metavar="FILE", help="JSON: a list of class names, or tokens with their numbers")
+    inspect.add_argument(
+        "--names", metavar="FILE", help="JSON: a list of class names, or tokens with their numbers"
+    )
     inspect.add_argument("--plot", metavar="FILE.png", help="draw entropy and coverage")
     inspect.add_argument("--json", action="store_true", help="as JSON")
-    verify = verbs.add_parser("verify", help="check every shard's digest, and that no sample is missing or twice")
+    verify = verbs.add_parser(
+        "verify", help="check every shard's digest, and that no sample is missing or twice"
+    )
     compact = verbs.add_parser("compact", help="write the same labels in fewer shards")
     compact.add_argument("--out", required=True, metavar="DIR", help="a new directory")
     compact.add_argument("--pack", action="store_true", help="compress each sample's block (extra 'pack')")
     export = verbs.add_parser("export", help="write Parquet (extra 'parquet')")
     export.add_argument("--out", required=True, metavar="FILE.parquet")
-    bring = verbs.add_parser("import", help="read Parquet that 'export' or DistillKit wrote (extra 'parquet')")
+    bring = verbs.add_parser(
+        "import", help="read Parquet that 'export' or DistillKit wrote (extra 'parquet')"
+    )
     bring.add_argument("source", metavar="FILE|DIR", help="a Parquet file, or DistillKit's directory")
-    bring.add_argument("made_from", nargs="*", metavar="FIELD=VALUE", help="what they were made from: teacher=..., tokenizer=...")
+    bring.add_argument(
+        "made_from",
+        nargs="*",
+        metavar="FIELD=VALUE",
+        help="what they were made from: teacher=..., tokenizer=...",
+    )
     for verb in (inspect, verify, compact, export):
         verb.add_argument("dir", metavar="DIR", help="a store, or its URI")
     bring.add_argument("--out", required=True, metavar="DIR", help="a new directory")
@@ -62,7 +93,13 @@ def run(options: argparse.Namespace) -> int:
     """Do what the command line says."""
     if options.command == "label":
         return _label(options)
-    verbs = {"inspect": _inspect, "verify": _verify, "compact": _compact, "export": _export, "import": _import}
+    verbs = {
+        "inspect": _inspect,
+        "verify": _verify,
+        "compact": _compact,
+        "export": _export,
+        "import": _import,
+    }
     return verbs[options.labels_command](options)
 
 
@@ -165,7 +202,9 @@ def _compact(options: argparse.Namespace) -> int:
     with held(where):
         after = compact(before, where, packed=options.pack or before.form.packed)
     was, now = (sum(int(item["bytes"]) for item in labels.manifests) for labels in (before, after))
-    print(f"{len(before.manifests)} shards of {size(was)} are {len(after.manifests)} of {size(now)} in {options.out}")
+    print(
+        f"{len(before.manifests)} shards of {size(was)} are {len(after.manifests)} of {size(now)} in {options.out}"
+    )
     return 0
 
 

@@ -68,7 +68,9 @@ def parser() -> argparse.ArgumentParser:
     overhead.add_argument("--steps", type=int, default=200, help="updates in a block, default 200")
     overhead.add_argument("--blocks", type=int, default=15, help="interleaved blocks of each, default 15")
     overhead.add_argument("--json", action="store_true", help="as JSON")
-    labels = bench.add_parser("labels", help="reading kept labels beside a bare memory map and a teacher's forward")
+    labels = bench.add_parser(
+        "labels", help="reading kept labels beside a bare memory map and a teacher's forward"
+    )
     labels.add_argument("--json", action="store_true", help="as JSON")
     labels.add_argument("--quick", action="store_true", help="reading alone, not training")
     kernels = bench.add_parser(

@@ -142,7 +142,9 @@ def set_up(config: RunConfig, options: Options, say: Callable[[str], None]) -> S
     if not isinstance(teacher, Served):
         stochastic = stochastic_module(teacher, probe.for_teacher)
         if stochastic is not None:
-            raise ConfigError(f"the teacher gave two answers to one batch: {stochastic} is stochastic; expected one that is not")
+            raise ConfigError(
+                f"the teacher gave two answers to one batch: {stochastic} is stochastic; expected one that is not"
+            )
     form, head = _form(teacher, probe, options, device)
     recipe = Recipe(form, options.batch_size, options.seed, options.features, head=head)
     tokenizer = tokenizer_digest(getattr(parts.task, "tokenizer", None))
@@ -160,15 +162,21 @@ def _form(teacher: nn.Module, probe: Any, options: Options, device: torch.device
     with Asking(teacher, device) as asking:
         answer = asking.ask(probe).answer
     if isinstance(answer, torch.Tensor):
-        return Form.choose(answer.shape[-1], options.form, options.dtype, options.k, packed=options.packed), head
+        return Form.choose(
+            answer.shape[-1], options.form, options.dtype, options.k, packed=options.packed
+        ), head
     outputs, k = int(getattr(teacher, "outputs", 0)), answer.indices.shape[-1]
-    return Form.choose(outputs or 2**24, options.form or "topk", options.dtype, options.k or k, packed=options.packed), head
+    return Form.choose(
+        outputs or 2**24, options.form or "topk", options.dtype, options.k or k, packed=options.packed
+    ), head
 
 
 def _teacher(parts: Parts, splits: Splits, device: torch.device, say: Callable[[str], None]) -> nn.Module:
     spec = parts.config.teacher
     if spec is None or "teacher" not in parts.builders:
-        raise ConfigError("this config's methods take no teacher; expected a config with one, such as mnist1d-kd")
+        raise ConfigError(
+            "this config's methods take no teacher; expected a config with one, such as mnist1d-kd"
+        )
     if spec.checkpoint is not None:
         model = parts.builders["teacher"]().to(device)
         teachers.load(model, spec.checkpoint)
@@ -285,7 +293,11 @@ def held(where: Place) -> AbstractContextManager[Any]:
 @contextmanager
 def _held_remote(where: Place) -> Iterator[None]:
     """An object that says who writes. Stores without locks leave a moment in which two may begin: shards are equal then."""
-    me = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    me = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
     if LOCK in where.names():
         try:
             who = json.loads(where.read(LOCK))
@@ -313,4 +325,3 @@ def _gone(who: dict[str, Any]) -> bool:
     except (OSError, KeyError, ValueError):
         return False
     return False
-

@@ -97,7 +97,9 @@ def _samples(files: list[Path], config: Compression, form: Form) -> Iterator[Row
         except (OSError, ValueError) as error:
             raise DamagedFile(f"Parquet {path} can't be read: {error}") from None
         if missing:
-            raise ConfigError(f"Parquet {path} has no column '{min(missing)}'; expected {', '.join(_COLUMNS)}")
+            raise ConfigError(
+                f"Parquet {path} has no column '{min(missing)}'; expected {', '.join(_COLUMNS)}"
+            )
         for batch in file.iter_batches(256, columns=list(_COLUMNS)):
             columns = [batch.column(name) for name in _COLUMNS]
             for row in range(len(batch)):
@@ -105,7 +107,9 @@ def _samples(files: list[Path], config: Compression, form: Form) -> Iterator[Row
                 try:
                     top = decompress(logs, indices, config)
                 except (RuntimeError, ValueError) as error:
-                    raise DamagedFile(f"Parquet {path}, row {row}: {error}; does {CONFIG} belong to it?") from None
+                    raise DamagedFile(
+                        f"Parquet {path}, row {row}: {error}; does {CONFIG} belong to it?"
+                    ) from None
                 yield Rows(torch.tensor([number]), torch.tensor([len(logs)]), encode(form, top))
                 number += 1
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stillhouse.errors import ConfigError, DamagedFile, MissingExtra
 from stillhouse.softlabels.codes import byte_table, from_three_bytes, one_byte, three_bytes
+from stillhouse.softlabels.fingerprint import with_data
 from stillhouse.softlabels.forms import Form
 from stillhouse.softlabels.places import Place, place
 from stillhouse.softlabels.shard import Rows, publish
@@ -19,7 +20,11 @@ from stillhouse.softlabels.store import SHARD_BYTES, SHARD_SAMPLES, STORE, Store
 
 ABOUT = b"stillhouse"
 """The key of the table's metadata."""
-_LISTED = {"dense": ("logits",), "topk": ("indices", "log_probs", "log_rest"), "sampled": ("indices", "counts")}
+_LISTED = {
+    "dense": ("logits",),
+    "topk": ("indices", "log_probs", "log_rest"),
+    "sampled": ("indices", "counts"),
+}
 _GROUP = 1024
 """Samples of a row group."""
 
@@ -42,7 +47,9 @@ def write_parquet(labels: StoredLabels, path: Path) -> int:
     Raises ConfigError for hidden states and named features, which are no table: copy the directory.
     """
     if labels.form.kind == "hidden" or any(labels.about["features"].values()):
-        raise ConfigError("hidden states and features have no place in Parquet; expected logits or what stands for them")
+        raise ConfigError(
+            "hidden states and features have no place in Parquet; expected logits or what stands for them"
+        )
     import pyarrow as pa
 
     pq, rows = parquet(), 0
@@ -54,7 +61,9 @@ def write_parquet(labels: StoredLabels, path: Path) -> int:
         for number in range(len(labels.manifests)):
             kept = labels.raw(number)
             rows += int(kept.counts.sum())
-            table = pa.table(_columns(pa, labels.form, kept)).replace_schema_metadata({ABOUT: json.dumps(about)})
+            table = pa.table(_columns(pa, labels.form, kept)).replace_schema_metadata(
+                {ABOUT: json.dumps(about)}
+            )
             writer = writer or pq.ParquetWriter(half, table.schema, compression="zstd")
             writer.write_table(table, row_group_size=_GROUP)
         if writer is None:
@@ -135,14 +144,18 @@ def _read_parquet(source: Path, where: Place, made_from: Mapping[str, str]) -> S
     form = Form.read(about["form"])
     missing = {"id", *_LISTED[form.kind]} - set(file.schema_arrow.names)
     if missing:
-        raise ConfigError(f"Parquet {source} has no column '{min(missing)}'; expected {', '.join(_LISTED[form.kind])}")
+        raise ConfigError(
+            f"Parquet {source} has no column '{min(missing)}'; expected {', '.join(_LISTED[form.kind])}"
+        )
     fingerprint = {**about["fingerprint"], **made_from}
 
     def parts() -> Iterator[Rows]:
         for batch in file.iter_batches(_GROUP):
             yield _from_columns(form, batch)
 
-    return store(where, form, parts(), fingerprint, about["row_shape"], list(map(tuple, about.get("data", []))))
+    return store(
+        where, form, parts(), fingerprint, about["row_shape"], list(map(tuple, about.get("data", [])))
+    )
 
 
 def _from_columns(form: Form, batch: Any) -> Rows:
@@ -170,7 +183,9 @@ def _from_columns(form: Form, batch: Any) -> Rows:
         arrays = {"counts": numbers("counts"), "distinct": distinct}
         arrays = {name: value.to(form.torch_dtype) for name, value in arrays.items()}
         return Rows(ids, counts, {"indices": indices, **arrays})
-    code: Callable[[Tensor], Tensor] = one_byte if form.dtype == "uint8" else lambda values: values.to(form.torch_dtype)
+    code: Callable[[Tensor], Tensor] = (
+        one_byte if form.dtype == "uint8" else lambda values: values.to(form.torch_dtype)
+    )
     return Rows(
         ids,
         counts,
@@ -204,7 +219,7 @@ def store(
             joined = Rows.joined(waiting)
             now, rest = cut(form, joined, size)
             here = [data[shard]] if data and shard < len(data) else []
-            publish(where, form, now, row_shape, fingerprint, here)
+            publish(where, form, now, row_shape, with_data(fingerprint, here), here)
             total, shard = total + len(now.ids), shard + 1
             waiting = [rest] if len(rest.ids) else []
     if waiting:
@@ -235,4 +250,3 @@ def cut(form: Form, rows: Rows, at: int) -> tuple[Rows, Rows]:
     first = {name: value[: where(name)] for name, value in rows.arrays.items()}
     rest = {name: value[where(name) :] for name, value in rows.arrays.items()}
     return Rows(rows.ids[:at], rows.counts[:at], first), Rows(rows.ids[at:], rows.counts[at:], rest)
-

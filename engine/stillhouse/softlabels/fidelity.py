@@ -33,7 +33,7 @@ def divergences(exact: Tensor, kept: Labels) -> dict[str, Tensor]:
         both = torch.cat([inside, rest[:, None]], -1)
         mine = torch.cat([at, kept.log_rest.double()[:, None]], -1)
         found["kept_kl"] = _mean(both, both - mine)
-        filled = (kept.log_rest.double() - torch.log(torch.tensor(max(others, 1.0)))) [:, None].expand_as(logs)
+        filled = (kept.log_rest.double() - torch.log(torch.tensor(max(others, 1.0))))[:, None].expand_as(logs)
         full = filled.scatter(-1, kept.indices, at)
         found["kl"] = _mean(logs, logs - full)
         found["coverage"] = inside.exp().sum(-1)

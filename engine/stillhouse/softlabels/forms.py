@@ -93,7 +93,9 @@ class Form:
         usual = {"dense": "float16", "topk": "uint8", "sampled": "uint8" if k < 256 else "uint16"}
         dtype = dtype or usual.get(kind, "float32")
         if dtype not in DTYPES[kind] or (kind == "sampled" and dtype == "uint8" and k > 255):
-            raise ConfigError(f"{kind} in {dtype}; expected one of {', '.join(DTYPES[kind])}, wide enough for k")
+            raise ConfigError(
+                f"{kind} in {dtype}; expected one of {', '.join(DTYPES[kind])}, wide enough for k"
+            )
         if packed and kind not in ("topk", "sampled"):
             raise ConfigError(f"packing gains nothing on {kind} rows; expected topk or sampled")
         return cls(kind, dtype, outputs, k, width, packed)  # type: ignore[arg-type]
@@ -182,14 +184,18 @@ def encode(form: Form, answer: Labels, draws: Tensor | None = None) -> dict[str,
 def _narrowed(top: TopK, form: Form) -> TopK:
     """The first k entries of what a teacher gave that has no logits to give."""
     if form.kind != "topk":
-        raise ConfigError(f"this teacher gives the top {top.indices.shape[-1]}; expected form topk, got {form.kind}")
+        raise ConfigError(
+            f"this teacher gives the top {top.indices.shape[-1]}; expected form topk, got {form.kind}"
+        )
     got = top.indices.shape[-1]
     if got < form.k:
         raise ConfigError(f"this teacher gives the top {got}, and the top {form.k} were asked for; lower k")
     order = top.log_probs.argsort(-1, descending=True, stable=True)[..., : form.k]
     indices, log_probs = top.indices.gather(-1, order), top.log_probs.gather(-1, order)
     if log_probs.isnan().any() or (log_probs > 1e-4).any():
-        raise DataError("this teacher's log-probabilities hold NaN or numbers above 0; expected logs of probabilities")
+        raise DataError(
+            "this teacher's log-probabilities hold NaN or numbers above 0; expected logs of probabilities"
+        )
     rest = top.log_rest if got == form.k else None
     if rest is None:
         rest = torch.log1p(-log_probs.double().exp().sum(-1).clamp(max=1.0)).float()
@@ -203,7 +209,9 @@ def _finite(answer: Tensor, form: Form) -> None:
     bad = wrong.any(-1) | (answer == float("-inf")).all(-1)
     if bad.any():
         row = int(bad.nonzero()[0, 0])
-        raise DataError(f"the teacher's answer holds NaN or infinity, first in row {row} of the batch; mend the teacher")
+        raise DataError(
+            f"the teacher's answer holds NaN or infinity, first in row {row} of the batch; mend the teacher"
+        )
 
 
 def _dense(form: Form, logits: Tensor) -> dict[str, Tensor]:
@@ -248,7 +256,9 @@ def _draw(form: Form, logits: Tensor, draws: Tensor) -> dict[str, Tensor]:
 # From arrays to what a loss takes.
 
 
-def decode(form: Form, arrays: Mapping[str, Tensor], head: tuple[Tensor, Tensor | None] | None = None) -> Labels:
+def decode(
+    form: Form, arrays: Mapping[str, Tensor], head: tuple[Tensor, Tensor | None] | None = None
+) -> Labels:
     """What ``encode`` kept, for all rows of the arrays. Log-probabilities in one or two bytes are scaled to sum to one.
 
     head
@@ -285,7 +295,9 @@ def _from_draws(form: Form, indices: Tensor, counts: Tensor, distinct: Tensor) -
     place = torch.arange(width)[None, :]
     there = place < distinct[:, None]
     at = (ends - distinct)[:, None] + place.where(there, torch.zeros(()).long())
-    weights = counts.float()[at].mul_(there) / form.k if len(indices) else counts.float().reshape(len(distinct), 0)
+    weights = (
+        counts.float()[at].mul_(there) / form.k if len(indices) else counts.float().reshape(len(distinct), 0)
+    )
     return Sampled(indices[at] if len(indices) else indices.reshape(len(distinct), 0), weights, trusted=True)
 
 

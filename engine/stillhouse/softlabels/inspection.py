@@ -85,7 +85,9 @@ def plot(found: dict[str, Any], path: Path) -> None:
 def shown(labels: StoredLabels, count: int, names: dict[int, str]) -> Iterator[str]:
     """Some samples with the most likely classes of each row, a line a row."""
     ids = labels.ids
-    chosen = ids[torch.linspace(0, len(ids) - 1, min(count, len(ids))).long()].unique() if count > 0 else ids[:0]
+    chosen = (
+        ids[torch.linspace(0, len(ids) - 1, min(count, len(ids))).long()].unique() if count > 0 else ids[:0]
+    )
     for sample in chosen:
         rows = labels.rows(sample[None])
         for number, line in enumerate(_tops(rows)):

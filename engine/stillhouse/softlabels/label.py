@@ -63,12 +63,16 @@ class Answered:
 class Asking:
     """A frozen teacher and what is kept of it. Use ``with``: it leaves no hook on the model."""
 
-    def __init__(self, teacher: nn.Module, device: torch.device, features: Sequence[str] = (), head: str = "") -> None:
+    def __init__(
+        self, teacher: nn.Module, device: torch.device, features: Sequence[str] = (), head: str = ""
+    ) -> None:
         """Raises ConfigError for a module that is not there, or features of a teacher elsewhere."""
         self.teacher, self.device, self.head = teacher, device, head
         self._captures = Captures({TEACHER: teacher})
         if isinstance(teacher, Served) and (features or head):
-            raise ConfigError("a teacher elsewhere gives no hidden states and no features; expected form topk, without them")
+            raise ConfigError(
+                "a teacher elsewhere gives no hidden states and no features; expected form topk, without them"
+            )
         for name in (*features, *([f"{head}:input"] if head else [])):
             self._captures.add(TEACHER, name)
 
@@ -99,7 +103,9 @@ class Asking:
         ragged = mask is not None and len(lead) > 1
         keep = mask if ragged and mask is not None else torch.ones(lead, dtype=torch.bool, device=self.device)
         hidden = found.pop(f"{self.head}:input", None)
-        per_row = {name: value for name, value in found.items() if len(lead) > 1 and value.shape[: len(lead)] == lead}
+        per_row = {
+            name: value for name, value in found.items() if len(lead) > 1 and value.shape[: len(lead)] == lead
+        }
         return Answered(
             _rows(answer, keep),
             keep.reshape(len(keep), -1).sum(-1).cpu(),
@@ -190,14 +196,20 @@ def find_head(teacher: nn.Module, name: str = "") -> tuple[str, nn.Linear]:
 
     Raises ConfigError where there is none.
     """
-    linear = {path: module for path, module in teacher.named_modules() if isinstance(module, nn.Linear) and path}
+    linear = {
+        path: module for path, module in teacher.named_modules() if isinstance(module, nn.Linear) and path
+    }
     if name and name not in linear:
-        raise ConfigError(f"head '{name}' is no linear module of {type(teacher).__name__}; known: {', '.join(linear)}")
+        raise ConfigError(
+            f"head '{name}' is no linear module of {type(teacher).__name__}; known: {', '.join(linear)}"
+        )
     if not name:
         outputs = getattr(teacher, "get_output_embeddings", lambda: None)()
         name = next((path for path, module in linear.items() if module is outputs), "")
     if not name and not linear:
-        raise ConfigError(f"{type(teacher).__name__} has no linear module; expected one that gives the logits")
+        raise ConfigError(
+            f"{type(teacher).__name__} has no linear module; expected one that gives the logits"
+        )
     name = name or list(linear)[-1]
     return name, linear[name]
 
@@ -208,9 +220,10 @@ def check_head(answered: Answered, head: nn.Linear, name: str) -> None:
     if answered.hidden is not None:
         with torch.no_grad():
             again = head(answered.hidden)
-        if again.shape == answered.answer.shape and torch.allclose(again, answered.answer, rtol=1e-3, atol=1e-4):
+        if again.shape == answered.answer.shape and torch.allclose(
+            again, answered.answer, rtol=1e-3, atol=1e-4
+        ):
             return
     raise ConfigError(
         f"the logits are not what the module '{name}' makes of its input; name the right one with --head, or keep another form"
     )
-

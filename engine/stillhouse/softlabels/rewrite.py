@@ -20,14 +20,14 @@ def compact(labels: StoredLabels, where: Place, *, packed: bool = False) -> Stor
     if STORE in where.names():
         raise ConfigError(f"{where} holds soft labels already; expected a new directory")
     old = labels.form
-    form = Form.choose(
-        old.outputs, old.kind, old.dtype, old.k or None, width=old.width, packed=packed
-    )
+    form = Form.choose(old.outputs, old.kind, old.dtype, old.k or None, width=old.width, packed=packed)
     about = labels.about
     shared = {name: value for name, value in about["fingerprint"].items() if name != "data"}
     for group in _groups(labels):
         rows = Rows.joined([labels.raw(number) for number in group])
-        data = [(int(count), digest) for number in group for count, digest in labels.manifests[number]["data"]]
+        data = [
+            (int(count), digest) for number in group for count, digest in labels.manifests[number]["data"]
+        ]
         publish(where, form, rows, about["row_shape"], with_data(shared, data), data)
     known = ("version", "form", "row_shape", "features", "fingerprint", "samples", "head", "seal")
     describe(

@@ -28,7 +28,16 @@ from stillhouse.models.calling import evaluating, forward
 from stillhouse.softlabels.fingerprint import check_same, differs, parts_digests, with_data
 from stillhouse.softlabels.forms import Form, Labels, decode, encode, moved, shaped, spread
 from stillhouse.softlabels.places import Place, place, sealed, sha256, unsealed
-from stillhouse.softlabels.shard import PREFIX, VERSION, Rows, Shard, publish, read_manifest, samples, segments
+from stillhouse.softlabels.shard import (
+    PREFIX,
+    VERSION,
+    Rows,
+    Shard,
+    publish,
+    read_manifest,
+    samples,
+    segments,
+)
 
 STORE, HEAD = "store.json", "head.safetensors"
 LIMIT = 512 * 2**20
@@ -136,7 +145,9 @@ class StoredLabels(SoftLabels):
             )
         self.about = unsealed(where.read(STORE), f"soft labels {where}/{STORE}")
         if self.about.get("version") != VERSION:
-            raise DamagedFile(f"soft labels {where} are of version {self.about.get('version')}; expected {VERSION}")
+            raise DamagedFile(
+                f"soft labels {where} are of version {self.about.get('version')}; expected {VERSION}"
+            )
         self.form = Form.read(self.about["form"])
         shards = sorted(name for name in names if name.startswith(PREFIX) and name.endswith(".json"))
         self.manifests = [read_manifest(where, name) for name in shards]
@@ -254,7 +265,9 @@ class StoredLabels(SoftLabels):
 
     def _rows(self, ids: Tensor) -> tuple[Tensor, Labels]:
         groups = self._groups(ids)
-        parts = [(where, shard.row_counts(positions), shard.take(positions)) for shard, where, positions in groups]
+        parts = [
+            (where, shard.row_counts(positions), shard.take(positions)) for shard, where, positions in groups
+        ]
         counts, arrays = self._merged(len(ids), parts)
         self._settle()
         return counts, decode(self.form, arrays, self.head())
@@ -331,7 +344,9 @@ class StoredLabels(SoftLabels):
         if self.form.kind == "hidden" and self._head is None:
             content = self.place.read(HEAD)
             if sha256(content) != self.about["head"]:
-                raise DamagedFile(f"soft labels {self.place}: {HEAD} was changed or damaged since it was written")
+                raise DamagedFile(
+                    f"soft labels {self.place}: {HEAD} was changed or damaged since it was written"
+                )
             tensors = load(content)
             self._head = tensors["weight"], tensors.get("bias")
         return self._head
@@ -366,7 +381,12 @@ class StoredLabels(SoftLabels):
         split
             The data: every row of every shard is hashed, and the first shard that differs is named.
         """
-        asked = {"teacher": teacher, "tokenizer": tokenizer, "transform": transform, "temperature": temperature}
+        asked = {
+            "teacher": teacher,
+            "tokenizer": tokenizer,
+            "transform": transform,
+            "temperature": temperature,
+        }
         for field, value in asked.items():
             stored = self.about["fingerprint"].get(field)
             if value is not None and stored != value:
@@ -381,7 +401,13 @@ class StoredLabels(SoftLabels):
             if int(ids.max()) >= len(split):
                 raise differs(where, "data", f"sample {int(ids.max())}", f"{len(split)} samples", _RELABEL)
             if not manifest["data"]:
-                raise differs(where, "data", stored, "the rows of this data set", "import them with the data they belong to")
+                raise differs(
+                    where,
+                    "data",
+                    stored,
+                    "the rows of this data set",
+                    "import them with the data they belong to",
+                )
             asked = with_data({}, parts_digests(split, ids, manifest["data"]))["data"]
             if stored != asked:
                 raise differs(where, "data", stored, asked, _RELABEL)
@@ -396,7 +422,9 @@ class StoredLabels(SoftLabels):
 
     def held(self, device: torch.device) -> SoftLabels:
         """In memory on ``device`` where they are dense in float32, of samples 0 to len - 1, and fit; else this store."""
-        plain = self.form.kind == "dense" and self.form.dtype == "float32" and self.about["row_shape"] is not None
+        plain = (
+            self.form.kind == "dense" and self.form.dtype == "float32" and self.about["row_shape"] is not None
+        )
         size = 4 * self.form.outputs * sum(int(manifest["rows"]) for manifest in self.manifests)
         if not plain or size > LIMIT or not torch.equal(self.ids, torch.arange(len(self))):
             return self
@@ -521,7 +549,9 @@ def _emptied(folder: Path | None) -> Path:
 class _Whole:
     """Writes a whole store of dense float32 rows, a shard at a time."""
 
-    def __init__(self, folder: Path, fingerprint: Mapping[str, str], samples: int, *, temporary: bool = False) -> None:
+    def __init__(
+        self, folder: Path, fingerprint: Mapping[str, str], samples: int, *, temporary: bool = False
+    ) -> None:
         self._place, self._folder = place(folder), folder
         self._fingerprint = dict(fingerprint)
         self._total, self._temporary = samples, temporary

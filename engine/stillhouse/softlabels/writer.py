@@ -103,7 +103,11 @@ def plan(
     more = {
         **(about or {}),
         "shard_samples": shard_samples or usual,
-        "recipe": {"batch_size": recipe.batch_size, "seed": recipe.seed, "feature_dtype": recipe.feature_dtype},
+        "recipe": {
+            "batch_size": recipe.batch_size,
+            "seed": recipe.seed,
+            "feature_dtype": recipe.feature_dtype,
+        },
     }
     found = _Found(where)
     stored = found.about()
@@ -184,11 +188,15 @@ class _Found:
             ids = manifest["ids"]
             part = Range(ids["first"], ids["first"] + ids["count"])
             if not ids["contiguous"]:
-                raise ConfigError(f"{self.place} holds imported samples; expected a directory that labelling made")
+                raise ConfigError(
+                    f"{self.place} holds imported samples; expected a directory that labelling made"
+                )
             if manifest["form"] != recipe.form.about():
                 raise differs(str(self.place), "form", manifest["form"], recipe.form.about())
             if part.stop > len(split):
-                raise differs(str(self.place), "data", f"{part.stop} samples or more", f"{len(split)} samples")
+                raise differs(
+                    str(self.place), "data", f"{part.stop} samples or more", f"{len(split)} samples"
+                )
             asked = with_data(made_from, parts_digests(split, part.ids, manifest["data"]))
             for key, value in asked.items():
                 if manifest["fingerprint"].get(key) != value:
