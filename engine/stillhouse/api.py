@@ -68,6 +68,9 @@ class Method:
         Whether teacher and student may have different numbers of outputs.
     regression
         Whether the method has a meaning for float targets; refused before step 0 where it has none.
+    writes
+        Files that it writes to the run directory, as in ``("weights.json", "pddm/*")``: ``--overwrite`` removes these, and
+        refuses where anything else lies there.
     composes
         Whether its setting ``methods`` lists further methods, which the engine then runs beside it, before it.
     conformance
@@ -80,6 +83,7 @@ class Method:
     different_outputs: ClassVar[bool] = False
     regression: ClassVar[bool] = False
     composes: ClassVar[bool] = False
+    writes: ClassVar[tuple[str, ...]] = ()
     conformance: ClassVar[Conformance] = Conformance()
     config: Any
     """The settings, of type ``Config``; a subclass annotates it with its own."""

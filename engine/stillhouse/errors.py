@@ -45,7 +45,11 @@ class PluginError(StillhouseError):
     """A plugin that can't be found, loaded or trusted; the message names it and its distribution."""
 
 
-class PluginWarning(UserWarning):
+class StillhouseWarning(UserWarning):
+    """Something to know that stops nothing; the command line prints it as a note."""
+
+
+class PluginWarning(StillhouseWarning):
     """A plugin that works and behaves badly, named with its distribution."""
 
 

@@ -106,6 +106,7 @@ class HLDM(Method):
     api_version = 1
     Config = HLDMConfig
     regression = True
+    writes = ("weights.json", "weights.png")
     composes = True
     config: HLDMConfig
 

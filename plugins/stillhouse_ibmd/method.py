@@ -82,6 +82,7 @@ class IBMD(Method):
     api_version = 1
     Config = IBMDConfig
     requires = frozenset({"logits", "hidden_states"})
+    writes = ("information_plane.csv", "information_plane.png")
     different_outputs = True
     regression = True
     config: IBMDConfig

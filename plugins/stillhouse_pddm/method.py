@@ -98,6 +98,7 @@ class PDDM(Method):
     api_version = 1
     Config = PDDMConfig
     requires = frozenset({"logits"})
+    writes = ("pddm/path.pt", "pddm/path.json", "pddm/path.png", "pddm/pdnet.pt")
     regression = True
     conformance = Conformance(
         settings={"points": 2, "pdnet_steps": 2}

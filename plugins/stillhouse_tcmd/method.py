@@ -98,6 +98,7 @@ class TCMD(Method):
     api_version = 1
     Config = TCMDConfig
     requires = frozenset({"logits"})
+    writes = ("tasks.json",)
     conformance = Conformance(settings={"tasks": [[0, 1], [2, 3, 4]], "shares": [2.0, 1.0, 1.0]})
     config: TCMDConfig
 

@@ -59,4 +59,4 @@ def write(
     if run.dir is not None:
         layout = "shared" if len(network.parts) == 1 and len(tasks) > 1 else "side_by_side"
         content = {"outputs": network.outputs, "exclusive": exclusive, "network": layout, "validation": found}
-        (run.dir / "tasks.json").write_text(json.dumps(content, indent=2) + "\n")
+        (run.dir / "tasks.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -96,7 +96,7 @@ class TestOverrides:
         ("override", "expected"),
         [
             ("steps=9", {"steps": 9}),
-            ("optimizer.lr=2e-3", {"optimizer": {"name": "AdamW", "lr": "2e-3"}}),
+            ("optimizer.lr=2e-3", {"optimizer": {"name": "AdamW", "lr": 2e-3}}),
             ("method.temperature=2", {"method": {"name": "kd", "temperature": 2}}),
             ("teacher.train.steps=5", {"teacher": {"train": {"steps": 5}}}),
             ("methods=[kd, sld]", {"methods": ["kd", "sld"]}),

@@ -193,8 +193,8 @@ def _verify(options: argparse.Namespace) -> int:
 def _compact(options: argparse.Namespace) -> int:
     from stillhouse.runs.labelling import held
     from stillhouse.softlabels import SoftLabels
-    from stillhouse.softlabels.rewrite import compact
     from stillhouse.softlabels.places import place
+    from stillhouse.softlabels.rewrite import compact
     from stillhouse.softlabels.writer import size
 
     before = SoftLabels.open(options.dir)

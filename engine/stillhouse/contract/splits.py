@@ -165,9 +165,16 @@ class DatasetSplit:
         TensorSplit(sample.inputs, sample.labels).validate(name)
 
     def fingerprint(self) -> str:
-        """A digest of the length and of 64 rows spread over the split."""
-        sample = self.batch(self._sample(64))
-        return f"{len(self)}-{TensorSplit(sample.inputs, sample.labels).fingerprint()}"
+        """A digest of the length and of 64 rows spread over the split; of their shapes, where items are random."""
+        first, second = (self.batch(self._sample(64)) for _ in range(2))
+        digests = [TensorSplit(sample.inputs, sample.labels).fingerprint() for sample in (first, second)]
+        if digests[0] == digests[1]:
+            return f"{len(self)}-{digests[0]}"
+        shapes = [
+            f"{name}{list(tensor.shape[1:])}"
+            for name, tensor in TensorSplit(first.inputs, first.labels).named()
+        ]
+        return f"{len(self)}-random-{'-'.join(shapes)}"
 
     def without_labels(self) -> DatasetSplit:
         """The same inputs with no labels."""

@@ -91,6 +91,11 @@ def plain(content: Any) -> Any:
     return content
 
 
+def is_half_written(name: str) -> bool:
+    """Whether a file of this name is one that is being written, or was when its process was killed."""
+    return _HALF.fullmatch(name) is not None
+
+
 def sweep(folder: Path, *, older: float = 0.0) -> None:
     """Remove what a kill in the middle of writing left in ``folder``.
 
@@ -99,5 +104,5 @@ def sweep(folder: Path, *, older: float = 0.0) -> None:
     """
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
-            if _HALF.fullmatch(path.name) and time.time() - path.lstat().st_mtime >= older:
+            if is_half_written(path.name) and time.time() - path.lstat().st_mtime >= older:
                 path.unlink(missing_ok=True)

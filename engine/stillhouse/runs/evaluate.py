@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from stillhouse.contract.splits import Split
+from stillhouse.contract.splits import Split, Splits
 from stillhouse.contract.task import Task
-from stillhouse.errors import DataError
+from stillhouse.errors import ConfigError, DataError
 from stillhouse.models.calling import evaluating, forward
 
 
@@ -32,7 +35,56 @@ def score(
     given, labels = outputs(model, split, device, teacher=teacher)
     if labels is None:
         raise DataError("a split without labels can't be scored")
-    return task.score(given, labels)
+    return numbers(task.score(given, labels), type(task).__name__)
+
+
+def numbers(scores: Any, who: str) -> dict[str, float]:
+    """Metrics as Python numbers: from numbers of any library, and from several (a score for each class) one each.
+
+    Raises ConfigError for what is no mapping of names to numbers.
+    """
+    if not isinstance(scores, Mapping) or not scores:
+        got = (
+            "an empty mapping" if isinstance(scores, Mapping) else f"{type(scores).__name__} ({scores!r:.60})"
+        )
+        raise ConfigError(f"score of {who} gave {got}; expected metrics by name, as in {{'accuracy': 0.9}}")
+    found: dict[str, float] = {}
+    for name, value in scores.items():
+        plain = value.tolist() if hasattr(value, "tolist") else value
+        several = isinstance(plain, list | tuple)
+        for number, one in enumerate(_flat(plain) if several else [plain]):
+            if isinstance(one, str | bytes) or not hasattr(one, "__float__"):
+                raise ConfigError(
+                    f"score of {who} gave '{name}' = {value!r:.60} ({type(value).__name__}); expected a number"
+                )
+            key = f"{name}.{number}" if several else str(name)
+            found[key] = int(one) if isinstance(one, int) else float(one)
+    return found
+
+
+def _flat(values: Any) -> list[Any]:
+    return [one for value in values for one in (_flat(value) if isinstance(value, list | tuple) else [value])]
+
+
+def check_score(task: Task, model: nn.Module, splits: Splits, device: torch.device) -> None:
+    """Score the untrained model once, so that a score that gives no numbers is told before training.
+
+    On the validation split; where there is none, on some training rows, whose labels may be few for a score: what it
+    raises there is no reason to stop.
+    """
+    if splits.validation is not None:
+        score(task, model, splits.validation, device)
+    elif splits.train.labelled and len(splits.train):
+        rows = splits.train.batch(torch.arange(min(256, len(splits.train)))).to(device)
+        if rows.labels is None:
+            return
+        with torch.random.fork_rng(), evaluating(model):
+            given = forward(model, rows.inputs).cpu()
+        try:
+            scores = task.score(given, rows.labels.cpu())
+        except Exception:  # noqa: BLE001 - see above
+            return
+        numbers(scores, type(task).__name__)
 
 
 class Sealed:

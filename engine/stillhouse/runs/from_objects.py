@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from stillhouse.api import Task
-from stillhouse.config import validate
+from stillhouse.config import dump, validate
 from stillhouse.contract.context import STUDENT, TARGET
 from stillhouse.contract.splits import DatasetSplit, Split, Splits, TensorSplit
 from stillhouse.contract.task import classification, regression
@@ -21,10 +21,11 @@ from stillhouse.plugin.load import MethodLike, as_plugins
 from stillhouse.runs import directory
 from stillhouse.runs.display import Display
 from stillhouse.runs.display import display as default_display
+from stillhouse.runs.evaluate import numbers
 from stillhouse.runs.resolve import Parts, pick_device
-from stillhouse.runs.train import Summary, cpu_threads, train
+from stillhouse.runs.train import Summary, make
+from stillhouse.runs.weights import load
 from stillhouse.training import optim
-from stillhouse.training.random_state import RandomState
 
 Score = Callable[[Tensor, Tensor], dict[str, float]]
 SPLITS = ("train", "validation", "test", "unlabelled")
@@ -82,32 +83,27 @@ def distill(
     optim.check(config.optimizer, config.scheduler)
     plugins = as_plugins(method)
     specs = [{"name": plugin.name, **plugin.method.config.model_dump(mode="json")} for plugin in plugins]
-    config = validate({**config.model_dump(mode="json"), "method": None, "methods": specs})
+    config = validate({**dump(config), "method": None, "methods": specs})
     builders: dict[str, Callable[[], nn.Module]] = {STUDENT: lambda: student}
     if target is not None:
         builders[TARGET] = lambda: target
     folder = None if dir is None else Path(dir)
-    parts = Parts(config, task, plugins, [], builders, teacher, folder)
-    if folder is not None:
-        finished = directory.look(config, resume=resume, overwrite=overwrite)
-        if finished is not None:
-            from stillhouse.runs.teachers import load
-
-            made_from = replace(splits, test=None).fingerprint()
-            directory.same_origin(folder, made_from, None if teacher is None else digest(teacher))
-            load(target or student, folder / directory.STUDENT)
-            return Distilled(target or student, finished["scores"], finished)
+    parts = Parts(config, task, plugins, [], builders, teacher, config.out, rebuilt=False)
+    model = target or student
     shown = display or default_display()
-    outside = RandomState.capture()
-    try:
-        with cpu_threads(config.threads):
-            summary = train(
-                parts, splits, pick_device(config.device), shown, resume=resume, overwrite=overwrite
-            )
-    finally:
-        shown.close()
-        outside.restore()
-    return Distilled(target or student, summary["scores"], summary)
+    summary, found = make(
+        parts, splits, pick_device(config.device), shown, resume=resume, overwrite=overwrite
+    )
+    if found:
+        folder = config.run_dir
+        kept = directory.read_manifest(folder)
+        before = directory.origin(kept["data"], kept["teacher"].get("digest"))
+        made_from = replace(splits, test=None).fingerprint()
+        directory.same_origin(
+            folder, before, directory.origin(made_from, None if teacher is None else digest(teacher))
+        )
+        load(model, folder / directory.STUDENT)
+    return Distilled(model, summary["scores"], summary)
 
 
 class _ObjectTask(Task):
@@ -123,7 +119,7 @@ class _ObjectTask(Task):
         self.metric = "r2" if floats else "accuracy"  # type: ignore[misc]
 
     def score(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
-        scores = self._score(outputs, labels)
+        scores = numbers(self._score(outputs, labels), "the score that was handed over")
         self.metric = next(iter(scores))  # type: ignore[misc]
         return scores
 

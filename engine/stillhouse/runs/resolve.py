@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from stillhouse.api import Observer, Task
-from stillhouse.config import Named, RunConfig, StudentConfig, TeacherConfig, dump
+from stillhouse.config import Named, RunConfig, StudentConfig, TeacherConfig, dump, validate
 from stillhouse.contract.context import STUDENT, TARGET
 from stillhouse.contract.task import Builder
 from stillhouse.errors import ConfigError, nearest
@@ -39,6 +40,8 @@ class Parts:
     """A teacher handed over as an object, in place of a builder."""
     folder: Path | None = None
     """The run directory; None keeps nothing."""
+    rebuilt: bool = True
+    """Whether ``builders`` make new models at each call: not where models were handed over."""
 
 
 def resolve(config: RunConfig) -> Parts:
@@ -77,7 +80,7 @@ def resolve(config: RunConfig) -> Parts:
     ]
     alone = config.method is not None and len(specs) == 1
     chosen |= {"method": specs[0]} if alone else {"method": None, "methods": specs}
-    resolved = RunConfig.model_validate({**config.model_dump(exclude=set(chosen)), **chosen})
+    resolved = validate({**config.model_dump(exclude=set(chosen)), **chosen})
     return Parts(resolved, task, methods, observers, builders, folder=resolved.run_dir)
 
 
@@ -115,12 +118,13 @@ def pick_device(name: str) -> torch.device:
     """The device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` means here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device: got '{name}'; expected auto, cpu, cuda or cuda:N") from None
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise ConfigError(f"device: got '{name}'; expected auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "device: cuda is not available here; expected auto or cpu ('stillhouse doctor' says why)"
         )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device: got '{name}', and this machine has {torch.cuda.device_count()}")
     return device

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.kernels import Sampled, TeacherHead, TopK
-from stillhouse.softlabels.forms import Labels
+from stillhouse.softlabels.forms import Labels, multiplied
 
 
 def divergences(exact: Tensor, kept: Labels) -> dict[str, Tensor]:
@@ -50,11 +50,6 @@ def divergences(exact: Tensor, kept: Labels) -> dict[str, Tensor]:
     return found
 
 
-def multiplied(head: TeacherHead) -> Tensor:
-    """The logits that hidden states and the head stand for."""
-    return torch.nn.functional.linear(head.hidden.to(head.weight.dtype), head.weight, head.bias)
-
-
 def _mean(logs: Tensor, values: Tensor) -> Tensor:
     """The mean of ``values`` under ``exp(logs)``; where the probability is 0 a value counts nothing."""
     probs = logs.exp()
@@ -74,7 +69,7 @@ class Fidelity:
 
     def add(self, exact: Tensor, kept: Labels) -> None:
         """Compare some rows, a few at a time: a vocabulary in float64 is large."""
-        for part in torch.arange(len(exact)).split(64):
+        for part in torch.split(torch.arange(len(exact)), 64):
             for name, values in divergences(exact[part], _part(kept, part)).items():
                 self._sums[name] = self._sums.get(name, 0.0) + float(values.sum())
         self.rows += len(exact)

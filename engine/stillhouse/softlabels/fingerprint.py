@@ -25,18 +25,18 @@ def rows_digest(split: Split, ids: Tensor) -> str:
     Labels are left out: they may be mended without making the teacher's answers wrong.
     """
     found = hashlib.sha256()
-    for block in ids.split(BLOCK):
+    for block in torch.split(ids, BLOCK):
         batch = split.batch(block)
         for name, tensor in (*_named("inputs", batch.for_teacher), *_named("mask", batch.mask)):
             found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()[:16]
 
 
 def parts_digests(split: Split, ids: Tensor, data: Sequence[Sequence[Any]]) -> list[tuple[int, str]]:
     """The digests of a split's rows for the parts that a manifest lists; ``ids`` are those of all parts, in order."""
     sizes = [int(count) for count, _ in data] or [len(ids)]
-    return [(len(part), rows_digest(split, part)) for part in ids.split(sizes)]
+    return [(len(part), rows_digest(split, part)) for part in torch.split(ids, sizes)]
 
 
 def with_data(made_from: Mapping[str, str], data: Sequence[tuple[int, str]]) -> dict[str, str]:

@@ -190,7 +190,7 @@ def _narrowed(top: TopK, form: Form) -> TopK:
     got = top.indices.shape[-1]
     if got < form.k:
         raise ConfigError(f"this teacher gives the top {got}, and the top {form.k} were asked for; lower k")
-    order = top.log_probs.argsort(-1, descending=True, stable=True)[..., : form.k]
+    order = torch.sort(top.log_probs, dim=-1, descending=True, stable=True).indices[..., : form.k]
     indices, log_probs = top.indices.gather(-1, order), top.log_probs.gather(-1, order)
     if log_probs.isnan().any() or (log_probs > 1e-4).any():
         raise DataError(
@@ -301,6 +301,11 @@ def _from_draws(form: Form, indices: Tensor, counts: Tensor, distinct: Tensor) -
     return Sampled(indices[at] if len(indices) else indices.reshape(len(distinct), 0), weights, trusted=True)
 
 
+def multiplied(head: TeacherHead) -> Tensor:
+    """The logits that hidden states and the head stand for."""
+    return torch.nn.functional.linear(head.hidden.to(head.weight.dtype), head.weight, head.bias)
+
+
 def spread(labels: Labels, mask: Tensor) -> Labels:
     """Rows at the places where ``mask`` is True, in order; elsewhere something harmless, for losses that mask it.
 
@@ -356,5 +361,15 @@ def moved(labels: Labels, device: torch.device) -> Labels:
         return labels.to(device)
     if device.type == "cpu":
         return labels
-    tensors = {name: value for name, value in vars(labels).items() if isinstance(value, Tensor)}
-    return replace(labels, **{name: value.to(device) for name, value in tensors.items()})
+    if isinstance(labels, TeacherHead):
+        bias = None if labels.bias is None else labels.bias.to(device)
+        return TeacherHead(labels.hidden.to(device), labels.weight.to(device), bias)
+    if isinstance(labels, Sampled):
+        return replace(labels, indices=labels.indices.to(device), weights=labels.weights.to(device))
+    assert labels.log_rest is not None
+    return replace(
+        labels,
+        indices=labels.indices.to(device),
+        log_probs=labels.log_probs.to(device),
+        log_rest=labels.log_rest.to(device),
+    )

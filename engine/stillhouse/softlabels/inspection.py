@@ -11,8 +11,7 @@ from torch import Tensor
 
 from stillhouse.errors import StillhouseError
 from stillhouse.kernels import Sampled, TeacherHead, TopK
-from stillhouse.softlabels.fidelity import multiplied
-from stillhouse.softlabels.forms import Labels
+from stillhouse.softlabels.forms import Labels, multiplied
 from stillhouse.softlabels.places import place, unsealed
 from stillhouse.softlabels.shard import PREFIX, checked, read_manifest, samples
 from stillhouse.softlabels.store import STORE, StoredLabels
@@ -24,7 +23,8 @@ _TOP = 5
 
 def facts(labels: StoredLabels) -> dict[str, Any]:
     """Counts and bytes; of at most 4,096 samples the entropy in nats (of a top k: with the rest as one more outcome, a
-    lower bound; of draws: of the draws) and, of a top k, the coverage: the mass of its entries."""
+    lower bound; of draws: of the draws) and, of a top k, the coverage: the mass of its entries.
+    """
     total = sum(int(manifest["bytes"]) for manifest in labels.manifests)
     rows = sum(int(manifest["rows"]) for manifest in labels.manifests)
     found: dict[str, Any] = {
@@ -35,9 +35,9 @@ def facts(labels: StoredLabels) -> dict[str, Any]:
         "bytes_per_row": total / max(rows, 1),
     }
     ids = labels.ids
-    ids = ids[torch.linspace(0, len(ids) - 1, min(_LOOKED_AT, len(ids))).long()] if len(ids) else ids
+    ids = _spread(ids, _LOOKED_AT)
     kept: dict[str, list[Tensor]] = {"entropy": [], "coverage": []}
-    for some in ids.split(64):
+    for some in torch.split(ids, 64):
         for name, values in _measures(labels.rows(some)).items():
             kept[name].append(values)
     for name, parts in kept.items():
@@ -51,6 +51,12 @@ def facts(labels: StoredLabels) -> dict[str, Any]:
                 "histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
             }
     return found
+
+
+def _spread(ids: Tensor, count: int) -> Tensor:
+    """At most ``count`` of the ids, evenly spread."""
+    many = max(0, min(count, len(ids)))
+    return ids[torch.linspace(0, len(ids) - 1, many).long()] if many else ids[:0]
 
 
 def _measures(labels: Labels) -> dict[str, Tensor]:
@@ -85,9 +91,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
 def shown(labels: StoredLabels, count: int, names: dict[int, str]) -> Iterator[str]:
     """Some samples with the most likely classes of each row, a line a row."""
     ids = labels.ids
-    chosen = (
-        ids[torch.linspace(0, len(ids) - 1, min(count, len(ids))).long()].unique() if count > 0 else ids[:0]
-    )
+    chosen = torch.unique(_spread(ids, count))
     for sample in chosen:
         rows = labels.rows(sample[None])
         for number, line in enumerate(_tops(rows)):

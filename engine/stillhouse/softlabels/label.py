@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from stillhouse.models.integrity import digest
 from stillhouse.models.served import Served
 from stillhouse.softlabels.forms import Form, Labels, encode
 from stillhouse.softlabels.shard import Rows
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Asking:
         for name in (*features, *([f"{head}:input"] if head else [])):
             self._captures.add(TEACHER, name)
 
-    def __enter__(self) -> Asking:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -87,13 +91,14 @@ class Asking:
         batch = batch.to(self.device)
         with evaluating(self.teacher):
             if isinstance(self.teacher, Served):
-                answer: Tensor | TopK = self.teacher.answer(batch)
-                found = {}
-                lead = answer.indices.shape[:-1]
+                top = self.teacher.answer(batch)
+                answer: Tensor | TopK = top
+                found: dict[str, Tensor] = {}
+                lead = top.indices.shape[:-1]
             else:
-                answer = forward(self.teacher, batch.for_teacher)
+                logits = forward(self.teacher, batch.for_teacher)
+                answer, lead = logits, logits.shape[:-1]
                 found = self._captures.take(TEACHER)
-                lead = answer.shape[:-1]
         mask = batch.mask
         if mask is not None and tuple(mask.shape) != tuple(lead):
             raise DataError(
@@ -133,7 +138,7 @@ class Asking:
         Raises DataError for rows of another shape, or that hold NaN or infinity, naming the samples.
         """
         parts = []
-        for some in ids.split(recipe.batch_size):
+        for some in torch.split(ids, recipe.batch_size):
             answered = self.ask(split.batch(some))
             if answered.shape != shape:
                 raise DataError(

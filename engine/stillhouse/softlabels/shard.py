@@ -9,6 +9,7 @@ import json
 import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from stillhouse.softlabels.places import Place, sealed, sha256, unsealed
 
 VERSION = 1
 PREFIX = "shard-"
-_PAGES = 64 * 1024
+PAGES = 64 * 1024
 """Bytes that the kernel maps around a touched page."""
 _PLANES = {"indices": 3, "log_probs": 0, "counts": 0, "log_rest": 0, "distinct": 0}
 """Planes of each field of a packed block; 0: as many as its dtype has bytes."""
@@ -178,7 +179,7 @@ class Shard:
         self.form = Form.read(manifest["form"])
         self.count = int(manifest["ids"]["count"])
         path = checked(place, manifest)
-        self._map, self.tensors = _mapped(path)
+        self._map, self.tensors, _ = mapped(path)
         shape = manifest["row_shape"]
         self._each = None if shape is None else int(torch.Size(shape).numel())
 
@@ -239,10 +240,7 @@ class Shard:
             lead += [self.form.k] if self.form.kind == "topk" and name != "log_rest" else []
             each = int(torch.Size(lead).numel())
             ends = blocks[frame : frame + count + 1].tolist()
-            kept = [
-                unpack(packed[start:end].numpy().tobytes(), each)
-                for start, end in zip(ends[:-1], ends[1:], strict=True)
-            ]
+            kept = [unpack(packed[start:end].numpy().tobytes(), each) for start, end in pairwise(ends)]
             dtype = torch.uint8 if name == "indices" else self.form.torch_dtype
             shape = [*lead, 3] if name == "indices" else lead
             found[name] = from_planes(kept, shape, dtype, rising=_rising(self.form, name))
@@ -251,7 +249,7 @@ class Shard:
 
     def touched(self, samples: int) -> int:
         """About how many bytes reading so many samples maps."""
-        return min(int(self.manifest["bytes"]), samples * _PAGES)
+        return min(int(self.manifest["bytes"]), samples * PAGES)
 
     def forget(self) -> None:
         """Give the mapped pages back; they stay in the page cache, and come again when they are read."""
@@ -285,25 +283,21 @@ def checked(place: Place, manifest: Mapping[str, Any]) -> Path:
     return path
 
 
-def _mapped(path: Path) -> tuple[mmap.mmap, dict[str, Tensor]]:
-    """The file's tensors over its mapped pages. safetensors' own reader would copy them."""
+def mapped(path: Path) -> tuple[mmap.mmap, dict[str, Tensor], dict[str, str]]:
+    """A safetensors file's pages, its tensors over them, and its metadata. safetensors' own reader would copy them."""
     with path.open("rb") as file:
         pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     if hasattr(mmap, "MADV_RANDOM"):
         pages.madvise(mmap.MADV_RANDOM)
     size = int.from_bytes(pages[:8], "little")
     header = json.loads(pages[8 : 8 + size])
-    tensors = {}
+    metadata, tensors = header.pop("__metadata__", {}), {}
     for name, about in header.items():
-        if name == "__metadata__":
-            continue
         start, end = about["data_offsets"]
         dtype, shape = _DTYPES[about["dtype"]], about["shape"]
         if start == end:
             tensors[name] = torch.empty(shape, dtype=dtype)
             continue
-        count = (end - start) // dtype.itemsize
-        tensors[name] = torch.frombuffer(pages, dtype=dtype, count=count, offset=8 + size + start).reshape(
-            shape
-        )
-    return pages, tensors
+        count, at = (end - start) // dtype.itemsize, 8 + size + start
+        tensors[name] = torch.frombuffer(pages, dtype=dtype, count=count, offset=at).reshape(shape)
+    return pages, tensors, metadata

@@ -1,136 +1,29 @@
-"""Soft labels: a teacher's answers to the samples of a split, found by sample id, bound to what made them.
-
-What fits into memory is held there (``HeldLabels``); a store on disk (``StoredLabels``) is read through memory maps::
-
-    labels = SoftLabels.open("labels/")
-    logits = labels.lookup(ids)              # a tensor, a TopK, a Sampled or a TeacherHead
-"""
+"""A store of soft labels: shards on disk or at a URI, read through memory maps, found by sample id."""
 
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
-import weakref
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from stillhouse.contract.splits import Split
 from stillhouse.errors import CheckpointError, DamagedFile, DataError
-from stillhouse.kernels import TeacherHead
-from stillhouse.models.calling import evaluating, forward
+from stillhouse.softlabels.base import SoftLabels
 from stillhouse.softlabels.fingerprint import check_same, differs, parts_digests, with_data
-from stillhouse.softlabels.forms import Form, Labels, decode, encode, moved, shaped, spread
-from stillhouse.softlabels.places import Place, place, sealed, sha256, unsealed
-from stillhouse.softlabels.shard import (
-    PREFIX,
-    VERSION,
-    Rows,
-    Shard,
-    publish,
-    read_manifest,
-    samples,
-    segments,
-)
+from stillhouse.softlabels.forms import Form, Labels, decode, moved, shaped, spread
+from stillhouse.softlabels.places import Place, sealed, sha256, unsealed
+from stillhouse.softlabels.shard import PREFIX, VERSION, Rows, Shard, read_manifest, samples, segments
 
 STORE, HEAD = "store.json", "head.safetensors"
-LIMIT = 512 * 2**20
-"""Bytes of soft labels that are held in memory; above it they lie in a file."""
 SHARD_BYTES, SHARD_SAMPLES = 32 * 2**20, 16_384
 """The most of a shard."""
 _RELABEL = "label again, or use the data that made them"
-_RESIDENT = 256 * 2**20
+RESIDENT = 256 * 2**20
 """Bytes of mapped pages after which they are given back."""
-
-
-class SoftLabels(ABC):
-    """A teacher's answers by sample id.
-
-    form
-        What is kept of each row.
-    fingerprint
-        What they were made from, by field.
-    """
-
-    form: Form
-    fingerprint: dict[str, str]
-
-    @staticmethod
-    def open(where: str | Path) -> StoredLabels:
-        """The store in a directory or at a URI; CheckpointError where there is none, or a damaged one."""
-        return StoredLabels(place(where))
-
-    @staticmethod
-    def load(where: Path, expected: Mapping[str, str], device: torch.device) -> SoftLabels:
-        """A run's own labels, whole and made from exactly ``expected``: in memory on ``device`` where they fit.
-
-        Raises CheckpointError otherwise, naming the field that differs.
-        """
-        stored = SoftLabels.open(where)
-        check_same(str(where), stored.fingerprint, expected)
-        stored.check_whole()
-        return stored.held(device)
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Number of samples."""
-
-    @abstractmethod
-    def lookup(self, ids: Tensor, mask: Tensor | None = None) -> Labels:
-        """The answers to these samples, in the order of ``ids`` ``(B,)``, on the device of ``ids``.
-
-        mask
-            Bool ``(B, ...)``: a sample's rows go to its True places, one after the other. Without it samples of
-            differing length are padded at their end.
-
-        Returns logits ``(B, ..., outputs)``, or a TopK, a Sampled or a TeacherHead with that leading shape. At places
-        where the mask is False stands something that only a loss that masks them may see.
-
-        Raises DataError for a sample that is not there, or has another number of rows than the mask; DamagedFile for a
-        shard that was changed.
-        """
-
-    def features(self, ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
-        """The kept features of these samples by name, as the teacher's ``features`` of a step; empty where none are."""
-        return {}
-
-    @abstractmethod
-    def blocks(self, size: int = 4096) -> Iterator[tuple[Tensor, Labels]]:
-        """Every sample in order of its id, in blocks: the ids, and their answers. Memory stays that of a block."""
-
-
-class HeldLabels(SoftLabels):
-    """Logits ``(samples, ..., outputs)`` in memory, of the samples 0 to ``len - 1``."""
-
-    def __init__(self, logits: Tensor, fingerprint: Mapping[str, str]) -> None:
-        self.logits = logits
-        self.fingerprint = dict(fingerprint)
-        self.form = Form("dense", "float32", logits.shape[-1])
-
-    def __len__(self) -> int:
-        return len(self.logits)
-
-    def lookup(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.logits[ids]
-
-    def blocks(self, size: int = 4096) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, len(self), size):
-            logits = self.logits[start : start + size]
-            yield torch.arange(start, start + len(logits)), logits
-
-    def save(self, folder: Path) -> None:
-        """Write a store; what was there is replaced."""
-        shutil.rmtree(folder, ignore_errors=True)
-        writer = _Whole(folder, self.fingerprint, len(self))
-        for _, logits in self.blocks(writer.samples(self.logits)):
-            writer.add(logits)
-        writer.close()
 
 
 class StoredLabels(SoftLabels):
@@ -232,7 +125,7 @@ class StoredLabels(SoftLabels):
         """The shards of these samples, each with the places in ``ids`` and in the shard."""
         shard, position = self._find(ids)
         found = []
-        numbers = shard.unique().tolist() if len(ids) > 1 else shard.tolist()
+        numbers = torch.unique(shard).tolist() if len(ids) > 1 else shard.tolist()
         for number in numbers:
             where = (shard == number).nonzero()[:, 0]
             opened = self._open(number)
@@ -241,7 +134,7 @@ class StoredLabels(SoftLabels):
         return found
 
     def _settle(self) -> None:
-        if self._touched > _RESIDENT:
+        if self._touched > RESIDENT:
             self._touched = 0
             for shard in self._opened.values():
                 shard.forget()
@@ -352,7 +245,7 @@ class StoredLabels(SoftLabels):
         return self._head
 
     def blocks(self, size: int = 4096) -> Iterator[tuple[Tensor, Labels]]:
-        for ids in self.ids.split(size):
+        for ids in torch.split(self.ids, size):
             yield ids, self.lookup(ids)
 
     # Whether they are what is asked for.
@@ -420,21 +313,6 @@ class StoredLabels(SoftLabels):
         ids = self._shard_ids(number)
         return Rows(ids, shard.row_counts(positions), shard.take(positions), per_row, per_sample)
 
-    def held(self, device: torch.device) -> SoftLabels:
-        """In memory on ``device`` where they are dense in float32, of samples 0 to len - 1, and fit; else this store."""
-        plain = (
-            self.form.kind == "dense" and self.form.dtype == "float32" and self.about["row_shape"] is not None
-        )
-        size = 4 * self.form.outputs * sum(int(manifest["rows"]) for manifest in self.manifests)
-        if not plain or size > LIMIT or not torch.equal(self.ids, torch.arange(len(self))):
-            return self
-        shape = (len(self), *self.about["row_shape"], self.form.outputs)
-        logits = torch.empty(shape, device=device)
-        for ids, block in self.blocks():
-            assert isinstance(block, Tensor)
-            logits[ids[0] : ids[-1] + 1] = block.to(device)
-        return HeldLabels(logits, self.fingerprint)
-
 
 def _order(order: Tensor, each: Tensor) -> Tensor:
     """Row numbers that bring the rows of samples, standing in ``order``, into the order of the samples."""
@@ -490,105 +368,3 @@ def describe(
         about["head"] = sha256(content)
     where.write(STORE, sealed(about))
     return about
-
-
-# The small case: what a run keeps.
-
-
-def write_soft_labels(
-    model: nn.Module,
-    split: Split,
-    fingerprint: Mapping[str, str],
-    *,
-    device: torch.device,
-    batch_size: int = 512,
-    teacher: bool = True,
-    folder: Path | None = None,
-) -> tuple[SoftLabels, int]:
-    """One pass of ``model`` in eval mode over ``split``, in row order; dense, in float32.
-
-    teacher
-        Whether the model reads the teacher's inputs where the split holds some.
-    folder
-        Where to keep them, replacing what was there. Without it they are kept in memory, or above ``LIMIT`` bytes in a
-        temporary folder that is removed with them.
-
-    Returns the soft labels, in memory on ``device`` where they fit, and the number of forward passes made.
-    """
-    held: Tensor | None = None
-    writer: _Whole | None = None
-    passes = 0
-    with evaluating(model):
-        for start in range(0, len(split), batch_size):
-            batch = split.batch(torch.arange(start, min(start + batch_size, len(split)))).to(device)
-            logits = forward(model, batch.for_teacher if teacher else batch.inputs).float()
-            if not passes and 4 * logits[0].numel() * len(split) <= LIMIT:
-                held = torch.empty((len(split), *logits.shape[1:]), device=device)
-            if not passes and (held is None or folder is not None):
-                writer = _Whole(_emptied(folder), fingerprint, len(split), temporary=folder is None)
-            if held is not None:
-                held[start : start + len(logits)] = logits
-            if writer is not None:
-                writer.add(logits)
-            passes += 1
-    if writer is not None:
-        writer.close()
-    if held is not None:
-        return HeldLabels(held, fingerprint), passes
-    assert writer is not None
-    return writer.opened(), passes
-
-
-def _emptied(folder: Path | None) -> Path:
-    if folder is None:
-        return Path(tempfile.mkdtemp(prefix="stillhouse-soft-labels-"))
-    shutil.rmtree(folder, ignore_errors=True)
-    return folder
-
-
-class _Whole:
-    """Writes a whole store of dense float32 rows, a shard at a time."""
-
-    def __init__(
-        self, folder: Path, fingerprint: Mapping[str, str], samples: int, *, temporary: bool = False
-    ) -> None:
-        self._place, self._folder = place(folder), folder
-        self._fingerprint = dict(fingerprint)
-        self._total, self._temporary = samples, temporary
-        self._waiting: list[Tensor] = []
-        self._at = 0
-
-    def samples(self, logits: Tensor) -> int:
-        """Samples of a shard."""
-        return max(1, min(SHARD_SAMPLES, SHARD_BYTES // max(1, 4 * logits[0].numel())))
-
-    def add(self, logits: Tensor) -> None:
-        """Take the next samples' outputs ``(samples, ..., outputs)``."""
-        self._waiting.append(logits.cpu())
-        if sum(map(len, self._waiting)) >= self.samples(logits):
-            self._flush()
-
-    def _flush(self) -> None:
-        logits = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting)
-        self._waiting.clear()
-        shape, outputs = list(logits.shape[1:-1]), logits.shape[-1]
-        form = Form("dense", "float32", outputs)
-        if not self._at:
-            describe(self._place, form, self._fingerprint, samples=self._total, row_shape=shape)
-        ids = torch.arange(self._at, self._at + len(logits))
-        each = int(torch.Size(shape).numel())
-        rows = Rows(ids, torch.full_like(ids, each), encode(form, logits.reshape(-1, outputs)))
-        publish(self._place, form, rows, shape, self._fingerprint)
-        self._at += len(logits)
-
-    def close(self) -> None:
-        """Write what waits."""
-        if self._waiting:
-            self._flush()
-
-    def opened(self) -> StoredLabels:
-        """The store; one in a temporary folder takes the folder with it when it goes."""
-        found = StoredLabels(self._place)
-        if self._temporary:
-            weakref.finalize(found, shutil.rmtree, self._folder, ignore_errors=True)
-        return found

@@ -271,9 +271,9 @@ def labelled(
 
 def compare(labels: StoredLabels, asking: Asking, split: Split, batch_size: int) -> dict[str, float]:
     """What is stored beside the exact answer, on samples spread over the data; empty for a teacher that gives no logits."""
-    ids = torch.linspace(0, len(split) - 1, min(HELD_OUT, len(split))).long().unique()
+    ids = torch.unique(torch.linspace(0, len(split) - 1, min(HELD_OUT, len(split))).long())
     found = Fidelity()
-    for some in ids.split(batch_size):
+    for some in torch.split(ids, batch_size):
         batch = split.batch(some)
         answered = asking.ask(batch)
         if not isinstance(answered.answer, Tensor):

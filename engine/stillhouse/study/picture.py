@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stillhouse.runs.directory import METRICS
+from stillhouse.runs.metrics import read_rows
 
 
 def curves(summaries: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
@@ -37,6 +37,6 @@ def curves(summaries: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> 
 
 def _points(folder: Path, metric: str) -> list[tuple[int, float]]:
     path = folder / METRICS  # a run shorter than log_every has none
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    rows = read_rows(path)
     key = f"validation.{metric}"
     return [(row["step"], row[key]) for row in rows if key in row] or [(0, float("nan"))]

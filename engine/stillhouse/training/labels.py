@@ -11,10 +11,8 @@ from stillhouse.contract.splits import Split
 from stillhouse.models.calling import evaluating, forward
 from stillhouse.models.integrity import digest, stochastic_module
 from stillhouse.softlabels import SoftLabels, write_soft_labels
+from stillhouse.softlabels.kept import there_is_room
 from stillhouse.training.loop import Loop
-
-LIMIT = 512 * 2**20
-"""Bytes of teacher logits that are held in memory; above it the teacher is called at each step."""
 
 
 def keep(loop: Loop, split: Split, folder: Path | None) -> SoftLabels | None:
@@ -28,19 +26,19 @@ def keep(loop: Loop, split: Split, folder: Path | None) -> SoftLabels | None:
     if stage.teacher is None or not split.fixed or loop.step.plugins.implements("batch_transform"):
         return None
     if stage.teacher == TEACHER:
-        return _teachers(loop, split)
+        return _teachers(loop, split, folder)
     path = None if folder is None else folder / f"{loop.at.stage}-{stage.name}.safetensors"
     about = {"stage": stage.name, "model": stage.teacher, "data": split.fingerprint()}
     if loop.at.stage_step and path is not None:
         return SoftLabels.load(path, about, loop.device)
     model = loop.step.run.models[stage.teacher]
-    labels, _ = write_soft_labels(model, split, about, device=loop.device, teacher=False)
+    labels, _ = write_soft_labels(model, split, about, device=loop.device, teacher=False, path=path)
     if path is not None:
         labels.save(path)
     return labels
 
 
-def _teachers(loop: Loop, split: Split) -> SoftLabels | None:
+def _teachers(loop: Loop, split: Split, folder: Path | None) -> SoftLabels | None:
     step, settings = loop.step, loop.settings
     teacher = step.teacher
     if teacher is None or not settings.cache_teacher or step.captures.asked(TEACHER):
@@ -56,6 +54,7 @@ def _teachers(loop: Loop, split: Split) -> SoftLabels | None:
         return None
     with evaluating(teacher):
         width = forward(teacher, probe.for_teacher)[0].numel()
-    if stage.top_per_class is None and 4 * width * len(split) > LIMIT:
+    if stage.top_per_class is None and not there_is_room(4 * width * len(split), folder):
         return None
-    return write_soft_labels(teacher, split, {"teacher": digest(teacher)}, device=loop.device)[0]
+    made_from = {"teacher": digest(teacher)}
+    return write_soft_labels(teacher, split, made_from, device=loop.device, scratch=folder)[0]

@@ -257,12 +257,21 @@ def most_confident(kept: SoftLabels | None, stage: Stage, split: Split) -> Tenso
     """Ids of the ``stage.top_per_class`` rows of each class that the kept soft labels are surest of."""
     if kept is None:
         raise _nothing_kept(stage)
-    confidence, predicted = kept.logits.softmax(-1).max(-1)
+    found = [_surest(labels) for _, labels in kept.blocks()]
+    confidence, predicted = (torch.cat(values) for values in zip(*found, strict=True))
     chosen = []
     for label in torch.unique(predicted):
         ids = (predicted == label).nonzero()[:, 0]
         chosen.append(ids[confidence[ids].argsort(descending=True, stable=True)[: stage.top_per_class]])
     return torch.cat(chosen).sort().values.cpu()
+
+
+def _surest(labels: Any) -> tuple[Tensor, Tensor]:
+    """The greatest probability of each row of a block, and its class."""
+    if not isinstance(labels, Tensor):
+        raise ConfigError("rows are chosen by the teacher's logits; expected kept soft labels of form dense")
+    confidence, predicted = labels.softmax(-1).max(-1)
+    return confidence, predicted
 
 
 def _nothing_kept(stage: Stage) -> ConfigError:

@@ -192,7 +192,7 @@ class DistillStep:
         if self._kept is not None:
             if batch.ids is None:
                 raise ConfigError("kept soft labels are found by sample id; got a batch without ids")
-            return TeacherOut(self._kept.lookup(batch.ids))
+            return TeacherOut(self._kept.targets(batch.ids))
         given = self.plugins.teacher_forward(self._stand_in, batch, self.info)
         if given is not None:
             return given
