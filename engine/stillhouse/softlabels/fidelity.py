@@ -69,8 +69,8 @@ class Fidelity:
 
     def add(self, exact: Tensor, kept: Labels) -> None:
         """Compare some rows, a few at a time: a vocabulary in float64 is large."""
-        for part in torch.split(torch.arange(len(exact)), 64):
-            for name, values in divergences(exact[part], _part(kept, part)).items():
+        for some in torch.split(torch.arange(len(exact)), 64):
+            for name, values in divergences(exact[some], part(kept, some)).items():
                 self._sums[name] = self._sums.get(name, 0.0) + float(values.sum())
         self.rows += len(exact)
 
@@ -79,7 +79,8 @@ class Fidelity:
         return {**{name: total / max(self.rows, 1) for name, total in self._sums.items()}, "rows": self.rows}
 
 
-def _part(labels: Labels, rows: Tensor) -> Labels:
+def part(labels: Labels, rows: Tensor) -> Labels:
+    """Some of the rows."""
     from dataclasses import replace
 
     if isinstance(labels, Tensor):
