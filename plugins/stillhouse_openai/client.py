@@ -6,10 +6,10 @@ import http.client
 import json
 import random
 import threading
-import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from time import monotonic, sleep
 from typing import Any
 
 from stillhouse.api import ConfigError, DataError
@@ -87,7 +87,7 @@ class Client:
                 problem = str(error)
                 if attempt < self.settings.retries:
                     usual = 0.25 * 2**attempt * (1 + self._jitter.random())
-                    time.sleep(min(_LONGEST_WAIT, usual if error.wait is None else error.wait))
+                    sleep(min(_LONGEST_WAIT, usual if error.wait is None else error.wait))
         raise ServerError(
             f"{self._url}/{path}: {problem}, {self.settings.retries + 1} times; expected an answer: is the server up, and "
             "teacher.timeout long enough?"
@@ -97,10 +97,10 @@ class Client:
         if not self.settings.per_second:
             return
         with self._lock:
-            now = time.monotonic()
+            now = monotonic()
             turn = max(now, self._next)
             self._next = turn + 1 / self.settings.per_second
-        time.sleep(turn - now)
+        sleep(turn - now)
 
     def _once(self, url: str, content: Any) -> dict[str, Any]:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
@@ -132,7 +132,7 @@ class Client:
 
     def _read(self, answer: Any) -> bytes:
         """The body, all of it within the time-out: a server that drips would never meet that of the socket."""
-        end = time.monotonic() + self.settings.timeout
+        end = monotonic() + self.settings.timeout
         parts, size = [], 0
         while part := answer.read1(1 << 16):
             parts.append(part)
@@ -141,7 +141,7 @@ class Client:
                 raise ServerError(
                     f"{self._url}: the answer is above {_LARGEST_ANSWER >> 20} MiB; lower teacher.k"
                 )
-            if time.monotonic() > end:
+            if monotonic() > end:
                 raise TimeoutError
         missing = answer.length
         if missing:

@@ -243,7 +243,9 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(call, unbroken, place):
     assert here.run(full=fault) == 2
     said = here.said()
     assert "No space left on device" in said
-    assert re.search(r"run/(checkpoints/step-\d+\.pt|soft-labels/2-target\.safetensors) can't be written", said)
+    assert re.search(
+        r"run/(checkpoints/step-\d+\.pt|soft-labels/2-target\.safetensors) can't be written", said
+    )
     assert "free some space" in said
     assert "then go on with --resume" in said
     assert "Traceback" not in said
