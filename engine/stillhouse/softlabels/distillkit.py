@@ -163,7 +163,8 @@ def _floats(raw: Tensor, count: int, dtype: str) -> tuple[Tensor, Tensor]:
     size = count * kind.itemsize
     if raw.shape[-1] < size:
         raise ValueError(f"{raw.shape[-1]} bytes are left, expected {size}")
-    return raw[:, :size].contiguous().view(kind).float().reshape(len(raw), count), raw[:, size:]
+    own = raw[:, :size].reshape(-1).clone()  # aligned, whatever stands before it
+    return own.view(kind).float().reshape(len(raw), count), raw[:, size:]
 
 
 def whole_numbers(raw: Tensor, bits: int, count: int) -> Tensor:
