@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,9 +37,9 @@ def three_bytes(indices: Tensor) -> Tensor:
 
 def from_three_bytes(kept: Tensor) -> Tensor:
     """``(..., 3)`` uint8 as class numbers ``(...)`` int64."""
-    wide = torch.zeros((*kept.shape[:-1], 8), dtype=torch.uint8)
-    wide[..., :3] = kept
-    return wide.view(torch.int64).squeeze(-1)
+    wide = np.zeros((*kept.shape[:-1], 8), dtype=np.uint8)
+    wide[..., :3] = kept.numpy()
+    return torch.from_numpy(wide.view("<i8")[..., 0])
 
 
 def one_byte(log_probs: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -276,15 +277,23 @@ def decode(
     return _from_draws(form, indices, arrays["counts"], arrays["distinct"])
 
 
-_TABLE = byte_table()
+_TABLE = byte_table().numpy()
+_CHANCES = np.exp(_TABLE)
 
 
 def _from_top(form: Form, indices: Tensor, log_probs: Tensor, log_rest: Tensor) -> TopK:
-    kept = torch.cat([log_probs, log_rest[:, None]], -1)
-    kept = _TABLE[kept.int()] if form.dtype == "uint8" else kept.float()
-    if form.dtype != "float32":
-        kept -= kept.exp().sum(-1, keepdim=True).log_()
-    return TopK(indices, kept[:, :-1], trusted=True, log_rest=kept[:, -1])
+    if form.dtype == "float32":
+        return TopK(indices, log_probs, trusted=True, log_rest=log_rest)
+    if form.dtype == "float16":
+        logs, rest = log_probs.float().numpy(), log_rest.float().numpy()
+        total = np.exp(logs).sum(-1) + np.exp(rest)
+    else:  # by tables: a byte has 256 values, and its exponential as many
+        codes, last = log_probs.numpy(), log_rest.numpy()
+        logs, rest = _TABLE.take(codes), _TABLE.take(last)
+        total = _CHANCES.take(codes).sum(-1) + _CHANCES.take(last)
+    level = np.log(total)
+    logs -= level[:, None]
+    return TopK(indices, torch.from_numpy(logs), trusted=True, log_rest=torch.from_numpy(rest - level))
 
 
 def _from_draws(form: Form, indices: Tensor, counts: Tensor, distinct: Tensor) -> Sampled:

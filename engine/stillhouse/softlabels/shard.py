@@ -198,7 +198,7 @@ class Shard:
             return self._unpacked(positions)
         rows = self.row_index(positions)
         if self.form.kind != "sampled":
-            return {name: self.tensors[name][rows] for name in self.form.fields}
+            return {name: torch.index_select(self.tensors[name], 0, rows) for name in self.form.fields}
         ends = self.tensors["entries"]
         entries = segments(ends[positions], ends[positions + 1] - ends[positions])
         return {

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
@@ -98,23 +99,26 @@ class StoredLabels(SoftLabels):
             return self._ids
         return segments(self._firsts, self._ends - self._firsts)
 
-    def _find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Each sample's shard and position in it."""
-        sorted_ids = self._firsts if self._ids is None else self._ids
-        if self._ids is None:
-            at = torch.searchsorted(sorted_ids, ids, right=True) - 1
-            missing = (at < 0) | (ids >= self._ends[at]) if len(sorted_ids) else torch.ones_like(ids).bool()
+    def _find(self, ids: Tensor) -> tuple[Any, Any]:
+        """Each sample's shard and position in it, as arrays: numpy is the quicker one for so few numbers."""
+        asked = ids.numpy()
+        known = (self._firsts if self._ids is None else self._ids).numpy()
+        if not len(known):
+            at, there = np.zeros_like(asked), np.zeros(len(asked), dtype=bool)
+        elif self._ids is None:
+            at = np.searchsorted(known, asked, "right") - 1
+            there = (at >= 0) & (asked < self._ends.numpy()[at])
         else:
-            at = torch.searchsorted(sorted_ids, ids).clamp(max=len(sorted_ids) - 1)
-            missing = sorted_ids[at] != ids
-        if missing.any():
+            at = np.searchsorted(known, asked).clip(max=len(known) - 1)
+            there = known[at] == asked
+        if not there.all():
             raise DataError(
-                f"sample {int(ids[missing][0])} is not in soft labels {self.place}, which hold {len(self):,} samples; label "
+                f"sample {int(asked[~there][0])} is not in soft labels {self.place}, which hold {len(self):,} samples; label "
                 "the rest into the same directory, or check that the ids are those of this data set"
             )
         if self._ids is None:
-            return at, ids - self._firsts[at]
-        return self._shard[at], self._position[at]
+            return at, asked - known[at]
+        return self._shard.numpy()[at], self._position.numpy()[at]
 
     def _open(self, number: int) -> Shard:
         if number not in self._opened:
@@ -122,15 +126,22 @@ class StoredLabels(SoftLabels):
         return self._opened[number]
 
     def _groups(self, ids: Tensor) -> list[tuple[Shard, Tensor, Tensor]]:
-        """The shards of these samples, each with the places in ``ids`` and in the shard."""
-        shard, position = self._find(ids)
-        found = []
-        numbers = torch.unique(shard).tolist() if len(ids) > 1 else shard.tolist()
-        for number in numbers:
-            where = (shard == number).nonzero()[:, 0]
-            opened = self._open(number)
-            self._touched += opened.touched(len(where))
-            found.append((opened, where, position[where]))
+        """The shards of these samples, each with the places in ``ids`` and in the shard; at least one, if there is any."""
+        numbers, positions = self._find(ids)
+        if not len(ids):
+            return [(self._open(0), ids, ids)]
+        if len(ids) == 1 or (numbers == numbers[0]).all():
+            order, ends = np.arange(len(ids)), [len(ids)]
+        else:
+            order = numbers.argsort(kind="stable")
+            ends = [*np.flatnonzero(np.diff(numbers[order])) + 1, len(ids)]
+        found, start = [], 0
+        for end in ends:
+            where = order[start:end]
+            shard = self._open(int(numbers[where[0]]))
+            self._touched += shard.touched(len(where))
+            found.append((shard, torch.from_numpy(where), torch.from_numpy(positions[where])))
+            start = end
         return found
 
     def _settle(self) -> None:
@@ -178,7 +189,7 @@ class StoredLabels(SoftLabels):
         joined = {name: torch.cat([part[name] for _, _, part in parts]) for name in self.form.fields}
         rows = _order(order, torch.cat([each for _, each, _ in parts]))
         if self.form.kind != "sampled":
-            return counts, {name: value[rows] for name, value in joined.items()}
+            return counts, {name: torch.index_select(value, 0, rows) for name, value in joined.items()}
         distinct = joined["distinct"].long()
         starts = distinct.cumsum(0) - distinct
         entries = segments(starts[rows], distinct[rows])
