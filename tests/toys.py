@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stillhouse.api import LossTerm, Method, Splits, TensorSplit, hookimpl
 from stillhouse.config import Training
+from stillhouse.training.compatibility import OFFERED
 from stillhouse.training.loop import Loop
 from stillhouse.training.step import DistillStep
 
@@ -87,8 +88,20 @@ def loop(
         steps=settings.steps,
         batch_size=settings.batch_size,
         seed=settings.seed,
+        offers=OFFERED,
     )
     return Loop(step, data, settings, torch.device("cpu"), Silent(keep))
+
+
+def watch_ids(loop: Loop, seen: Callable[[str, list[int]], None]) -> None:
+    """Call ``seen(stage, sample numbers)`` at each micro-batch of the loop."""
+    terms = loop.step.plugins.loss_terms
+
+    def watched(student_out: Any, teacher_out: Any, targets: Any, batch: Any, info: Any) -> Any:
+        seen(info.stage.name, batch.ids.tolist())
+        return terms(student_out, teacher_out, targets, batch, info)
+
+    loop.step.plugins.loss_terms = watched  # type: ignore[method-assign]
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -109,5 +122,11 @@ class Squares(Method):
     requires = frozenset()
 
     @hookimpl
-    def loss_terms(self, student_out, batch, step):
-        return {"square": LossTerm(step.mean(student_out.logits.square().mean(-1), batch.mask))}
+    def loss_terms(self, student_out, batch, info):
+        return {"square": LossTerm(info.mean(student_out.logits.square().mean(-1), batch.mask))}
+
+
+class Alike(Squares):
+    """A method for a teacher and a student of as many outputs."""
+
+    requires = frozenset({"logits"})

@@ -61,6 +61,18 @@ class Named(BaseModel):
         return dict(self.model_extra or {})
 
 
+class MethodSpec(Named):
+    """A method by name, with its settings beside it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, validate_by_name=True, validate_by_alias=True)
+    alias: str | None = Field(
+        None,
+        alias="as",
+        pattern=r"^[A-Za-z0-9_-]+$",
+        description="What it is called here, where two are of one name.",
+    )
+
+
 class OptimizerConfig(Named):
     """A class of torch.optim; further keys are its arguments."""
 
@@ -118,8 +130,8 @@ class RunConfig(Training):
     teacher: TeacherConfig | None = Field(None, description="Default: the task's first teacher.")
     student: StudentConfig | None = Field(None, description="Default: the task's first student.")
     target: StudentConfig | None = Field(None, description="Another model to end with; default: the student.")
-    method: Named | None = Field(None, description="The method and its settings.")
-    methods: list[Named] = Field(default_factory=list, description="Several methods, in order.")
+    method: MethodSpec | None = Field(None, description="The method and its settings.")
+    methods: list[MethodSpec] = Field(default_factory=list, description="Several methods, in order.")
     observers: list[Named] = Field(default_factory=list)
     out: UserPath | None = Field(None, description="Run directory; default runs/NAME-seedN.")
     threads: int | None = Field(None, gt=0, le=4096, description="CPU threads; default: torch's.")
@@ -141,7 +153,7 @@ class RunConfig(Training):
         return self
 
     @property
-    def named_methods(self) -> list[tuple[str, Named]]:
+    def named_methods(self) -> list[tuple[str, MethodSpec]]:
         """The methods in order, each with its path in the config."""
         if self.method is not None:
             return [("method", self.method)]
@@ -313,7 +325,7 @@ def _fields_at(kind: type[BaseModel], location: Sequence[Any]) -> list[str]:
 
 def dump(config: BaseModel) -> dict[str, Any]:
     """The config as plain values, as it is written to a run directory."""
-    return config.model_dump(mode="json", exclude_none=True)
+    return config.model_dump(mode="json", exclude_none=True, by_alias=True)
 
 
 def to_yaml(content: Mapping[str, Any]) -> str:

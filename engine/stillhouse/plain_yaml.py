@@ -144,6 +144,15 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _text(dumper: _Dumper, text: str) -> Any:
+    """Quoted where it holds one of the line ends that PyYAML writes as they are, and reads as others."""
+    odd = any(character in text for character in "\x85\u2028\u2029\ufeff")
+    return dumper.represent_scalar(f"{_TAG}str", text, style='"' if odd else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
 def dump(content: Mapping[str, Any]) -> str:
     """Plain values as YAML that ``load`` reads back as they are, in the given order."""
     return str(yaml.dump(dict(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True))

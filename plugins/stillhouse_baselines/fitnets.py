@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stillhouse.api import (
+    SUPPORTS,
     Batch,
     ConfigError,
     LossTerm,
@@ -79,8 +80,7 @@ class FitNets(Method):
     api_version = 1
     Config = FitNetsConfig
     requires = frozenset({"hidden_states"})
-    different_outputs = True
-    regression = True
+    supports = SUPPORTS
     config: FitNetsConfig
 
     @hookimpl
@@ -103,7 +103,7 @@ class FitNets(Method):
         self.regressor = Regressor(features[self.role], features["teacher"])
         shapes = " -> ".join(f"{tuple(features[role].shape[1:])}" for role in (self.role, "teacher"))
         named = f"{self.role}.{self.layers[self.role]} -> teacher.{self.layers['teacher']}"
-        run.chose("fitnets.hint", named, f"features {shapes}, regressor {self.regressor.map}")
+        run.chose("hint", named, f"features {shapes}, regressor {self.regressor.map}")
 
     @hookimpl
     def auxiliary_modules(self, run: RunContext) -> dict[str, nn.Module]:
@@ -111,13 +111,13 @@ class FitNets(Method):
 
     @hookimpl
     def loss_terms(
-        self, student_out: StudentOut, teacher_out: TeacherOut, batch: Batch, step: StepInfo
+        self, student_out: StudentOut, teacher_out: TeacherOut, batch: Batch, info: StepInfo
     ) -> dict[str, LossTerm]:
         student = student_out.features[self.layers[self.role]]
         mapped, hint = self.regressor(student, teacher_out.features[self.layers["teacher"]])
         rows = (mapped.float() - hint.float()).square().flatten(1).mean(-1)
         mask = batch.mask if batch.mask is None or batch.mask.shape == rows.shape else None
-        return {"hint": LossTerm(step.mean(rows, mask), self.config.weight)}
+        return {"hint": LossTerm(info.mean(rows, mask), self.config.weight)}
 
 
 def middle(model: nn.Module) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from stillhouse.api import (
+    CLASS_KINDS,
     Batch,
     Conformance,
     LossTerm,
@@ -13,10 +14,9 @@ from stillhouse.api import (
     StepInfo,
     StudentOut,
     Targets,
-    cross_entropy,
     hookimpl,
+    soft_and_label_terms,
 )
-from stillhouse.kernels import softmax_kl
 
 
 class KDConfig(MethodConfig):
@@ -29,27 +29,26 @@ class KDConfig(MethodConfig):
 class KD(Method):
     """``alpha T^2 KL(teacher || student) + (1 - alpha) CE(labels, student)``.
 
-    Rows without a label have the first term alone.
+    Rows without a label have the first term alone. Several labels at once: the same of each class's yes and no.
     """
 
     api_version = 1
     Config = KDConfig
+    supports = CLASS_KINDS | {"multi_label", "different_outputs"}
     config: KDConfig
     conformance = Conformance(minimum={"kl": 0.0})
 
     @hookimpl
     def loss_terms(
-        self, student_out: StudentOut, targets: Targets, batch: Batch, step: StepInfo
+        self, student_out: StudentOut, targets: Targets, batch: Batch, info: StepInfo
     ) -> dict[str, LossTerm]:
-        kl = softmax_kl(
+        alpha = self.config.alpha
+        return soft_and_label_terms(
             student_out.logits,
-            targets.soft,
+            targets,
+            batch,
+            info,
             temperature=self.config.temperature,
-            mask=batch.mask,
-            count=step.rows,
+            soft_weight=alpha,
+            label_weight=1 - alpha,
         )
-        terms = {"kl": LossTerm(kl, self.config.alpha)}
-        if targets.labels is not None and self.config.alpha < 1:
-            ce = cross_entropy(student_out.logits, targets.labels, step, batch.mask)
-            terms["ce"] = LossTerm(ce, 1 - self.config.alpha)
-        return terms

@@ -62,7 +62,7 @@ def feature(
     for size in shape[len(rows) :]:
         width *= size
     if asked is None:
-        run.chose(f"ibmd.{option}", f"{name}, {width} wide", "the last module before the head")
+        run.chose(f"{option}", f"{name}, {width} wide", "the last module before the head")
     return Feature(role, name, rows, width, int(outputs.shape[-1]))
 
 

@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stillhouse.api import (
+    CLASS_KINDS,
     Batch,
     ConfigError,
     LossTerm,
@@ -27,7 +28,7 @@ from stillhouse.api import (
     TeacherOut,
     hookimpl,
     label_loss,
-    regression_loss,
+    soft_loss,
 )
 from stillhouse.kernels import softmax_kl
 from stillhouse_ibmd.bottleneck import Encoder, Gaussian, GaussianDecoder, divergence, rate
@@ -82,9 +83,8 @@ class IBMD(Method):
     api_version = 1
     Config = IBMDConfig
     requires = frozenset({"logits", "hidden_states"})
+    supports = CLASS_KINDS | {"regression", "different_outputs"}
     writes = ("information_plane.csv", "information_plane.png")
-    different_outputs = True
-    regression = True
     config: IBMDConfig
 
     def __init__(self, config: IBMDConfig | None = None) -> None:
@@ -98,7 +98,7 @@ class IBMD(Method):
         assert run.teacher is not None
         assert run.probe is not None
         labels, config = run.probe.labels, self.config
-        self._regression = labels is not None and labels.is_floating_point()
+        self._regression = run.kind.labels == "numbers"
         self._role = run.target_name
         self._teacher = feature(
             run, "teacher", run.teacher, run.probe.for_teacher, config.teacher_features, "teacher_features"
@@ -139,13 +139,13 @@ class IBMD(Method):
         for side in (self._teacher, self._student):
             name = f"{side.role}.{side.module}"
             run.chose(
-                f"ibmd.projection.{side.role}", f"{name}: {side.width} -> {self.config.dim}", "widths differ"
+                f"projection.{side.role}", f"{name}: {side.width} -> {self.config.dim}", "widths differ"
             )
         if not self._head_teacher:
-            run.chose("ibmd.head", "labels alone", "teacher and student differ in outputs")
+            run.chose("head", "labels alone", "teacher and student differ in outputs")
         self._data = self.config.data or ("labelled" if self._regression else "all")
         if self.config.data is None:
-            run.chose("ibmd.data", self._data, "default")
+            run.chose("data", self._data, "default")
 
     @hookimpl
     def auxiliary_modules(self, run: RunContext) -> dict[str, nn.Module]:
@@ -157,8 +157,7 @@ class IBMD(Method):
 
     @hookimpl
     def stages(self, run: RunContext) -> list[Stage]:
-        shared = (self.encode_teacher, self.encode_student, self.decode)
-        names = tuple(name for name, module in run.models.items() if any(module is own for own in shared))
+        names = ("teacher_encoder", "student_encoder", "decoder")
         first, second = self.config.shares
         trained = (self._role, *names) if self.config.train_student else names
         return [
@@ -170,21 +169,21 @@ class IBMD(Method):
 
     @hookimpl
     def loss_terms(
-        self, student_out: StudentOut, teacher_out: TeacherOut, targets: Targets, batch: Batch, step: StepInfo
+        self, student_out: StudentOut, teacher_out: TeacherOut, targets: Targets, batch: Batch, info: StepInfo
     ) -> dict[str, LossTerm]:
-        config, shared = self.config, step.stage.name == "bottleneck"
+        config, shared = self.config, info.stage.name == "bottleneck"
         weight = 1.0 if shared else config.weight
         student = self.encode_student(_rows(student_out, self._student))
         teacher = self.encode_teacher(_rows(teacher_out, self._teacher))
         terms: dict[str, LossTerm] = {}
         if shared:
-            terms |= self._side("teacher", self.encode_teacher, teacher, targets, batch, step, 1.0)
-        terms |= self._side("student", self.encode_student, student, targets, batch, step, weight)
+            terms |= self._side("teacher", self.encode_teacher, teacher, targets, batch, info, 1.0)
+        terms |= self._side("student", self.encode_student, student, targets, batch, info, weight)
         if config.gamma:
-            tie = step.mean(divergence(teacher, student), batch.mask)
+            tie = info.mean(divergence(teacher, student), batch.mask)
             terms["match"] = LossTerm(tie, weight * config.gamma)
         if not shared or config.train_student:
-            terms |= self._head(student_out.logits, targets, batch, step)
+            terms |= self._head(student_out.logits, targets, batch, info)
         return terms
 
     def _side(
@@ -194,50 +193,44 @@ class IBMD(Method):
         code: Gaussian,
         targets: Targets,
         batch: Batch,
-        step: StepInfo,
+        info: StepInfo,
         weight: float,
     ) -> dict[str, LossTerm]:
         """Rate and distortion of one code, both in nats."""
         temperature = self.config.temperature
         drawn, scale = encoder.code(code), 1.0
         if isinstance(self.decode, GaussianDecoder):
-            loss = step.mean(self.decode.distortion(drawn, targets.dense), batch.mask)
+            loss = info.mean(self.decode.distortion(drawn, targets.dense), batch.mask)
         else:
             scale = temperature**2
             logits = self.decode(drawn)
             loss = (
-                softmax_kl(logits, targets.soft, temperature=temperature, mask=batch.mask, count=step.rows)
+                softmax_kl(logits, targets.soft, temperature=temperature, mask=batch.mask, count=info.rows)
                 / scale
             )
         return {
             f"distortion_{role}": LossTerm(loss, weight * scale),
-            f"rate_{role}": LossTerm(step.mean(rate(code), batch.mask), weight * self.config.beta),
+            f"rate_{role}": LossTerm(info.mean(rate(code), batch.mask), weight * self.config.beta),
         }
 
-    def _head(self, logits: Tensor, targets: Targets, batch: Batch, step: StepInfo) -> dict[str, LossTerm]:
+    def _head(self, logits: Tensor, targets: Targets, batch: Batch, info: StepInfo) -> dict[str, LossTerm]:
         """The student's own outputs against the teacher's and against the labels."""
         alpha = self.config.alpha if self._head_teacher else 0.0
         terms = {}
         if self._head_teacher:
-            if self._regression:
-                soft = regression_loss(logits, targets.dense, step)
-            else:
-                temperature = self.config.temperature
-                soft = softmax_kl(
-                    logits, targets.soft, temperature=temperature, mask=batch.mask, count=step.rows
-                )
-            terms["head"] = LossTerm(soft, alpha if targets.labels is not None else 1.0)
-        if targets.labels is not None and alpha < 1:
-            terms["labels"] = LossTerm(label_loss(logits, targets.labels, step, batch.mask), 1 - alpha)
+            soft = soft_loss(logits, targets, batch, info, temperature=self.config.temperature)
+            terms["head"] = LossTerm(soft, alpha if targets.has_labels else 1.0)
+        if targets.has_labels and alpha < 1:
+            terms["labels"] = LossTerm(label_loss(logits, targets, batch, info), 1 - alpha)
         return terms
 
     # The information plane.
 
     @hookimpl
-    def on_step_end(self, step: StepInfo, metrics: Mapping[str, Tensor]) -> None:
+    def on_update_end(self, info: StepInfo, metrics: Mapping[str, Tensor]) -> None:
         found = {name.rpartition(".")[2]: value for name, value in metrics.items()}
         measured = {name: found[name] for name in COLUMNS if name in found}
-        self.plane.add(step.index, STAGES.index(step.stage.name), measured)
+        self.plane.add(info.index, STAGES.index(info.stage.name), measured)
 
     @hookimpl
     def on_stage_end(self, run: RunContext, stage: Stage) -> None:

@@ -49,7 +49,7 @@ def write(
     logits, labels = [], []
     for start in range(0, len(split), CHUNK):
         batch = split.batch(torch.arange(start, min(start + CHUNK, len(split)))).to(device)
-        logits.append(run.outputs("tcmd.network", batch).logits.cpu())
+        logits.append(run.outputs(f"{run.caller}.network", batch).logits.cpu())
         labels.append(batch.labels.cpu())  # type: ignore[union-attr]
     joined, wanted = torch.cat(logits), torch.cat(labels)
     known = wanted != IGNORE

@@ -35,7 +35,7 @@ def tasks_of(
                 "expected a list of classes for each task, or a teacher with an attribute 'tasks' that has them"
             )
         found = partition.check(own, outputs)
-        run.chose("tcmd.tasks", found, "the teacher's")
+        run.chose("tasks", found, "the teacher's")
         return found
     if merge:
         raise ConfigError(
@@ -43,7 +43,7 @@ def tasks_of(
         )
     count = given if given is not None else max(2, math.isqrt(outputs))
     found = partition.cluster(_confusion(run), count)
-    run.chose("tcmd.tasks", found, "classes grouped by what the teacher confuses")
+    run.chose("tasks", found, "classes grouped by what the teacher confuses")
     return found
 
 

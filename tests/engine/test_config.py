@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stillhouse.config import (
-    Named,
+    MethodSpec,
     RunConfig,
     Training,
     apply_override,
@@ -191,7 +191,7 @@ def test_the_compared_configs_differ_in_the_method_alone():
 
 
 def test_sld_runs_without_a_setting():
-    assert read("mnist1d-sld").method == Named(name="sld")
+    assert read("mnist1d-sld").method == MethodSpec(name="sld")
 
 
 def test_adamw_is_the_default_with_decoupled_weight_decay():

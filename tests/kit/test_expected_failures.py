@@ -53,7 +53,7 @@ class Mine(Method):
     conformance = Conformance(expected_failures={failures})
 
     @hookimpl
-    def loss_terms(self, student_out, batch, step):
+    def loss_terms(self, student_out, batch, info):
         return {{"mine": LossTerm(student_out.logits.square().mean())}}
 
 @parametrize_with_checks(Mine)

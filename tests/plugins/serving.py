@@ -54,7 +54,7 @@ class Server:
         self.http.handle_error = lambda *about: None  # clients that hang up are what is tested
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
 
-    def __enter__(self) -> Server:
+    def __enter__(self):
         threading.Thread(target=self.http.serve_forever, daemon=True, kwargs={"poll_interval": 0.01}).start()
         return self
 

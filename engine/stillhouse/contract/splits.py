@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from stillhouse.contract.batch import IGNORE, Batch
+from stillhouse.contract.batch import IGNORE, Batch, mapped, tensors_in
+from stillhouse.contract.kinds import KINDS, TaskKind
 from stillhouse.errors import ConfigError, DataError
 
 
@@ -30,6 +31,9 @@ class Split(Protocol):
 
     def batch(self, index: Tensor) -> Batch:
         """The rows of ``index`` (long, 1-D), in that order, with ``ids`` set."""
+
+    def stream(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
+        """The batches of these row numbers, one after the other."""
 
     def without_labels(self) -> Split:
         """The same inputs with no labels."""
@@ -68,6 +72,9 @@ class TensorSplit:
             _rows(self.mask, index),
             _rows(self.extra, index),
         )
+
+    def stream(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
+        return map(self.batch, indices)
 
     def named(self) -> list[tuple[str, Tensor]]:
         """Every tensor of the split with its name."""
@@ -113,17 +120,13 @@ class TensorSplit:
 
 
 def _tensors(name: str, value: Any) -> list[tuple[str, Tensor]]:
-    if isinstance(value, Mapping):
-        return [(f"{name}.{key}", item) for key, item in value.items()]
-    return [] if value is None else [(name, value)]
+    return [] if value is None else tensors_in(value, name)
 
 
 def _rows(value: Any, index: Tensor) -> Any:
-    if value is None:
-        return None
-    if isinstance(value, Tensor):
-        return value[index]
-    return {name: item[index] for name, item in value.items()}
+    if value is None or isinstance(value, Tensor):  # as most are
+        return None if value is None else value[index]
+    return mapped(value, lambda tensor: tensor[index])
 
 
 @dataclass
@@ -138,22 +141,18 @@ class DatasetSplit:
     labelled: bool = True
     fixed: bool = False
     collate: Callable[[list[Any]], Any] = default_collate
+    kind: TaskKind = KINDS["classification"]
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
     def batch(self, index: Tensor) -> Batch:
         joined = self.collate([self.dataset[int(row)] for row in index])
-        if isinstance(joined, Batch):
-            return joined
-        labels = None
-        if isinstance(joined, Sequence):
-            labels = joined[1] if self.labelled and len(joined) > 1 else None
-            joined = joined[0]
-        elif isinstance(joined, Mapping) and "labels" in joined:
-            labels = joined["labels"] if self.labelled else None
-            joined = {name: value for name, value in joined.items() if name != "labels"}
-        return Batch(joined, labels, index)
+        batch = self.kind.read(joined)
+        return replace(batch, labels=batch.labels if self.labelled else None, ids=index)
+
+    def stream(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
+        return map(self.batch, indices)
 
     def _sample(self, rows: int) -> Tensor:
         return torch.linspace(0, len(self) - 1, min(len(self), rows)).long()
@@ -162,23 +161,23 @@ class DatasetSplit:
         if len(self) == 0:
             raise DataError(f"the {name} split is empty; expected at least one row")
         sample = self.batch(self._sample(64))
-        TensorSplit(sample.inputs, sample.labels).validate(name)
+        TensorSplit(sample.inputs, sample.labels, mask=sample.mask).validate(name)
 
     def fingerprint(self) -> str:
         """A digest of the length and of 64 rows spread over the split; of their shapes, where items are random."""
-        first, second = (self.batch(self._sample(64)) for _ in range(2))
-        digests = [TensorSplit(sample.inputs, sample.labels).fingerprint() for sample in (first, second)]
-        if digests[0] == digests[1]:
-            return f"{len(self)}-{digests[0]}"
-        shapes = [
-            f"{name}{list(tensor.shape[1:])}"
-            for name, tensor in TensorSplit(first.inputs, first.labels).named()
-        ]
+        first, second = (self._of(self.batch(self._sample(64))) for _ in range(2))
+        if first.fingerprint() == second.fingerprint():
+            return f"{len(self)}-{first.fingerprint()}"
+        shapes = [f"{name}{list(tensor.shape[1:])}" for name, tensor in first.named()]
         return f"{len(self)}-random-{'-'.join(shapes)}"
+
+    @staticmethod
+    def _of(sample: Batch) -> TensorSplit:
+        return TensorSplit(sample.inputs, sample.labels, mask=sample.mask)
 
     def without_labels(self) -> DatasetSplit:
         """The same inputs with no labels."""
-        return DatasetSplit(self.dataset, False, self.fixed, self.collate)
+        return replace(self, labelled=False)
 
 
 class JoinedSplit:
@@ -211,6 +210,9 @@ class JoinedSplit:
             _join(_masks(parts), order),
             _join([part.extra for part in parts], order),
         )
+
+    def stream(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
+        return map(self.batch, indices)
 
     def without_labels(self) -> JoinedSplit:
         """The same inputs with no labels."""

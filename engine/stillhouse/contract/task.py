@@ -28,6 +28,8 @@ class Task:
 
     api_version
         The API_VERSION that the task was written for.
+    kind
+        What a batch means: a name of ``stillhouse.api.KINDS``.
     metric
         The key of ``score`` that tables show; higher is better.
     teachers, students
@@ -38,6 +40,7 @@ class Task:
 
     api_version: ClassVar[int]
     Config: ClassVar[type[TaskConfig]] = TaskConfig
+    kind: ClassVar[str] = "classification"
     metric: ClassVar[str] = "accuracy"
     teachers: ClassVar[Mapping[str, Builder]] = {}
     students: ClassVar[Mapping[str, Builder]] = {}

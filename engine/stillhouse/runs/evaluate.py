@@ -8,21 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stillhouse.contract.kinds import KINDS, TaskKind
 from stillhouse.contract.splits import Split, Splits
 from stillhouse.contract.task import Task
 from stillhouse.errors import ConfigError, DataError
-from stillhouse.models.calling import evaluating, forward
+from stillhouse.models.calling import DEFAULT, evaluating, forward
 
 
 def outputs(
-    model: nn.Module, split: Split, device: torch.device, *, teacher: bool = False, batch_size: int = 1024
+    model: nn.Module,
+    split: Split,
+    device: torch.device,
+    *,
+    teacher: bool = False,
+    batch_size: int = 1024,
+    kind: TaskKind = DEFAULT,
 ) -> tuple[Tensor, Tensor | None]:
     """Outputs ``(N, C)`` and labels ``(N,)`` of the split, in row order, on the CPU."""
     given, labels = [], []
     with torch.random.fork_rng(), evaluating(model):
         for start in range(0, len(split), batch_size):
             batch = split.batch(torch.arange(start, min(start + batch_size, len(split)))).to(device)
-            given.append(forward(model, batch.for_teacher if teacher else batch.inputs).cpu())
+            given.append(forward(model, batch.for_teacher if teacher else batch.inputs, kind).cpu())
             if batch.labels is not None:
                 labels.append(batch.labels.cpu())
     return torch.cat(given), torch.cat(labels) if labels else None
@@ -32,7 +39,7 @@ def score(
     task: Task, model: nn.Module, split: Split, device: torch.device, *, teacher: bool = False
 ) -> dict[str, float]:
     """The task's metrics of a model on a split."""
-    given, labels = outputs(model, split, device, teacher=teacher)
+    given, labels = outputs(model, split, device, teacher=teacher, kind=KINDS[task.kind])
     if labels is None:
         raise DataError("a split without labels can't be scored")
     return numbers(task.score(given, labels), type(task).__name__)
@@ -79,7 +86,7 @@ def check_score(task: Task, model: nn.Module, splits: Splits, device: torch.devi
         if rows.labels is None:
             return
         with torch.random.fork_rng(), evaluating(model):
-            given = forward(model, rows.inputs).cpu()
+            given = forward(model, rows.inputs, KINDS[task.kind]).cpu()
         try:
             scores = task.score(given, rows.labels.cpu())
         except Exception:  # noqa: BLE001 - see above

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from stillhouse.config import RunConfig
+from stillhouse.contract.kinds import KINDS, TaskKind
 from stillhouse.contract.splits import Split, Splits
 from stillhouse.errors import CheckpointError, ConfigError, DamagedFile, MissingExtra, StillhouseError
 from stillhouse.models.integrity import freeze, stochastic_module
@@ -137,29 +138,31 @@ def set_up(config: RunConfig, options: Options, say: Callable[[str], None]) -> S
     splits.validate()
     split = splits.stage(options.data)
     device = pick_device(config.device)
-    teacher = _teacher(parts, splits, device, say)
+    teacher, kind = _teacher(parts, splits, device, say), KINDS[parts.task.kind]
     probe = split.batch(torch.arange(min(2, len(split)))).to(device)
     if not isinstance(teacher, Served):
-        stochastic = stochastic_module(teacher, probe.for_teacher)
+        stochastic = stochastic_module(teacher, probe.for_teacher, kind)
         if stochastic is not None:
             raise ConfigError(
                 f"the teacher gave two answers to one batch: {stochastic} is stochastic; expected one that is not"
             )
-    form, head = _form(teacher, probe, options, device)
+    form, head = _form(teacher, probe, options, device, kind)
     recipe = Recipe(form, options.batch_size, options.seed, options.features, head=head)
     tokenizer = tokenizer_digest(getattr(parts.task, "tokenizer", None))
-    return Setting(Asking(teacher, device, options.features, head), split, recipe, tokenizer)
+    return Setting(Asking(teacher, device, options.features, head, kind), split, recipe, tokenizer)
 
 
-def _form(teacher: nn.Module, probe: Any, options: Options, device: torch.device) -> tuple[Form, str]:
+def _form(
+    teacher: nn.Module, probe: Any, options: Options, device: torch.device, kind: TaskKind
+) -> tuple[Form, str]:
     width, head = 0, ""
     if options.form == "hidden":
         head, module = find_head(teacher, options.head)
         width = module.in_features
-        kind = str(module.weight.dtype).removeprefix("torch.")
-        form = Form.choose(module.out_features, "hidden", options.dtype or kind, options.k, width=width)
+        own = str(module.weight.dtype).removeprefix("torch.")
+        form = Form.choose(module.out_features, "hidden", options.dtype or own, options.k, width=width)
         return form, head
-    with Asking(teacher, device) as asking:
+    with Asking(teacher, device, kind=kind) as asking:
         answer = asking.ask(probe).answer
     if isinstance(answer, torch.Tensor):
         return Form.choose(
@@ -187,7 +190,9 @@ def _teacher(parts: Parts, splits: Splits, device: torch.device, say: Callable[[
         return freeze(untrained)
     settings = teachers.training(spec.train, parts.task).model_copy(update={"device": parts.config.device})
     named = {"name": spec.name, **spec.settings}
-    model, _ = teachers.trained(parts.builders["teacher"], named, splits, settings, device, say)
+    model, _ = teachers.trained(
+        parts.builders["teacher"], named, splits, settings, device, say, parts.task.kind
+    )
     return freeze(model)
 
 

@@ -155,7 +155,7 @@ class Recorder:
         """Write one, unless nothing is kept."""
         if self.folder is None:
             return
-        loop.step.check_teacher()
+        loop.step.teachers.check(loop.step.plugins, whole=True)
         self._refuse_broken(loop)
         step = loop.at.step
         self._untried = step
@@ -189,6 +189,12 @@ class Recorder:
         if self._sound is not None:
             kept = f"the checkpoint of update {self._sound} is kept, --resume then goes on from it"
         return f"; {kept}. Lower optimizer.lr, set clip"
+
+    def advised(self, error: Diverged) -> Diverged:
+        """The error, with what the run can go on from."""
+        return (
+            error if "--resume" in str(error) or self.folder is None else Diverged(f"{error}{self._last()}")
+        )
 
     def diverged(self, loop: Loop, error: Diverged) -> dict[str, Any]:
         """The entry of the manifest's history."""

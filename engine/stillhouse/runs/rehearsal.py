@@ -6,6 +6,7 @@ batch that no memory holds) is told in seconds.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import warnings
@@ -19,11 +20,9 @@ from stillhouse.config import Named, RunConfig, Training
 from stillhouse.contract.context import STUDENT, TARGET
 from stillhouse.contract.splits import Split, Splits
 from stillhouse.errors import ConfigError, Diverged, StillhouseError, StillhouseWarning
-from stillhouse.models.calling import evaluating, forward
-from stillhouse.plugin.load import lifted, load_methods
 from stillhouse.runs import teachers
 from stillhouse.runs.resolve import Parts, builder_of
-from stillhouse.softlabels import HeldLabels, SoftLabels
+from stillhouse.softlabels import SoftLabels
 from stillhouse.training.compatibility import OFFERED
 from stillhouse.training.loop import Loop
 from stillhouse.training.random_state import RandomState
@@ -59,11 +58,12 @@ def _students(parts: Parts, data: Splits, device: torch.device, teacher: nn.Modu
         return builder_of(Named.model_validate(dict(spec)), parts.task.students, "network")[0]().to(device)
 
     step = DistillStep(
-        load_methods(lifted(config.named_methods)),
+        copy.deepcopy(parts.methods),
         student=models[STUDENT],
         target=models.get(TARGET),
         teacher=teacher,
         probe=data.train.batch(torch.arange(min(4, len(data.train)))).to(device),
+        task=parts.task.kind,
         splits=data,
         steps=config.steps,
         batch_size=config.batch_size,
@@ -72,8 +72,6 @@ def _students(parts: Parts, data: Splits, device: torch.device, teacher: nn.Modu
         build=build,
     )
     with closing(step):
-        for auxiliary in step.auxiliary.values():
-            auxiliary.module.to(device)
         _Rehearsal(step, data, config, device, _Watcher()).run()
 
 
@@ -83,7 +81,7 @@ def _teachers(parts: Parts, data: Splits, device: torch.device, settings: Traini
     seen = teachers.teacher_view(data.train)
     refuse_too_large(settings, "teacher.train.batch_size", seen)
     probe = seen.batch(torch.arange(min(2, len(seen)))).to(device)
-    with closing(DistillStep("hard_labels", student=model, probe=probe)) as step:
+    with closing(DistillStep("hard_labels", student=model, probe=probe, task=parts.task.kind)) as step:
         _Rehearsal(step, Splits(seen), settings, device, _Watcher(), who="teacher.train: ").run()
 
 
@@ -137,7 +135,7 @@ class _Rehearsal(Loop):
 
 
 class _Watcher:
-    """Keeps nothing; a stage that chooses rows by kept soft labels gets even ones."""
+    """Keeps nothing, and stops at a loss that is not finite."""
 
     def updated(self, loop: Loop, metrics: Mapping[str, Tensor]) -> None:
         if math.isfinite(metrics["loss"].item()):
@@ -153,13 +151,7 @@ class _Watcher:
     def stage_ended(self, loop: Loop) -> None: ...
 
     def keep(self, loop: Loop, split: Split) -> SoftLabels | None:
-        stage = loop.step.stages[loop.at.stage]
-        if stage.top_per_class is None or loop.step.teacher is None:
-            return None
-        probe = split.batch(torch.arange(min(2, len(split)))).to(loop.device)
-        with evaluating(loop.step.teacher):
-            width = forward(loop.step.teacher, probe.for_teacher).shape[-1]
-        return HeldLabels(torch.zeros(len(split), width, device=loop.device), {})
+        return None
 
 
 def refuse_too_large(settings: Training | RunConfig, path: str, split: Split) -> None:

@@ -20,7 +20,7 @@ from stillhouse.plugin.builders import arguments
 from stillhouse.plugin.catalog import entries, find
 from stillhouse.plugin.catalog import load as load_plugin
 from stillhouse.plugin.dispatch import Plugin, Plugins
-from stillhouse.plugin.load import configured, lifted, load_methods
+from stillhouse.plugin.load import configured, load_methods
 from stillhouse.runs import teachers
 from stillhouse.training import optim
 
@@ -50,7 +50,7 @@ def resolve(config: RunConfig) -> Parts:
     Raises PluginError or ConfigError; nothing is trained or written before this has passed.
     """
     _, task = configured("task", config.task, "task")
-    named = lifted(config.named_methods)
+    named = config.named_methods
     methods = load_methods(named)
     observers = [
         configured("observer", spec, f"observers.{number}")[1] for number, spec in enumerate(config.observers)
@@ -76,7 +76,8 @@ def resolve(config: RunConfig) -> Parts:
             builders[role], given = builder_of(named_spec, task.students, role)
             chosen[role] = _full(named_spec, given)
     specs = [
-        _full(spec, dump(plugin.method.config)) for (_, spec), plugin in zip(named, methods, strict=True)
+        {**_full(spec, dump(plugin.method.config)), **({"as": spec.alias} if spec.alias else {})}
+        for (_, spec), plugin in zip(named, methods, strict=True)
     ]
     alone = config.method is not None and len(specs) == 1
     chosen |= {"method": specs[0]} if alone else {"method": None, "methods": specs}

@@ -55,8 +55,12 @@ def trained(
     settings: Training,
     device: torch.device,
     say: Callable[[str], None],
+    kind: str = "classification",
 ) -> tuple[nn.Module, dict[str, str]]:
     """The teacher from the cache, else trained on the labelled split and kept there.
+
+    kind
+        What a batch means.
 
     Returns the model and its fingerprint, with ``key`` (that of the fingerprint), ``digest`` (that of the weights) and
     ``found`` (``kept`` or ``trained``).
@@ -74,7 +78,7 @@ def trained(
         return model, {**made_from, "key": key, "digest": digest(model), "found": "kept"}
     say(f"teacher {named['name']}: training it once, {settings.steps} updates ({key})")
     step = DistillStep(
-        "hard_labels", student=model, probe=data.batch(torch.arange(min(2, len(data)))).to(device)
+        "hard_labels", student=model, probe=data.batch(torch.arange(min(2, len(data)))).to(device), task=kind
     )
     loop = Loop(step, Splits(data), settings, device, _Silent())
     loop.run()

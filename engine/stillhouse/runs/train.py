@@ -22,7 +22,7 @@ from stillhouse.errors import Diverged, WriteFailed
 from stillhouse.files import digest as file_digest
 from stillhouse.files import write_bytes, write_json
 from stillhouse.files.tensors import tensor_bytes
-from stillhouse.models.integrity import digest, freeze
+from stillhouse.models.integrity import digest
 from stillhouse.runs import contents, directory, page, teachers, weights
 from stillhouse.runs.display import Display
 from stillhouse.runs.evaluate import Sealed, check_score, score
@@ -136,6 +136,7 @@ def train(
         target=models.get(TARGET),
         teacher=teacher,
         probe=_probe(data, device),
+        task=parts.task.kind,
         splits=data,
         steps=config.steps,
         batch_size=config.batch_size,
@@ -149,7 +150,6 @@ def train(
     )
     with closing(step):  # after an error too: nothing stays frozen, no hook stays on the caller's models
         for name, auxiliary in step.auxiliary.items():
-            auxiliary.module.to(device)
             display.say(f"auxiliary module {name}: {_size(auxiliary.module):,} parameters")
         final = step.model(step.stages[-1])
         if folder is not None:
@@ -181,7 +181,7 @@ def train(
                     loop.run()
             except Diverged as error:
                 failing(recorder.diverged(loop, error))
-                raise
+                raise recorder.advised(error) from error
             step.plugins.notify("on_run_end", run=step.run)
             summary = _finish(parts, loop, recorder, sealed, manifest)
             for observer in parts.observers:
@@ -266,11 +266,12 @@ def _teacher(
             settings,
             device,
             say,
+            kind=parts.task.kind,
         )
         facts = dict(made)
     if data.validation is not None and data.validation.labelled:
         facts["validation"] = score(parts.task, model, data.validation, device, teacher=True)
-    return freeze(model), facts
+    return model, facts
 
 
 def _probe(data: Splits, device: torch.device) -> Batch:

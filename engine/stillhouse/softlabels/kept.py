@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from stillhouse.contract.kinds import TaskKind
 from stillhouse.contract.splits import Split
 from stillhouse.errors import CheckpointError, DamagedFile
 from stillhouse.files import BLANK
 from stillhouse.files.seals import MARK, ZEROS, check_seal_of
 from stillhouse.files.tensors import read_tensors, write_tensors
 from stillhouse.files.writing import failed
-from stillhouse.models.calling import evaluating, forward
+from stillhouse.models.calling import DEFAULT, evaluating, forward
 from stillhouse.softlabels.base import SoftLabels
 from stillhouse.softlabels.forms import Form
 from stillhouse.softlabels.shard import PAGES, mapped
@@ -137,6 +138,7 @@ def write_soft_labels(
     teacher: bool = True,
     path: Path | None = None,
     scratch: Path | None = None,
+    kind: TaskKind = DEFAULT,
 ) -> tuple[HeldLabels, int]:
     """One pass of ``model`` in eval mode over ``split``, in row order.
 
@@ -146,6 +148,8 @@ def write_soft_labels(
         Where outputs above ``LIMIT`` bytes go; without it, to a file that goes with them.
     scratch
         The folder of that file; default: the system's for temporary files.
+    kind
+        What a batch means.
 
     Returns the outputs, in memory on ``device`` or above ``LIMIT`` bytes in a mapped file, and the forward passes made.
     """
@@ -155,7 +159,7 @@ def write_soft_labels(
     with evaluating(model), contextlib.ExitStack() as stack:
         for start in range(0, len(split), batch_size):
             batch = split.batch(torch.arange(start, min(start + batch_size, len(split)))).to(device)
-            logits = forward(model, batch.for_teacher if teacher else batch.inputs).float()
+            logits = forward(model, batch.for_teacher if teacher else batch.inputs, kind).float()
             if not passes:
                 shape = (len(split), *logits.shape[1:])
                 if 4 * logits[0].numel() * len(split) <= LIMIT:

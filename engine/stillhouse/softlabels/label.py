@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from stillhouse.contract.batch import Batch
 from stillhouse.contract.context import TEACHER
+from stillhouse.contract.kinds import TaskKind
 from stillhouse.contract.splits import Split
 from stillhouse.errors import ConfigError, DataError
 from stillhouse.kernels import TopK
-from stillhouse.models.calling import evaluating, forward
+from stillhouse.models.calling import DEFAULT, call, evaluating
 from stillhouse.models.captures import Captures
 from stillhouse.models.integrity import digest
 from stillhouse.models.served import Served
@@ -68,10 +69,15 @@ class Asking:
     """A frozen teacher and what is kept of it. Use ``with``: it leaves no hook on the model."""
 
     def __init__(
-        self, teacher: nn.Module, device: torch.device, features: Sequence[str] = (), head: str = ""
+        self,
+        teacher: nn.Module,
+        device: torch.device,
+        features: Sequence[str] = (),
+        head: str = "",
+        kind: TaskKind = DEFAULT,
     ) -> None:
         """Raises ConfigError for a module that is not there, or features of a teacher elsewhere."""
-        self.teacher, self.device, self.head = teacher, device, head
+        self.teacher, self.device, self.head, self.kind = teacher, device, head, kind
         self._captures = Captures({TEACHER: teacher})
         if isinstance(teacher, Served) and (features or head):
             raise ConfigError(
@@ -96,9 +102,11 @@ class Asking:
                 found: dict[str, Tensor] = {}
                 lead = top.indices.shape[:-1]
             else:
-                logits = forward(self.teacher, batch.for_teacher)
-                answer, lead = logits, logits.shape[:-1]
-                found = self._captures.take(TEACHER)
+                asks = self._captures.asks(TEACHER)
+                with self._captures.collecting(TEACHER):
+                    out = call(self.teacher, batch.for_teacher, self.kind, asks)
+                answer, lead = out.logits, out.logits.shape[:-1]
+                found = self._captures.take(TEACHER, out)
         mask = batch.mask
         if mask is not None and tuple(mask.shape) != tuple(lead):
             raise DataError(

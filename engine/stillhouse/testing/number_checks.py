@@ -115,7 +115,7 @@ def masked_rows_are_ignored(subject: Subject, folder: Path) -> None:
             draws or (_close(metrics["loss"], absent[1]["loss"]) and _close(gradient, absent[2])),
             subject,
             f"{where} the loss with masked rows is {float(metrics['loss']):.6g}, without these rows "
-            f"{float(absent[1]['loss']):.6g}; expected the same: divide by step.rows",
+            f"{float(absent[1]['loss']):.6g}; expected the same: divide by info.rows",
         )
 
 
@@ -134,7 +134,7 @@ def micro_batches_do_not_matter(subject: Subject, folder: Path) -> None:
                 subject,
                 f"in stage '{stage.name}' the gradient of {parts} micro-batches differs from that of one batch by "
                 f"{float((whole - gradient).abs().max()):.3g} (loss {float(metrics['loss']):.6g} and "
-                f"{float(terms['loss']):.6g}); expected the same: divide by step.rows, or multiply by step.share",
+                f"{float(terms['loss']):.6g}); expected the same: divide by info.rows, or multiply by info.share",
             )
 
 

@@ -130,7 +130,7 @@ class Rig:
         self.metrics.append({name: float(value) for name, value in metrics.items()})
 
     def stage_ended(self, loop: Loop) -> None:
-        loop.step.check_teacher()
+        loop.step.teachers.check(loop.step.plugins, whole=True)
 
     def keep(self, loop: Loop, split: Split) -> SoftLabels | None:
         return keep(loop, split, self.conditions.folder)
@@ -175,8 +175,7 @@ class Rig:
         """
         rows = torch.arange(8)
         for stage in self.step.stages:
-            self.step.plugins.notify("on_stage_start", run=self.step.run, stage=stage)
-            self.step.begin(stage, self.conditions.steps)
+            self.step.begin(stage)
             batch = make(self.conditions.data.stage(stage.data).batch(rows))
             if stage.model is not None:
                 yield (stage, *self._update(batch, self.step.model(stage), seed))
@@ -190,8 +189,7 @@ class Rig:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.step.begin_update(parts)
-            for number, part in enumerate(parts):
-                self.step.info.micro = number
+            for part in parts:
                 loss, terms = self.step(model, part)
                 if loss.requires_grad:
                     loss.backward()  # type: ignore[no-untyped-call]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.api import Batch, Task
+from stillhouse.contract.kinds import KINDS
 from stillhouse.contract.splits import Split, Splits, TensorSplit
 from stillhouse.models.calling import forward
 from stillhouse.plugin.builders import arguments_model
@@ -71,7 +72,11 @@ def models_fit_the_data(subject: Subject, folder: Path) -> None:
         for name, build in builders.items():
             arguments_model(build)()
             with torch.random.fork_rng():
-                given = forward(build().eval(), batch.for_teacher if role == "teacher" else batch.inputs)
+                given = forward(
+                    build().eval(),
+                    batch.for_teacher if role == "teacher" else batch.inputs,
+                    KINDS[subject.kind.kind],
+                )
             expect(
                 given.shape[0] == 2 and _covers(given, batch),
                 subject,

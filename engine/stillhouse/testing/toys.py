@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.api import (
+    SUPPORTS,
     Batch,
     LossTerm,
     Method,
@@ -16,8 +17,8 @@ from stillhouse.api import (
     TensorSplit,
     hookimpl,
     label_loss,
+    soft_loss,
 )
-from stillhouse.kernels import softmax_kl
 
 FEATURES, CLASSES = 8, 5
 FLAG = 1e3
@@ -84,19 +85,18 @@ class Plain(Method):
 
     api_version = 1
     requires = frozenset()
-    different_outputs = True
-    regression = True
+    supports = SUPPORTS
 
     @hookimpl
     def loss_terms(
-        self, student_out: StudentOut, targets: Targets, batch: Batch, step: StepInfo
+        self, student_out: StudentOut, targets: Targets, batch: Batch, info: StepInfo
     ) -> dict[str, LossTerm]:
         logits = student_out.logits
         terms = {}
         if targets.soft is not None:
-            terms["kl"] = LossTerm(softmax_kl(logits, targets.soft, mask=batch.mask, count=step.rows))
-        if targets.labels is not None:
-            terms["ce"] = LossTerm(label_loss(logits, targets.labels, step, batch.mask))
+            terms["kl"] = LossTerm(soft_loss(logits, targets, batch, info))
+        if targets.has_labels:
+            terms["ce"] = LossTerm(label_loss(logits, targets, batch, info))
         if not terms:
-            terms["square"] = LossTerm(step.mean(logits.float().square().mean(-1), batch.mask))
+            terms["square"] = LossTerm(info.mean(logits.float().square().mean(-1), batch.mask))
         return terms

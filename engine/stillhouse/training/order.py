@@ -5,6 +5,8 @@ Nothing about it has to be saved: a resumed run computes the same order again.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,12 @@ class Order:
             missing -= len(taken)
             start += len(taken)
         return found[0] if len(found) == 1 else torch.cat(found)
+
+    def rest(self, start: int, end: int, rows: Tensor | None = None) -> Iterator[Tensor]:
+        """Row numbers of the updates from ``start`` to before ``end``; out of ``rows`` where these were chosen."""
+        for update in range(start, end):
+            index = self.batch(update)
+            yield index if rows is None else rows[index]
 
     def _shuffled(self, epoch: int) -> Tensor:
         if epoch != self._epoch:

@@ -7,7 +7,7 @@ import torch
 import toys
 from torch.utils.data import TensorDataset
 
-from stillhouse.api import IGNORE, TensorSplit
+from stillhouse.api import IGNORE, KINDS, TensorSplit
 from stillhouse.contract.splits import DatasetSplit, JoinedSplit, Splits
 from stillhouse.contract.task import Task, classification, regression
 from stillhouse.errors import ConfigError, DataError
@@ -34,7 +34,7 @@ def test_a_joined_split_reads_both_in_the_order_that_is_asked_for(make, index):
     assert torch.equal(batch.inputs, ALL[ids])
     assert torch.equal(batch.labels, torch.cat([Y, torch.full((4,), IGNORE)])[ids])
     assert torch.equal(batch.ids, ids)
-    assert batch.labelled == sum(i < 6 for i in index)
+    assert KINDS["classification"].labelled(batch) == sum(i < 6 for i in index)
 
 
 @pytest.mark.parametrize("side", [0, 1])

@@ -161,7 +161,8 @@ def test_the_models_are_left_as_they_were_when_it_is_refused(fails):
         (DataLoader(Stream()), "an iterable has no sample ids"),
         ("mnist", "the train split is str; expected tensors"),
         ((X.numpy(), Y.numpy()), "the train split is tuple of ndarray, ndarray; expected tensors (torch.as_tensor"),
-        ((X, Y.int()), "train.labels are torch.int32; expected torch.int64 (class numbers) or floats: labels.long()"),
+        ((X, Y.bool()), "labels are torch.bool, and classification has class numbers (torch.int64)"),
+        ((X, ["cat"] * 48), "the train split is tuple of Tensor, list; expected tensors"),
         ((X, torch.where(torch.arange(48) == 7, 4, Y)), "train.labels holds 4, first in row 7; expected 0 to 3"),
         ({"train": X, "validation": (X, Y - 1)}, "labels to be scored go from -1 to 2; expected 0 to 3"),
         ({"train": (X, Y), "validation": X}, "validation split has no labels"),
@@ -190,7 +191,7 @@ def test_data_that_can_not_be_used_are_refused_before_training(data, said):
             {"method": {"name": "sld", "temprature": 1}},
             "method.temprature: unknown; did you mean 'temperature'?",
         ),
-        ({"method": "kd", "student": toys.net(outputs=3)}, "outputs of shape"),
+        ({"method": toys.Alike(), "student": toys.net(outputs=5)}, "outputs of shape"),
         ({"device": "tpu"}, "device"),
         ({"device": "cudda"}, "device: got 'cudda'"),
     ],
@@ -238,8 +239,8 @@ class Stops(toys.Squares):
         self.act = act
 
     @stillhouse.api.hookimpl
-    def on_step_end(self, step):
-        if step.index == 4:
+    def on_update_end(self, info):
+        if info.index == 4:
             self.act()
 
 
@@ -281,7 +282,7 @@ class TestDirectory:
 
     def test_is_not_made_for_what_is_refused(self, tmp_path):
         with pytest.raises(ConfigError, match="outputs of shape"):
-            self.run(tmp_path / "run", toys.net(outputs=3))
+            self.run(tmp_path / "run", toys.net(outputs=5), method=toys.Alike())
         assert not (tmp_path / "run").exists()
         self.run(tmp_path / "run")
 
@@ -297,8 +298,8 @@ class TestDirectory:
             stop = True
 
             @stillhouse.api.hookimpl
-            def on_step_end(self, step):
-                if self.stop and step.index == 6:
+            def on_update_end(self, info):
+                if self.stop and info.index == 6:
                     raise RuntimeError("power cut")
 
         class NeverStops(Stops):

@@ -171,13 +171,25 @@ def test_a_ray_cluster_makes_the_same_bytes(cli, config):
 
 def kills(tmp_path: Path, config: Path, moments: int, *more: str) -> int:
     """Label, killed at random moments, until it is done; how often it was killed. Compared with an unbroken one."""
-    words = [sys.executable, "-m", "stillhouse.cli", "label", str(config), *SMALL, "--shard-samples", "2", *more]
+    words = [
+        sys.executable,
+        "-m",
+        "stillhouse.cli",
+        "label",
+        str(config),
+        *SMALL,
+        "--shard-samples",
+        "2",
+        *more,
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     begin = time.monotonic()
     subprocess.run([*words, "--out", "whole"], cwd=tmp_path, env=env, check=True, capture_output=True)
     lasts, chance, killed = time.monotonic() - begin, random.Random(7), 0
     for _ in range(moments):
-        running = subprocess.Popen([*words, "--out", "killed"], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL)
+        running = subprocess.Popen(
+            [*words, "--out", "killed"], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL
+        )
         try:
             running.wait(lasts * chance.uniform(0.4, 1.0))
         except subprocess.TimeoutExpired:
@@ -269,7 +281,9 @@ def test_a_teacher_on_a_server_is_asked_from_a_config(cli, tmp_path, install):
     with torch.no_grad():
         expected = Toy()(torch.arange(40).reshape(8, 5) % 30).topk(4).indices
     assert torch.equal(labels.lookup(torch.arange(8)).indices, expected)
-    found = cli("label", "c.yaml", teacher.replace("k: 4", "k: 4, retries: 0"), "--out", "kept", "--shard-samples", 3)
+    found = cli(
+        "label", "c.yaml", teacher.replace("k: 4", "k: 4, retries: 0"), "--out", "kept", "--shard-samples", 3
+    )
     assert found.code == 2
     assert "nobody listens there, 1 times" in found.err
 

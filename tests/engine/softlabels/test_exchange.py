@@ -27,7 +27,9 @@ def test_parquet_and_back_gives_the_same_shards(name, tmp_path):
     again = read_any(tmp_path / "x.parquet", tmp_path / "b", {})
     ids = torch.randperm(30)
     assert equal(labels.lookup(ids, split.mask[ids]), again.lookup(ids, split.mask[ids]))
-    shards = {key: value for key, value in making.files(tmp_path / "a").items() if key.endswith(".safetensors")}
+    shards = {
+        key: value for key, value in making.files(tmp_path / "a").items() if key.endswith(".safetensors")
+    }
     assert shards.items() <= making.files(tmp_path / "b").items()
     again.check(split=split, teacher=labels.fingerprint["teacher"])
     assert not any(problem for _, problem in verify(tmp_path / "b"))
@@ -125,7 +127,9 @@ class TestDistillKit:
 
     def directory(self, folder, config=None) -> list[tuple]:
         folder.mkdir()
-        (folder / "compression_config.yaml").write_text(yaml.safe_dump((config or self.config).model_dump(mode="json")))
+        (folder / "compression_config.yaml").write_text(
+            yaml.safe_dump((config or self.config).model_dump(mode="json"))
+        )
         made, rows = [], []
         for count in (4, 1, 6):
             values, classes, logs, indices = self.tokens(count)

@@ -39,7 +39,9 @@ sys.exit(most() - before >= 1)
 
 
 def run(size: float, folder) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", SCRIPT, str(size), str(folder)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(size), str(folder)], capture_output=True, text=True
+    )
 
 
 def test_labelling_and_reading_need_no_more_than_a_few_shards(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 
-import making
 import pytest
 import torch
 from making import made, tokens
@@ -74,7 +73,9 @@ def test_one_writer_at_a_time_there(bucket):
     where = place(bucket)
     with held(where):
         assert json.loads(where.read("lock.json"))["pid"] == os.getpid()
-        with pytest.raises(CheckpointError, match=rf"in use: process {os.getpid()} on .* remove .*lock\.json if it is gone"):
+        with pytest.raises(
+            CheckpointError, match=rf"in use: process {os.getpid()} on .* remove .*lock\.json if it is gone"
+        ):
             held(where).__enter__()
     assert where.names() == []
     gone = {"pid": 2**22 + 1, "host": __import__("socket").gethostname(), "started": "then"}

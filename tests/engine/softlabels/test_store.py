@@ -10,7 +10,7 @@ import making
 import pytest
 import torch
 import toys
-from making import LENGTH, V, Tokens, made, per_sample, tokens
+from making import LENGTH, Tokens, V, made, per_sample, tokens
 
 from stillhouse.api import TensorSplit
 from stillhouse.errors import CheckpointError, ConfigError, DamagedFile, DataError
@@ -135,7 +135,7 @@ class TestLookup:
         labels = made(tmp_path, FORMS["topk"], split=split)
         mask = split.mask[:4].clone()
         mask[0, 6] = False
-        with pytest.raises(DataError, match="sample 0 has 7 rows in .* and 6 in this batch's mask"):
+        with pytest.raises(DataError, match=r"sample 0 has 7 rows in .* and 6 in this batch's mask"):
             labels.lookup(torch.arange(4), mask)
 
     def test_a_copy_for_another_process_reads_the_same(self, tmp_path):
@@ -308,7 +308,7 @@ class TestChecking:
         made(tmp_path / "b", FORMS["topk"], teacher=Tokens(seed=1))
         for path in (tmp_path / "b").glob("shard-000000000008*"):
             shutil.copy(path, tmp_path / "a")
-        with pytest.raises(CheckpointError, match="shard-000000000008.*made with teacher = "):
+        with pytest.raises(CheckpointError, match=r"shard-000000000008.*made with teacher = "):
             SoftLabels.open(tmp_path / "a")
 
 
@@ -399,4 +399,4 @@ def test_memory_of_the_toys_is_the_same_as_on_disk(tmp_path):
     held, _ = write_soft_labels(teacher, split, {}, device=torch.device("cpu"), batch_size=4)
     ids = torch.randperm(30)
     assert torch.equal(held.lookup(ids), labels.lookup(ids))
-    assert toys.CLASSES == labels.form.outputs
+    assert labels.form.outputs == toys.CLASSES

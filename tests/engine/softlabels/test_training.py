@@ -18,7 +18,9 @@ def store(folder, form: Form, teacher, rows: int = 48, **recipe) -> SoftLabels:
     return making.made(folder, form, split=split, teacher=teacher, shard_samples=rows // 3, **recipe)
 
 
-def student(labels, *, seed: int = 0, steps: int = STEPS, parts: int = 1, method="kd", rows: int = 48, **training):
+def student(
+    labels, *, seed: int = 0, steps: int = STEPS, parts: int = 1, method="kd", rows: int = 48, **training
+):
     """Trained by kd, from the labels or from the teacher."""
     teacher = toys.net(16, seed=2)
     keep = None if labels is None else lambda *given: labels
@@ -62,7 +64,12 @@ FORMS = [
 
 # T = 1: neither a rest nor draws can be moved to another temperature. Two epochs: draws that are seen again and again
 # are learnt by heart
-SETTINGS = {"rows": 480, "steps": 120, "optimizer": {"lr": 5e-3}, "method": {"name": "kd", "temperature": 1.0}}
+SETTINGS = {
+    "rows": 480,
+    "steps": 120,
+    "optimizer": {"lr": 5e-3},
+    "method": {"name": "kd", "temperature": 1.0},
+}
 
 
 @pytest.fixture(scope="module")
