@@ -73,6 +73,13 @@ def bench_trainers(options: argparse.Namespace) -> int:
     return main(options)
 
 
+def bench_labels(options: argparse.Namespace) -> int:
+    """Measure kept labels beside a bare memory map, hard labels and a teacher's forward."""
+    from stillhouse.bench.labels import main
+
+    return main(options)
+
+
 def doctor(options: argparse.Namespace) -> int:
     """Say what is there, what is in use, and what is missing."""
     import torch

@@ -42,6 +42,9 @@ def parser() -> argparse.ArgumentParser:
     _keeping(compare)
     study, report = _study(commands)
 
+    from stillhouse.cli import label_commands
+
+    labelling = label_commands.add(commands)
     verify = commands.add_parser("verify", help="check every file of a run against its digest")
     verify.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
     verify.add_argument("--json", action="store_true", help="as JSON")
@@ -82,13 +85,33 @@ def parser() -> argparse.ArgumentParser:
     trainers.add_argument("--rounds", type=int, default=15, help="updates of each, taking turns, default 15")
     trainers.add_argument("--no-memory", action="store_true", help="leave out the peaks of memory")
     trainers.add_argument("--json", action="store_true", help="as JSON")
+    labels = bench.add_parser(
+        "labels", help="reading kept labels beside a bare memory map and a teacher's forward"
+    )
+    labels.add_argument("--json", action="store_true", help="as JSON")
+    labels.add_argument("--quick", action="store_true", help="reading alone, not training")
     kernels = bench.add_parser(
         "kernels", help="softmax-KL beside torch, and beside the memory floor", add_help=False
     )
     kernels.add_argument("rest", nargs=argparse.REMAINDER)
 
     main.add_argument("--debug", action="store_true", help="show tracebacks")
-    for command in (run, compare, study, report, verify, runs, plugins, show, doctor, overhead, trainers):
+    every = (
+        run,
+        compare,
+        study,
+        report,
+        verify,
+        runs,
+        *labelling,
+        plugins,
+        show,
+        doctor,
+        overhead,
+        trainers,
+        labels,
+    )
+    for command in every:
         # SUPPRESS: a default here would undo a --debug before the command.
         command.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks"
@@ -206,6 +229,10 @@ def _dispatch(options: argparse.Namespace) -> int:
     from stillhouse.cli import commands
 
     command = options.command
+    if command in ("label", "labels"):
+        from stillhouse.cli import label_commands
+
+        return label_commands.run(options)
     if command == "plugins":
         from stillhouse.cli import plugin_commands
 
