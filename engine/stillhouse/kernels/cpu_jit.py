@@ -292,7 +292,9 @@ def tuning() -> list[str]:
     It keeps to 256-bit vectors where wider ones once slowed the clock. From Ice Lake on (avx512vbmi2) they do not, and
     rows of a thousand logits take a fifth to a quarter less time with 512.
     """
-    return ["-prefer-256-bit"] if llvm.get_host_cpu_features().get("avx512vbmi2") else []
+    from stillhouse.kernels.cpu_lanes import features
+
+    return ["-prefer-256-bit"] if "+avx512vbmi2" in features() else []
 
 
 def _load(code: bytes) -> Compiled:

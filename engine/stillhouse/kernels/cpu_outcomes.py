@@ -26,6 +26,7 @@ from stillhouse.kernels.cpu_math import (
 )
 from stillhouse.kernels.cpu_read import LOG2E, take
 from stillhouse.kernels.cpu_rows import FORWARD, REVERSE
+from stillhouse.kernels.series import LEAST_REST
 
 ABOVE_FLOOR = np.nextafter(FLOOR, f32(0.0))
 LITTLE = 1e-20  # of a row: below, exponentials of float32 relative to the row's maximum are not all there
@@ -173,5 +174,5 @@ def ghost_of_teacher(log_rest, log_t, k, v):
         return -np.inf, 0.0
     if not math.isnan(log_rest):
         return log_rest, math.exp(log_rest)
-    mass = max(1.0 - mass_of(log_t, k, 1.0, 0.0), 0.0)
-    return math.log(mass) if mass > 0.0 else -np.inf, mass
+    mass = 1.0 - mass_of(log_t, k, 1.0, 0.0)
+    return (math.log(mass), mass) if mass > LEAST_REST else (-np.inf, 0.0)

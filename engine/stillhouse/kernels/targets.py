@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.kernels.errors import fail
+from stillhouse.kernels.normalise import log_softmax
 
 Rest = Literal["ghost", "renormalise"]
 
@@ -50,8 +51,7 @@ class TopK:
             ValueError: k that is not from 1 to V, or a temperature that is not above 0.
         """
         k = _check_draw("TopK", logits, k, temperature)
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        every = torch.log_softmax(wide / temperature, dim=-1)
+        every = log_softmax(logits, temperature)
         log_probs, indices = every.topk(k, dim=-1)
         log_rest = None
         if rest == "ghost":
