@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field
 
 from stillhouse.api import (
@@ -13,10 +15,9 @@ from stillhouse.api import (
     StepInfo,
     StudentOut,
     Targets,
-    cross_entropy,
     hookimpl,
 )
-from stillhouse.kernels import softmax_kl
+from stillhouse.kernels import distillation_loss, softmax_kl
 
 
 class KDConfig(MethodConfig):
@@ -41,15 +42,19 @@ class KD(Method):
     def loss_terms(
         self, student_out: StudentOut, targets: Targets, batch: Batch, step: StepInfo
     ) -> dict[str, LossTerm]:
-        kl = softmax_kl(
+        alpha, labels = self.config.alpha, targets.labels
+        settings: dict[str, Any] = {
+            "temperature": self.config.temperature, "mask": batch.mask, "count": step.rows,
+        }  # fmt: skip
+        if labels is None or alpha == 1:
+            return {"kl": LossTerm(softmax_kl(student_out.logits, targets.soft, **settings), alpha)}
+        labelled = step.rows if labels.is_floating_point() else step.labelled
+        kl, ce = distillation_loss(
             student_out.logits,
             targets.soft,
-            temperature=self.config.temperature,
-            mask=batch.mask,
-            count=step.rows,
+            labels,
+            weights=(alpha, 1 - alpha),
+            label_count=labelled,
+            **settings,
         )
-        terms = {"kl": LossTerm(kl, self.config.alpha)}
-        if targets.labels is not None and self.config.alpha < 1:
-            ce = cross_entropy(student_out.logits, targets.labels, step, batch.mask)
-            terms["ce"] = LossTerm(ce, 1 - self.config.alpha)
-        return terms
+        return {"kl": LossTerm(kl, alpha), "ce": LossTerm(ce, 1 - alpha)}

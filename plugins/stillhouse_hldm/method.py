@@ -30,7 +30,7 @@ from stillhouse.api import (
     label_loss,
     regression_loss,
 )
-from stillhouse.kernels import softmax_kl
+from stillhouse.kernels import distillation_loss, softmax_kl
 from stillhouse_hldm.history import History
 from stillhouse_hldm.weighting import DWA, Fixed, GradNorm, Simplex, Uncertainty, Weighting
 
@@ -176,12 +176,30 @@ class HLDM(Method):
     def loss_terms(
         self, student_out: StudentOut, targets: Targets, batch: Batch, step: StepInfo
     ) -> dict[str, LossTerm]:
+        logits, labels = student_out.logits, targets.labels
+        labels = labels if "ce" in self._terms else None
+        with_soft = "kd" in self._terms and targets.soft is not None
+        if labels is not None and with_soft and not self._floats:
+            kd, ce = distillation_loss(
+                logits, targets.soft, labels, temperature=self.config.temperature, weights=self._expected(),
+                mask=batch.mask, count=step.rows,
+                label_count=step.rows if labels.is_floating_point() else step.labelled,
+            )  # fmt: skip
+            return {"ce": LossTerm(ce), "kd": LossTerm(kd)}
         found = {}
-        if "ce" in self._terms and targets.labels is not None:
-            found["ce"] = LossTerm(label_loss(student_out.logits, targets.labels, step, batch.mask))
-        if "kd" in self._terms and targets.soft is not None:
-            found["kd"] = LossTerm(self._inference_error(student_out.logits, targets, batch, step))
+        if labels is not None:
+            found["ce"] = LossTerm(label_loss(logits, labels, step, batch.mask))
+        if with_soft:
+            found["kd"] = LossTerm(self._inference_error(logits, targets, batch, step))
         return found
+
+    def _expected(self) -> tuple[float, float]:
+        """The weights that :meth:`combine_terms` will give kd and ce, most likely: gradients of these come in one pass."""
+        names = ("hldm.kd", "hldm.ce")
+        if not set(names) <= set(self.weighting.names):
+            return 1.0, 1.0
+        kd, ce = self.weighting.weights(self.weighting.slots(names)).tolist()
+        return kd, ce
 
     def _inference_error(self, logits: Tensor, targets: Targets, batch: Batch, step: StepInfo) -> Tensor:
         if self._floats:

@@ -7,7 +7,7 @@ et al. 2018, arXiv:1805.04770). The per-class choice of unlabelled rows is that 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -23,10 +23,9 @@ from stillhouse.api import (
     StepInfo,
     StudentOut,
     Targets,
-    cross_entropy,
     hookimpl,
 )
-from stillhouse.kernels import softmax_kl
+from stillhouse.kernels import distillation_loss, softmax_kl
 
 SHARES = {"distil": 1.0, "relabel": 6.0, "target": 2.0}
 TEMPERATURE = 4.0
@@ -96,14 +95,16 @@ class SLD(Method):
     def loss_terms(
         self, student_out: StudentOut, targets: Targets, batch: Batch, step: StepInfo
     ) -> dict[str, LossTerm]:
-        kl = softmax_kl(
-            student_out.logits, targets.soft, temperature=self.temperature, mask=batch.mask, count=step.rows
-        )
+        settings: dict[str, Any] = {
+            "temperature": self.temperature, "mask": batch.mask, "count": step.rows,
+        }  # fmt: skip
         if step.stage.name != "target" or self.config.labels == "soft":
-            return {"kl": LossTerm(kl)}
+            return {"kl": LossTerm(softmax_kl(student_out.logits, targets.soft, **settings))}
         labels = targets.dense.argmax(-1)
         if self.config.labels == "actual" and targets.labels is not None:
             labels = targets.labels.where(targets.labels != IGNORE, labels)
         # Every row has a label here, so the mean is over all valid rows.
-        per_row = cross_entropy(student_out.logits, labels, StepInfo(labelled=step.rows), batch.mask)
-        return {"kl": LossTerm(kl, 0.5), "ce": LossTerm(per_row, 0.5)}
+        kl, ce = distillation_loss(
+            student_out.logits, targets.soft, labels, weights=(0.5, 0.5), label_count=step.rows, **settings
+        )
+        return {"kl": LossTerm(kl, 0.5), "ce": LossTerm(ce, 0.5)}

@@ -12,7 +12,7 @@ import torch
 from cases import DIVERGENCES
 
 from stillhouse.kernels import Sampled, TopK, cpu
-from stillhouse.kernels.workers import Workers
+from stillhouse.kernels.cpu.workers import Workers
 
 ROWS, WIDTH, K = 200, 10, 4
 GAPS = (0, 1, 16, 24, 48, 64, 96, 160, 1024)  # float32 between neighbours in memory

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stillhouse.kernels.normalise import log_softmax, scaled
 from stillhouse.kernels.series import LEAST_REST
-from stillhouse.kernels.targets import Sampled, Target, TopK
+from stillhouse.kernels.targets import Labels, Sampled, Target, TopK
 
 NEG_INF = float("-inf")
 
@@ -46,6 +46,25 @@ def softmax_kl_rows(
         rows = _divergence(*_aligned(student, target, temperature, divergence), divergence, beta)
     rows = rows * temperature**2
     return rows if mask is None else torch.where(mask, rows, 0)
+
+
+def label_rows(student: Tensor, labels: Labels, mask: Tensor | None = None) -> Tensor:
+    """Cross-entropy of each row's label with softmax(student), (N,): -sum_j y_j log s_j.
+
+    y is the label's entry, or its probabilities, less ``smoothing`` of it, which goes to all V entries alike (Szegedy et al. 2016,
+    arXiv:1512.00567, section 7). 0, with gradient 0, for a row without label, and where ``mask`` (N,) is False.
+    """
+    keep = labels.present()
+    keep = keep if mask is None else keep & mask
+    log_s = log_softmax(torch.where(keep[:, None], student, 0))  # what other rows hold reaches nothing
+    if labels.probabilities is not None:
+        y = torch.where(keep[:, None], labels.probabilities, 0).to(log_s.dtype)
+        rows = -torch.where(y != 0, y * log_s, 0).sum(-1)  # 0 times -inf is NaN
+    elif labels.indices is not None:
+        rows = -log_s.gather(-1, torch.where(keep, labels.indices, 0)[:, None])[:, 0]
+    if labels.smoothing:
+        rows = (1 - labels.smoothing) * rows - labels.smoothing * log_s.mean(-1)
+    return torch.where(keep, rows, 0)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +18,11 @@ from stillhouse.kernels.targets import Sampled, Target, TopK
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
-def check(device: str | torch.device) -> list[tuple[str, bool, str]]:
-    """A quick correctness check on ``device`` against float64: (name, passed, detail) for each case."""
+def check(device: str | torch.device, backend: str | None = None) -> list[tuple[str, bool, str]]:
+    """A quick correctness check on ``device`` against float64: (name, passed, detail) for each case; by default of the backend in use."""
     device = torch.device(device)
     generator = torch.Generator().manual_seed(0)
-    rows, width = 8, 1003
+    rows, width = 12, 1003  # more than small.MOST
     student, teacher = (3 * torch.randn(rows, width, generator=generator) for _ in range(2))
     cases = [(kind, d) for kind in ("dense", "top-k") for d in DIVERGENCES] + [("sampled", "forward")]
     results = []
@@ -29,7 +30,7 @@ def check(device: str | torch.device) -> list[tuple[str, bool, str]]:
         s, t = student.to(dtype), teacher.to(dtype)
         for kind, divergence in cases:
             name = f"{kind} {divergence} {str(dtype).removeprefix('torch.')}"
-            results.append(_check_case(name, s, _target(kind, t), divergence, dtype, device))
+            results.append(_check_case(name, s, _target(kind, t), divergence, device, backend))
     return results
 
 
@@ -61,14 +62,16 @@ def _wide(target: Target) -> Target:
 
 
 def _check_case(
-    name: str, student: Tensor, target: Target, divergence: str, dtype: torch.dtype, device: torch.device
+    name: str, student: Tensor, target: Target, divergence: Any, device: torch.device, backend: str | None
 ) -> tuple[str, bool, str]:
     exact = student.double().requires_grad_()
     expected = reference.softmax_kl_rows(exact, _wide(target), 2.0, divergence, 0.5).mean()
     expected.backward()
     mine = student.to(device, copy=True).requires_grad_()
     try:
-        got = kernels.softmax_kl(mine, _to(target, device), temperature=2.0, divergence=divergence)  # type: ignore[arg-type]
+        got = kernels.softmax_kl(
+            mine, _to(target, device), temperature=2.0, divergence=divergence, backend=backend
+        )
         got.backward()
     except Exception as error:  # noqa: BLE001 a check reports, whatever the backend throws
         return name, False, f"{type(error).__name__}: {error}"
@@ -76,5 +79,5 @@ def _check_case(
     assert exact.grad is not None
     value = abs(got.item() / expected.item() - 1)
     gradient = ((mine.grad.double().cpu() - exact.grad).norm() / exact.grad.norm()).item()
-    passed = value <= 2e-6 and gradient <= TOLERANCE[dtype]
+    passed = value <= 2e-6 and gradient <= TOLERANCE[student.dtype]
     return name, passed, f"relative error: loss {value:.1e}, gradient {gradient:.1e}"

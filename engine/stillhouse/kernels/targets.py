@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stillhouse.kernels.errors import fail
 from stillhouse.kernels.normalise import log_softmax
+from stillhouse.kernels.series import NO_LABEL
 
 Rest = Literal["ghost", "renormalise"]
 
@@ -103,6 +104,28 @@ class Sampled:
         indices = drawn.reshape(*logits.shape[:-1], k)
         weights = torch.full(indices.shape, 1.0 / k, dtype=probs.dtype, device=logits.device)
         return cls(indices, weights, temperature=temperature, trusted=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """What the label term is taken against, rows in one dimension: either class indices or probabilities.
+
+    Attributes:
+        indices: (N,) int64, ``NO_LABEL`` where a row has none; or None.
+        probabilities: (N, V) floating; a row of zeros has no label; or None.
+        smoothing: the share of every label that goes to all V entries alike.
+    """
+
+    indices: Tensor | None
+    probabilities: Tensor | None
+    smoothing: float
+
+    def present(self) -> Tensor:
+        """Which rows have a label, (N,)."""
+        if self.indices is not None:
+            return self.indices != NO_LABEL
+        assert self.probabilities is not None
+        return (self.probabilities != 0).any(-1)
 
 
 def _check_draw(kind: str, logits: Tensor, k: object, temperature: object) -> int:
