@@ -15,15 +15,18 @@ from stillhouse.kernels import TopK, backends, cache, distillation_loss, small, 
 from stillhouse.kernels.cpu import build
 
 
+def forget():
+    for known in (backends.cpu_failure, backends._say_failed, build.entry):
+        known.cache_clear()
+
+
 @pytest.fixture
 def fresh(tmp_path, monkeypatch):
     """As in a new process of a user without a cache."""
     monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path))
-    backends.cpu_failure.cache_clear()
-    build.entry.cache_clear()
+    forget()
     yield tmp_path
-    backends.cpu_failure.cache_clear()
-    build.entry.cache_clear()
+    forget()
 
 
 def no_compiler(name):
@@ -52,7 +55,8 @@ def test_both_terms_have_the_way_back_too(fresh, monkeypatch):
     monkeypatch.setattr(build, "_compile", no_compiler)
     student, teacher, labels = logits(64, 200, 1), logits(64, 200, 2), torch.arange(64)
     for target in (teacher, TopK.from_logits(teacher, 8)):
-        with pytest.warns(RuntimeWarning, match="torch computes in its place"):
+        backends._say_failed.cache_clear()
+        with pytest.warns(RuntimeWarning, match="torch computes in their place"):
             got = distillation_loss(student, target, labels)
         expected = distillation_loss(student, target, labels, backend="torch")
         assert torch.equal(got.soft, expected.soft)
@@ -95,7 +99,7 @@ def test_it_trains_where_numbas_private_names_are_gone(gone, tmp_path):
         text=True,
         timeout=600,
     )
-    assert done.stdout.startswith("True 1 stillhouse's CPU kernel"), done.stdout + done.stderr
+    assert done.stdout.startswith("True 1 stillhouse's CPU kernels can't"), done.stdout + done.stderr
 
 
 def test_a_line_before_the_first_compilation(fresh, monkeypatch, caplog):
@@ -120,7 +124,7 @@ def test_small_calls_compile_nothing_whatever_is_there(fresh, monkeypatch):
         warnings.simplefilter("error")
         got = softmax_kl(student, teacher, temperature=4.0)
         both = distillation_loss(student, teacher, torch.zeros(rows, dtype=torch.long), temperature=4.0)
-    assert relative(got, exact(student, teacher, temperature=4.0)[0].mean()) <= 1e-7
+    assert relative(got, exact(student, teacher, temperature=4.0)[0].mean()) <= 1e-6
     assert torch.equal(both.soft, got)
     with pytest.warns(RuntimeWarning):
         softmax_kl(logits(rows + 1, 10, 1), logits(rows + 1, 10, 2))
@@ -155,14 +159,12 @@ def test_warmup_makes_every_kernel_and_keeps_it(fresh, monkeypatch):
     assert made == list(build.ENTRIES)
     assert len(list((fresh / "kernels").glob("*.kernel"))) == len(made)
     assert [line.split(":")[0] for line in said] == made
-    backends.cpu_failure.cache_clear()
-    build.entry.cache_clear()
+    forget()
     made.clear()
     assert backends.warmup(said.append)
     assert not made
     monkeypatch.setattr(build, "_load", no_compiler)
-    backends.cpu_failure.cache_clear()
-    build.entry.cache_clear()
+    forget()
     assert not backends.warmup(said.append)
 
 

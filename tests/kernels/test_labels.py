@@ -5,7 +5,15 @@ import torch
 from cases import DIVERGENCES, exact, logits, relative
 from torch.nn.functional import cross_entropy
 
-from stillhouse.kernels import Sampled, TopK, distillation_loss, reference, softmax_kl
+from stillhouse.kernels import (
+    Sampled,
+    TeacherHead,
+    TopK,
+    distillation_loss,
+    linear_distillation_loss,
+    reference,
+    softmax_kl,
+)
 from stillhouse.kernels.targets import Labels
 
 ROWS = 48
@@ -278,3 +286,67 @@ def test_a_second_derivative_is_refused(backend):
     (gradient,) = torch.autograd.grad(soft + label, leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.autograd.grad(gradient.sum(), leaf)
+
+
+def layer_of(rows, width, dtype=torch.float32):
+    hidden = logits(rows, 20, 4, scale=1.0).to(dtype).requires_grad_()
+    weight = logits(width, 20, 5, scale=0.7).to(dtype).requires_grad_()
+    return hidden, weight, logits(1, width, 6)[0].to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+@pytest.mark.parametrize("labels", ["hard", "soft"])
+@pytest.mark.parametrize("kind", ["dense", "head", "ghost", "renormalise", "sampled"])
+@pytest.mark.parametrize("weights", [WEIGHTS, (0.2, 0.9), (0.0, 1.0)])
+def test_the_layer_before_it(weights, kind, labels, backend, monkeypatch):
+    """Made for WEIGHTS, in chunks of a few rows, and differentiated with the weights given."""
+    from stillhouse.kernels import linear
+
+    monkeypatch.setattr(linear, "CHUNK", 900 * 7)
+    hidden, weight, bias = layer_of(ROWS, 900)
+    teacher = logits(ROWS, 900, 2)
+    target = target_of(kind, teacher, 2.0)
+    if kind == "head":
+        target = TeacherHead(*(x.detach() for x in layer_of(ROWS, 900)))
+        target = TeacherHead(target.hidden * 1.3, target.weight, target.bias)
+        teacher = target.hidden @ target.weight.T + target.bias
+    mask = torch.arange(ROWS) % 5 != 1
+    y = labels_of(labels, ROWS, 900)
+    divergence = "reverse" if kind == "renormalise" else "forward"
+    settings = {"temperature": 2.0, "mask": mask, "divergence": divergence}
+    soft, label = linear_distillation_loss(
+        hidden,
+        weight,
+        target,
+        y,
+        bias=bias,
+        weights=WEIGHTS,
+        label_smoothing=0.1,
+        backend=backend,
+        **settings,
+    )
+    got = torch.autograd.grad(weights[0] * soft + weights[1] * label, (hidden, weight, bias))
+    out = (hidden @ weight.T + bias).detach()
+    against = teacher if kind == "head" else target
+    expected = two_terms(out, against, y, weights=weights, smoothing=0.1, **settings)
+    agree((soft.detach(), label.detach(), got[0]), (*expected[:2], expected[2] @ weight.double()), 3e-6, 3e-6)
+    assert relative(got[1], expected[2].T @ hidden.double()) <= 3e-6
+    assert relative(got[2], expected[2].sum(0)) <= 3e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_layer_before_it_in_sixteen_bits(dtype):
+    hidden, weight, _ = layer_of(ROWS, 900, dtype)
+    teacher, y = logits(ROWS, 900, 2, dtype=dtype), labels_of("hard", ROWS, 900)
+    soft, label = linear_distillation_loss(hidden, weight, teacher, y, weights=WEIGHTS, temperature=2.0)
+    (got,) = torch.autograd.grad((WEIGHTS[0] * soft + WEIGHTS[1] * label) * 1024, weight)
+    out = (hidden @ weight.T).detach()
+    expected = two_terms(out, teacher, y, temperature=2.0)
+    assert relative(got, 1024 * expected[2].T @ hidden.double()) <= 1e-2
+
+
+@pytest.mark.parametrize("bad", [30, -1])
+def test_bad_labels_are_refused_before_the_layer_too(bad):
+    hidden, weight, _ = layer_of(4, 30)
+    with pytest.raises(ValueError, match=f"labels: got {bad} in row 2"):
+        linear_distillation_loss(hidden, weight, logits(4, 30, 2), torch.tensor([0, 1, bad, 2]))

@@ -5,7 +5,7 @@ with the first call that uses them.
 """
 
 from stillhouse.kernels.backends import explain, warmup
-from stillhouse.kernels.linear import TeacherHead, linear_softmax_kl
+from stillhouse.kernels.linear import TeacherHead, linear_distillation_loss, linear_softmax_kl
 from stillhouse.kernels.loss import Terms, distillation_loss, softmax_kl
 from stillhouse.kernels.selfcheck import check
 from stillhouse.kernels.targets import Sampled, Target, TopK
@@ -19,6 +19,7 @@ __all__ = [
     "check",
     "distillation_loss",
     "explain",
+    "linear_distillation_loss",
     "linear_softmax_kl",
     "softmax_kl",
     "warmup",

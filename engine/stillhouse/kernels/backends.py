@@ -67,15 +67,21 @@ def cpu_failure(kernel: str) -> str | None:
         entry(kernel)
     except Exception as error:  # noqa: BLE001 whatever a compiler throws, there is a way on
         why = f"{type(error).__name__}: {error}"
-        warnings.warn(
-            f"stillhouse's CPU kernel '{kernel}' can't be compiled or loaded here, so torch computes in its place, several times "
-            f"slower: {why}. Fix: install the numba that stillhouse was tested with (pip install -U stillhouse), or pass "
-            "backend='torch' to be rid of this warning",
-            RuntimeWarning,
-            stacklevel=5,
-        )
+        _say_failed(why)
         return why
     return None
+
+
+@lru_cache(maxsize=8)
+def _say_failed(why: str) -> None:
+    """Once, also where several kernels fail for one reason."""
+    warnings.warn(
+        f"stillhouse's CPU kernels can't be compiled or loaded here, so torch computes in their place, several times slower: {why}. "
+        "Fix: install the numba that stillhouse was tested with (pip install -U stillhouse), or pass backend='torch' to be rid "
+        "of this warning",
+        RuntimeWarning,
+        stacklevel=6,
+    )
 
 
 @lru_cache(maxsize=1)

@@ -45,7 +45,9 @@ def write(name: str, code: bytes) -> bool:
     path = folder() / name
     content = hashlib.sha256(code).hexdigest().encode() + b"\n" + code
     try:
-        path.parent.parent.mkdir(parents=True, exist_ok=True)
+        for place in reversed(path.parent.parents):
+            if not place.exists():
+                place.mkdir(mode=0o755, exist_ok=True)  # whatever the umask leaves open
         path.parent.mkdir(mode=0o700, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{name}")
         try:

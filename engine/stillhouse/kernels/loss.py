@@ -95,7 +95,7 @@ def softmax_kl(
         if reduction == "sum":
             count = 1
         elif count is None:
-            count = _rows_of(student, flat_mask)
+            count = rows_of(student, flat_mask)
         fixed = ops.arguments(flat, flat_mask, count, temperature, divergence, beta, per_row)
         loss = ops.softmax_kl(student, fixed, inplace)
     return loss.reshape(student_logits.shape[:-1]) if per_row and student_logits.dim() != 2 else loss
@@ -161,9 +161,9 @@ def distillation_loss(
     chosen = choose(student_logits, target, divergence, backend, labels=True)
     student, flat, flat_mask = flatten(student_logits, target, mask, chosen)
     y = flat_labels(labels, label_smoothing)
-    count = _rows_of(student, flat_mask) if count is None else count
+    count = rows_of(student, flat_mask) if count is None else count
     if label_count is None:
-        label_count = (y.present() if flat_mask is None else y.present() & flat_mask).sum()
+        label_count = labelled_rows_of(y, flat_mask)
     if chosen == "small":
         assert isinstance(flat, Tensor)
         rows = small.rows_of(student, flat, y, temperature, flat_mask)
@@ -177,17 +177,23 @@ def distillation_loss(
         return Terms(*two_terms.both(student, settings, inplace))
     soft = softmax_kl(
         student, flat, temperature=temperature, divergence=divergence, beta=beta, mask=flat_mask, count=count,
-        backend=backend,
+        backend=chosen,
     )  # fmt: skip
     return Terms(soft, label_term(student, y, flat_mask, label_count, chosen))
 
 
 def choose(
-    student: Tensor, target: Target, divergence: str, backend: str | None, *, labels: bool = False
+    student: Tensor,
+    target: Target,
+    divergence: str,
+    backend: str | None,
+    *,
+    labels: bool = False,
+    small_too: bool = True,
 ) -> str:
     """The backend of a call; ``small`` for one that needs no kernel."""
     if backend is None and student.device.type == "cpu" and student.dtype != torch.float64:
-        if small.suits(student, target, divergence):
+        if small_too and small.suits(student, target, divergence):
             return "small"
         kernel = "dense" if isinstance(target, Tensor) else "sparse"
         one_pass = labels and fits_one_pass(student.shape[-1], target, divergence)
@@ -230,7 +236,13 @@ def label_term(
     return softmax_kl(student, sample, mask=has if mask is None else has & mask, count=count, backend=backend)
 
 
-def _rows_of(student: Tensor, mask: Tensor | None) -> int | Tensor:
+def labelled_rows_of(labels: Labels, mask: Tensor | None) -> Tensor:
+    """How many rows have a label and are not masked."""
+    return (labels.present() if mask is None else labels.present() & mask).sum()
+
+
+def rows_of(student: Tensor, mask: Tensor | None) -> int | Tensor:
+    """How many rows are not masked."""
     return student.shape[0] if mask is None else mask.sum()
 
 

@@ -120,6 +120,12 @@ class Labels:
     probabilities: Tensor | None
     smoothing: float
 
+    def at(self, rows: slice) -> Labels:
+        """Those of some rows."""
+        indices = None if self.indices is None else self.indices[rows]
+        probabilities = None if self.probabilities is None else self.probabilities[rows]
+        return Labels(indices, probabilities, self.smoothing)
+
     def present(self) -> Tensor:
         """Which rows have a label, (N,)."""
         if self.indices is not None:

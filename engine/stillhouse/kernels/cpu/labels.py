@@ -41,44 +41,45 @@ def logit(address, dtype, j):
 
 @njit(error_model="numpy", forceinline=True)
 def probabilities_of(place, i, v, times, share, full):
-    """Of sixteen labels: what lies at ``place``, times a number, and ``share``; none beyond the row, NaN below 0."""
+    """(What lies at ``place`` times a number, that and ``share``) of sixteen labels; 0 beyond the row, NaN below 0."""
     given = take(place, 0, i, v, full)
     beyond = given < f32(-1e29)
-    q = where(beyond, NOTHING, fma(given, times, share))
-    return where(q < NOTHING, NOT_A_NUMBER, q)
+    own = where(beyond, NOTHING, given * times)
+    own = where(own < NOTHING, NOT_A_NUMBER, own)
+    return own, where(beyond, NOTHING, own + share)
 
 
 @njit(error_model="numpy", forceinline=True)
 def target_columns(i, given, sums, seen, full):
     student, dtype, v, rs, place, times, share = given
     a = take(student, dtype, i, v, full)
-    q = probabilities_of(place, i, v, times, share, full)
+    own, q = probabilities_of(place, i, v, times, share, full)
     gap = where(a < FLOOR, MINUS_INFINITY, a - rs)
-    return (sums[0] + q, sums[1] + where(q > NOTHING, q * gap, NOTHING)), seen
+    mean = where(q > NOTHING, q * gap, NOTHING)
+    return (sums[0] + own, sums[1] + q, sums[2] + mean), seen
 
 
 @njit(error_model="numpy", forceinline=True)
 def subtract_columns(i, given, sums, seen, full):
     e1, v, place, times, share, unit = given
-    q = probabilities_of(place, i, v, times, share, full)
+    _, q = probabilities_of(place, i, v, times, share, full)
     store(e1 + i * 4, fma(q, -unit, load(e1 + i * 4)))
     return (sums[0],), seen
 
 
 @njit(error_model="numpy")
 def spread_labels(row, e1, z1, rs, place, times, share, whole):
-    """(What the labels sum to, their mean of the logits less the reference), and ``e1`` less them times z1 over their sum.
-
-    ``whole``: what that sum is taken for, 0 for itself.
+    """(What the labels sum to, or 0 if none but ``share`` is there, their mean of the logits less the reference), and ``e1``
+    less the labels times z1 over their sum. ``whole``: what that sum is taken for, 0 for itself.
     """
     student, dtype, v = row
     given = student, dtype, v, rs, place, times, share
-    sums, _ = over_row(target_columns, 0, v, v, given, no_sums(2), ())
-    weight, mean = total_wide(sums[0]), total_wide(sums[1])
+    sums, _ = over_row(target_columns, 0, v, v, given, no_sums(3), ())
+    own, weight, mean = total_wide(sums[0]), total_wide(sums[1]), total_wide(sums[2])
     of = whole if whole > 0.0 else weight
     unit = f32(z1 / of) if of > 0.0 else NOTHING
     over_row(subtract_columns, 0, v, v, (e1, v, place, times, share, unit), no_sums(1), ())
-    return weight, mean
+    return 0.0 if own == 0.0 else weight, mean
 
 
 @njit(error_model="numpy")
