@@ -14,7 +14,7 @@ def pytest_collection_modifyitems(items):
     here = Path(__file__).parent
     for item in items:
         if item.path.is_relative_to(here):
-            item.add_marker(pytest.mark.ptx)
+            item.add_marker(pytest.mark.machine_code)
 
 
 @pytest.fixture

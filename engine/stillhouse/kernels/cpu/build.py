@@ -122,6 +122,13 @@ def sources() -> list[Path]:
 
 def _compile(name: str) -> bytes:
     """Object code of a function of a call's address, as ``SYMBOL``; it needs nothing of Numba when it runs."""
+    module, machine = optimised(name)
+    code: bytes = machine.emit_object(module)
+    return code
+
+
+def optimised(name: str) -> tuple[llvm.ModuleRef, llvm.TargetMachine]:
+    """The LLVM module of such a function, and the machine that it is to be compiled for."""
     from numba import config, njit, types
     from numba.core import compiler
     from numba.core.compiler_lock import global_compiler_lock
@@ -159,8 +166,7 @@ def _compile(name: str) -> bytes:
             for wrapper in WRAPPERS:
                 vars(target).pop(wrapper, None)
             _forget()
-        code: bytes = plain._codegen._tm.emit_object(plain._final_module)
-    return code
+    return plain._final_module, plain._codegen._tm
 
 
 def _codegen() -> Any:
