@@ -80,6 +80,13 @@ def bench_labels(options: argparse.Namespace) -> int:
     return main(options)
 
 
+def warmup(options: argparse.Namespace) -> int:
+    """Compile what the first training would otherwise wait for."""
+    from stillhouse.kernels import warmup as make
+
+    return 0 if make(lambda line: print(line, flush=True)) else 1
+
+
 def doctor(options: argparse.Namespace) -> int:
     """Say what is there, what is in use, and what is missing."""
     import torch

@@ -72,6 +72,8 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("--kernels", action="store_true", help="check the kernels on the devices at hand")
     doctor.add_argument("--json", action="store_true", help="as JSON")
 
+    commands.add_parser("warmup", help="compile the CPU kernels now, and keep them: for images and CI")
+
     bench = commands.add_parser("bench", help="measure, side by side in one run").add_subparsers(
         dest="bench_command", metavar="WHAT", required=True
     )

@@ -1,4 +1,4 @@
-"""Twins of :mod:`stillhouse.kernels.cuda.intrinsics` for Numba's CUDA simulator (threads of one block, no clusters)."""
+"""Twins of ``stillhouse.kernels.cuda.intrinsics`` for Numba's CUDA simulator (threads of one block, no clusters)."""
 
 # mypy: ignore-errors
 # Numba infers the types of device functions from their callers.

@@ -8,35 +8,25 @@ import math
 import numpy as np
 from numba import njit
 
-from stillhouse.kernels.cpu_lanes import LANES, fill, narrow, scaled_gap, store, top, total_wide, where
-from stillhouse.kernels.cpu_loops import added, no_sums
-from stillhouse.kernels.cpu_math import (
+from stillhouse.kernels.cpu.arithmetic import (
     FLOOR,
     LEAST,
     absolute,
-    decode_bf16,
-    decode_f16,
+    exp2_of_product,
     exp_wide,
     f32,
-    f32_at,
     maximum_of,
     reduce_add_wide,
-    smooth_exp2_of_product,
-    u16_at,
 )
-from stillhouse.kernels.cpu_read import LOG2E, take
-from stillhouse.kernels.cpu_rows import FORWARD, REVERSE
+from stillhouse.kernels.cpu.labels import logit
+from stillhouse.kernels.cpu.lanes import LANES, fill, narrow, scaled_gap, store, top, total_wide, where
+from stillhouse.kernels.cpu.loops import added, no_sums
+from stillhouse.kernels.cpu.read import LOG2E, take
+from stillhouse.kernels.cpu.rows import FORWARD, REVERSE
+from stillhouse.kernels.series import LEAST_REST
 
 ABOVE_FLOOR = np.nextafter(FLOOR, f32(0.0))
 LITTLE = 1e-20  # of a row: below, exponentials of float32 relative to the row's maximum are not all there
-
-
-@njit
-def logit(address, dtype, j):
-    if dtype == 0:
-        return np.float64(f32_at(address)[j])
-    bits = u16_at(address)[j]
-    return np.float64(decode_bf16(bits)) if dtype == 1 else np.float64(decode_f16(bits))
 
 
 @njit
@@ -107,7 +97,7 @@ def entry_exponentials(logs, out, k, power, reference, mass):
     sums = no_sums(1)
     for i in range(0, k, LANES):
         a = take(logs, 0, i, k, False) - f32(reference)
-        x = smooth_exp2_of_product(a, high, low, least) * f32(1.0 / mass)
+        x = exp2_of_product(a, high, low, least) * f32(1.0 / mass)
         store(out + i * 4, x)
         sums = added(sums, (x,))
     return total_wide(sums[0])
@@ -173,5 +163,5 @@ def ghost_of_teacher(log_rest, log_t, k, v):
         return -np.inf, 0.0
     if not math.isnan(log_rest):
         return log_rest, math.exp(log_rest)
-    mass = max(1.0 - mass_of(log_t, k, 1.0, 0.0), 0.0)
-    return math.log(mass) if mass > 0.0 else -np.inf, mass
+    mass = 1.0 - mass_of(log_t, k, 1.0, 0.0)
+    return (math.log(mass), mass) if mass > LEAST_REST else (-np.inf, 0.0)

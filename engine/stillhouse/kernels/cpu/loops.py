@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from stillhouse.kernels.cpu_lanes import DOUBLES, LANES, VECTOR, lanes, wide_lanes
+from stillhouse.kernels.cpu.lanes import DOUBLES, LANES, VECTOR, lanes, wide_lanes
 
 CHUNK = 8 * LANES  # columns that are summed in float32, before float64 goes on
 

@@ -10,11 +10,10 @@ import ctypes
 import hashlib
 import importlib
 import importlib.metadata
+import logging
 import os
 import struct
 import sys
-import tempfile
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,34 +21,25 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 
+from stillhouse.kernels import cache
+
 BLOCK = 2048  # columns at a time, which are redone where a reference has to rise
-SOURCES = (
-    "series.py",
-    *(
-        f"cpu_{n}.py"
-        for n in (
-            "jit",
-            "lanes",
-            "loops",
-            "math",
-            "read",
-            "blocks",
-            "rows",
-            "dense",
-            "student",
-            "outcomes",
-            "sparse",
-        )
-    ),
-)
-ENTRIES = {"dense_rows": "cpu_dense", "sparse_rows": "cpu_sparse"}  # function and module
+# functions of a call's address, and their modules; those with a label term are compiled where one is asked for
+ENTRIES = {"dense": "dense", "dense_labels": "dense", "sparse": "sparse", "sparse_labels": "sparse"}
+# that this takes on two cores of 2024, one of them busy
+SECONDS = {"dense": 25, "dense_labels": 30, "sparse": 25, "sparse_labels": 30}
+_LOG = logging.getLogger("stillhouse.kernels")
 SYMBOL = "stillhouse_rows"
 WRAPPERS = ("create_cpython_wrapper", "create_cfunc_wrapper")  # of Numba's target
-# what every call begins with: the next share of the rows, the next part of the scratch, how many rows are done, the sum
-# of their losses (a float64), rows, threads, scratch, size, where the sum goes as a float32 (0: nowhere)
-NEXT, PART, DONE, TOTAL, ROWS, THREADS, SCRATCH, SIZE, LOSS = range(9)
-HEADER = 9
-_FLOAT = struct.Struct("=d")
+# what every call begins with: the next share of the rows, the next part of the scratch, how many rows are done, the sums
+# of both terms' losses (float64), rows, threads, scratch, size, where the sums go as float32 (0: nowhere). Then come the
+# call's integers, addresses too, and its floats
+NEXT, PART, DONE, TOTAL, _, ROWS, THREADS, SCRATCH, SIZE, LOSS = range(10)
+HEADER, INTEGERS, REALS = 10, 18, 8
+FLOATS = HEADER + INTEGERS
+_LAYOUT = struct.Struct(f"={FLOATS}q{REALS}d")
+_MEMORY = ctypes.c_char * _LAYOUT.size
+_TOTALS = struct.Struct("=2d")
 
 
 class Compiled:
@@ -68,38 +58,37 @@ class Compiled:
 def record(
     rows: int, threads: int, scratch: int, size: int, loss: int, integers: tuple[int, ...], floats: tuple[float, ...]
 ) -> ctypes.Array[ctypes.c_char]:  # fmt: skip
-    """A call in memory: the header, then int64 (addresses too), then float64."""
-    layout, memory = _layout(len(integers), len(floats))
-    return memory.from_buffer_copy(
-        layout.pack(0, 0, 0, 0, rows, threads, scratch, size, loss, *integers, *floats)
+    """A call in memory; what is left out of the integers and floats is 0."""
+    integers += (0,) * (INTEGERS - len(integers))
+    floats += (0.0,) * (REALS - len(floats))
+    return _MEMORY.from_buffer_copy(
+        _LAYOUT.pack(0, 0, 0, 0, 0, rows, threads, scratch, size, loss, *integers, *floats)
     )
 
 
-def total_of(call: ctypes.Array[ctypes.c_char]) -> float:
-    """The sum of the losses, once all rows are done."""
-    total: float = _FLOAT.unpack_from(call, 8 * TOTAL)[0]
-    return total
-
-
-@lru_cache(maxsize=8)
-def _layout(integers: int, floats: int) -> tuple[struct.Struct, type[ctypes.Array[ctypes.c_char]]]:
-    """Kept, since ctypes makes a new type where nobody holds on to the last one of that size."""
-    layout = struct.Struct(f"={HEADER + integers}q{floats}d")
-    return layout, ctypes.c_char * layout.size
+def totals_of(call: ctypes.Array[ctypes.c_char]) -> tuple[float, float]:
+    """The sums of both terms' losses, once all rows are done."""
+    totals: tuple[float, float] = _TOTALS.unpack_from(call, 8 * TOTAL)
+    return totals
 
 
 @lru_cache(maxsize=len(ENTRIES))
 def entry(name: str) -> Compiled:
     """The compiled function ``name``, from the cache or fresh."""
-    kept = f"stillhouse-{name}-{key()}.kernel"
-    for folder in folders():
-        code = _read(folder / kept)
-        if code is not None:
-            return _load(code)
-    code = _compile(name)
-    content = hashlib.sha256(code).hexdigest().encode() + b"\n" + code
-    any(_write_whole(folder / kept, content) for folder in folders())
+    code = cache.read(_file(name))
+    if code is None:
+        _LOG.warning(
+            "stillhouse compiles its CPU kernel '%s', once: about %d seconds (`stillhouse warmup` does it ahead)",
+            name,
+            SECONDS[name],
+        )
+        code = _compile(name)
+        cache.write(_file(name), code)
     return _load(code)
+
+
+def _file(name: str) -> str:
+    return f"cpu-{name}-{key()}.kernel"
 
 
 def key() -> str:
@@ -120,44 +109,26 @@ def key() -> str:
 def fingerprint() -> str:
     """A digest of the sources of the CPU kernels."""
     digest = hashlib.sha256()
-    for name in SOURCES:
-        digest.update(Path(__file__).with_name(name).read_bytes())
+    for path in sources():
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def folders() -> Iterator[Path]:
-    """Where compiled code is looked for, and kept in the first that can be written."""
-    if chosen := os.environ.get("NUMBA_CACHE_DIR"):
-        yield Path(chosen)
-        return
-    yield Path(__file__).with_name("__pycache__")
-    yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stillhouse" / "cpu"
-
-
-def _read(path: Path) -> bytes | None:
-    """Object code; None where there is none, or it is damaged: LLVM ends the process over such a one."""
-    try:
-        digest, code = path.read_bytes().split(b"\n", 1)
-    except (OSError, ValueError):
-        return None
-    return code if hashlib.sha256(code).hexdigest().encode() == digest else None
-
-
-def _write_whole(path: Path, content: bytes) -> bool:
-    """Under another name first: a process that looks meanwhile finds all of it or nothing."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        Path(temporary).replace(path)
-    except OSError:
-        return False
-    return True
+def sources() -> list[Path]:
+    """All that compiled code depends on."""
+    here = Path(__file__).parent
+    return [here.with_name("series.py"), *sorted(here.glob("*.py"))]
 
 
 def _compile(name: str) -> bytes:
     """Object code of a function of a call's address, as ``SYMBOL``; it needs nothing of Numba when it runs."""
+    module, machine = optimised(name)
+    code: bytes = machine.emit_object(module)
+    return code
+
+
+def optimised(name: str) -> tuple[llvm.ModuleRef, llvm.TargetMachine]:
+    """The LLVM module of such a function, and the machine that it is to be compiled for."""
     from numba import config, njit, types
     from numba.core import compiler
     from numba.core.compiler_lock import global_compiler_lock
@@ -168,7 +139,7 @@ def _compile(name: str) -> bytes:
             "stillhouse's CPU kernel: got NUMBA_DISABLE_JIT, and no kernel that was compiled before; expected to compile it. Fix: "
             "unset the variable, or pass backend='torch'."
         )
-    function = getattr(importlib.import_module(f"stillhouse.kernels.{ENTRIES[name]}"), name)
+    function = getattr(importlib.import_module(f"{__package__}.{ENTRIES[name]}"), name)
     dispatcher: Any = njit(error_model="numpy")(function)
     flags: Any = compiler.Flags()  # type: ignore[no-untyped-call]
     dispatcher.targetdescr.options.parse_as_flags(flags, dispatcher.targetoptions)
@@ -195,8 +166,7 @@ def _compile(name: str) -> bytes:
             for wrapper in WRAPPERS:
                 vars(target).pop(wrapper, None)
             _forget()
-        code: bytes = plain._codegen._tm.emit_object(plain._final_module)
-    return code
+    return plain._final_module, plain._codegen._tm
 
 
 def _codegen() -> Any:
@@ -245,10 +215,8 @@ def _forget() -> None:
     """
     from numba.core.dispatcher import Dispatcher
 
-    modules = [sys.modules.get(f"stillhouse.kernels.{Path(source).stem}") for source in SOURCES]
-    held: set[Any] = {
-        x for module in modules if module for x in vars(module).values() if isinstance(x, Dispatcher)
-    }
+    modules = [module for name, module in sys.modules.items() if name.startswith(__package__)]
+    held: set[Any] = {x for module in modules for x in vars(module).values() if isinstance(x, Dispatcher)}
     for dispatcher in held:
         dispatcher._make_finalizer()()
         dispatcher._reset_overloads()
@@ -292,7 +260,9 @@ def tuning() -> list[str]:
     It keeps to 256-bit vectors where wider ones once slowed the clock. From Ice Lake on (avx512vbmi2) they do not, and
     rows of a thousand logits take a fifth to a quarter less time with 512.
     """
-    return ["-prefer-256-bit"] if llvm.get_host_cpu_features().get("avx512vbmi2") else []
+    from stillhouse.kernels.cpu.lanes import features
+
+    return ["-prefer-256-bit"] if "+avx512vbmi2" in features() else []
 
 
 def _load(code: bytes) -> Compiled:

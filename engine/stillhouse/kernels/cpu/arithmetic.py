@@ -1,6 +1,6 @@
 """What Numba lacks for the CPU rows: pointers, fused multiply-add, reductions that may be reordered, exp2, log.
 
-What is made by ``floats`` takes a float32 or lanes of them (``root_of`` lanes alone), and so do the polynomials. No fastmath flag is used: it
+What is made by ``floats`` takes a float32 or lanes of them, and so do the polynomials. No fastmath flag is used: it
 would let LLVM assume that infinities do not occur, and undo the rounding trick in ``exp2``. A sum whose order
 does not matter says so itself (``reduce_add_wide``).
 """
@@ -18,15 +18,12 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from stillhouse.kernels import series
-from stillhouse.kernels.cpu_lanes import (
+from stillhouse.kernels.cpu.lanes import (
     F32,
     FLOAT,
     I16,
     I32,
     I64,
-    INTEGERS,
-    LANES,
-    VECTOR,
     call,
     constant,
     convert,
@@ -34,7 +31,6 @@ from stillhouse.kernels.cpu_lanes import (
     decode_f16_bits,
     encode_bf16_bits,
     encode_f16_bits,
-    features,
     floats,
     function,
     where,
@@ -75,7 +71,7 @@ def fetch_add(typingctx: Any, address: Any, value: Any) -> Any:
     return types.int64(types.int64, types.int64), codegen
 
 
-def _prefetch(to_write: int, level: int) -> Any:
+def _prefetch(to_write: int) -> Any:
     """Ask for the cache line of an address, soon to be used. Any address will do: one that is not mapped is no fault."""
 
     @intrinsic  # type: ignore[untyped-decorator]
@@ -83,16 +79,14 @@ def _prefetch(to_write: int, level: int) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
             called = function(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer.type, I32, I32, I32])
-            near = I32(4 - level)  # LLVM counts from the memory's side
-            builder.call(called, [pointer, I32(to_write), near, I32(1)])  # data
+            builder.call(called, [pointer, I32(to_write), I32(3), I32(1)])  # into all caches, data
 
         return types.void(types.int64), codegen
 
     return ask
 
 
-# into all caches, or the second-level one and those beyond it
-prefetch, prefetch_to_second, prefetch_to_write = _prefetch(0, 1), _prefetch(0, 2), _prefetch(1, 1)
+prefetch, prefetch_to_write = _prefetch(0), _prefetch(1)
 
 
 fma = floats(3, call("llvm.fma", 3))
@@ -144,7 +138,7 @@ def exp2(z):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)  # type: ignore[untyped-decorator]
-def smooth_exp2_of_product(a, k, k_low, least):  # type: ignore[no-untyped-def]
+def exp2_of_product(a, k, k_low, least):  # type: ignore[no-untyped-def]
     """2^(a (k + k_low)) of lanes without the rounding of the product, which is that of a large exponent.
 
     To 9e-8 relative. 0 for a below ``least``, which is LEAST / k.
@@ -152,48 +146,6 @@ def smooth_exp2_of_product(a, k, k_low, least):  # type: ignore[no-untyped-def]
     biased = fma(a, k, MAGIC)
     x = fma(a, k_low, fma(a, k, MAGIC - biased))
     return where(a < least, f32(0.0), exp2_of_rest(x) * shifted(biased))
-
-
-# Roots 2^((j + OFFSET) / 16) that float32 holds, found by search as S. Gal's accurate tables are (1986): to 2.0e-8 in root
-# mean square, 4.0e-8 at worst, and those of the largest exponentials of a row (j = 13, 14, 15 and 0) to 1.7e-9, since nearly flat rows
-# have few others, and what these are off by does not average out. Above 0, so that 2^LEAST has a root that is a normal number.
-OFFSET = 0.440751751
-ROOTS = [2.0 ** ((j + OFFSET) / LANES) for j in range(LANES)]
-# 2^((x - OFFSET) / 16) - 1 for |x| <= 1/2, lowest power first, to 2e-9: minimax
-BEYOND = tuple(f32(c) for c in (-0.018912976711, 0.042502356634, 0.000920666963176, 1.32940492855e-05))
-MAGIC_ROOT = f32(1.5 * 2**23 + 127 * LANES)
-
-
-def _root(builder: Any, args: Any) -> Any:
-    # a root's bits, less what j sixteenths come to where an exponent has its sixteenths
-    table = [int(f32(root).view(np.int32)) - (127 << 23) - (j << 19) for j, root in enumerate(ROOTS)]
-    bits = builder.bitcast(args[0], INTEGERS)
-    name = "llvm.x86.avx512.permvar.si.512"  # looks at the lowest four bits alone
-    looked_up = function(builder, name, INTEGERS, [INTEGERS, INTEGERS])
-    fraction = builder.call(looked_up, [ir.Constant(INTEGERS, table), bits])
-    return builder.bitcast(builder.add(builder.shl(bits, constant(I32, 19, bits)), fraction), VECTOR)
-
-
-# 2^((n + OFFSET) / 16), n the low mantissa bits of lanes that had MAGIC_ROOT added
-root_of = floats(1, _root)
-
-
-@njit(forceinline=True)  # type: ignore[untyped-decorator]
-def _exp2_by_root(a, k, k_low, least):  # type: ignore[no-untyped-def]
-    """As :func:`smooth_exp2_of_product`, to 1e-7, with seven multiplications, fused or not, for ten.
-
-    One register of AVX-512 holds all sixteen roots.
-    """
-    high, low = k * f32(LANES), k_low * f32(LANES)
-    biased = fma(a, high, MAGIC_ROOT)  # rounds to the nearest sixteenth
-    x = fma(a, low, fma(a, high, MAGIC_ROOT - biased))
-    beyond = fma(fma(fma(BEYOND[3], x, BEYOND[2]), x, BEYOND[1]), x, BEYOND[0])
-    root = root_of(biased)
-    return where(a < least, f32(0.0), fma(root, beyond, root))
-
-
-# as smooth_exp2_of_product, the quickest way
-exp2_of_product = _exp2_by_root if "+avx512f" in features() else smooth_exp2_of_product
 
 
 @njit(forceinline=True)  # type: ignore[untyped-decorator]

@@ -1,6 +1,6 @@
 """Threads for the CPU kernels: torch's own, where they can be had, and as many as torch uses.
 
-A call is a record in memory, of which each thread takes rows until none is left (``cpu_jit.record``). The threads are
+A call is a record in memory, of which each thread takes rows until none is left (``cpu.build.record``). The threads are
 those of the OpenMP runtime that torch is linked to. It keeps its threads spinning for some milliseconds after torch's
 own operators, so that others would share a core with them, and these are awake. A forked child must not enter a runtime
 whose threads it does not have; there, and where torch has no OpenMP with GNU's entry point, a pool of Python threads
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from stillhouse.kernels.cpu_jit import Compiled, record, total_of
+from stillhouse.kernels.cpu.build import Compiled, record, totals_of
 
 SERIAL = 32_768  # logits that one thread finishes sooner than a second one wakes
 LINE = 16  # float32 in a cache line
@@ -51,10 +51,10 @@ class Workers:
     def run(
         self, compiled: Compiled, rows: int, width: int, scratch: int, loss: int, integers: tuple[int, ...],
         floats: tuple[float, ...],
-    ) -> float:  # fmt: skip
-        """Call ``compiled`` over all rows, each thread with ``scratch`` float32; the sum of the losses, when all are done.
+    ) -> tuple[float, float]:  # fmt: skip
+        """Call ``compiled`` over all rows, each thread with ``scratch`` float32; the sums of both terms' losses, at the end.
 
-        It also goes to the address ``loss``, as a float32, unless that is 0.
+        They also go to the address ``loss``, as float32, unless that is 0.
         """
         threads = min(torch.get_num_threads(), rows) if rows * width > SERIAL else 1
         address, size = self._scratch(threads, scratch)
@@ -71,7 +71,7 @@ class Workers:
                 compiled(call)
             finally:
                 _wait_for(others)
-        return total_of(call)
+        return totals_of(call)
 
     def _scratch(self, threads: int, elements: int) -> tuple[int, int]:
         """Address of scratch memory that this Python thread keeps between calls, and bytes from one part to the next.
