@@ -156,6 +156,13 @@ class TestMetrics:
             step(step.run.student, batch)
         assert float(step.end_update()["halves.seen"]) == 14.0
 
+    def test_parts_that_never_came_are_forgotten_with_their_update(self):
+        step, given = step_of(), micros(3, 5)
+        step.begin_update(given)
+        step.begin_update(rows=4)
+        (batch,) = micros(5)
+        assert step.update.part(batch) is batch
+
     def test_an_update_that_failed_is_forgotten(self):
         step, given = step_of(), micros(3, 5)
         given[1] = replace(given[1], inputs=torch.zeros(5, 9))

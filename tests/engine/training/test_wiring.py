@@ -78,6 +78,17 @@ def test_a_trainer_that_accumulates_on_its_own_is_left_in_peace():
     trainer.update()
 
 
+def test_a_trainer_may_clear_right_before_the_backward_pass():
+    """So that gradients are looked at when the loss is differentiated, and not when it is made."""
+    trainer = Trainer()
+    for seed in range(3):
+        loss = trainer.step(trainer.models["student"], toys.rows(4, seed)).loss
+        trainer.optimizer.zero_grad()
+        loss.backward()
+        trainer.optimizer.step()
+        trainer.models["student"].zero_grad()
+
+
 def test_a_loss_that_is_not_differentiated_is_no_update():
     trainer = Trainer(trains=("student",))
     for _ in range(3):
