@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 DEV := $(VENV)/.ready-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-kit test-slow attack lint format examples bench build clean
+.PHONY: help setup run study test test-kit test-kernels test-slow attack lint format examples bench build clean
 
 help:  ## what can be done here
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
@@ -21,7 +21,7 @@ $(READY): pyproject.toml constraints.txt
 
 # The CUDA compiler's wheels are here because the kernels' machine code is tested without a GPU.
 $(DEV): $(READY)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[tasks,study,tensorboard,torchdistill,cuda]' --group dev
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[tasks,study,tensorboard,torchdistill,cuda,mlflow,wandb]' --group dev
 	touch $@
 
 run: $(READY)  ## the main job: hard labels, KD, KD on all inputs and SLD on MNIST-1D, 3 seeds, one table
@@ -32,6 +32,13 @@ test: $(DEV)  ## the test suite
 
 test-kit: $(DEV)  ## what a plugin's author does, beside the wheel in clean environments; every plugin's checks
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'slow and not gpu' tests/kit tests/packaging
+
+# As the processor is, and held to AVX2; the CUDA kernels' machine code (tests/ptx) does not depend on it.
+KERNELS := $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not gpu'
+AVX2 := ATEN_CPU_CAPABILITY=avx2 NUMBA_CPU_NAME=x86-64-v3 NUMBA_CPU_FEATURES=
+test-kernels: $(DEV)  ## the kernels' tests with the CUDA machine code's, then those of the CPU held to AVX2
+	$(KERNELS) tests/kernels tests/pitfalls tests/ptx
+	test "$$(uname -m)" != x86_64 || $(AVX2) $(KERNELS) tests/kernels tests/pitfalls
 
 test-slow: $(DEV)  ## the long tests: wheel in a clean environment, full sweeps
 	$(BIN)/python -m pytest -m 'slow and not gpu'
@@ -51,6 +58,9 @@ format: $(DEV)  ## format the sources
 
 examples: $(DEV)  ## run every example
 	for file in examples/*.py; do echo "$$file"; $(BIN)/python $$file || exit 1; done
+
+study: $(READY)  ## a small study of every method: tuning, seeds, report
+	$(BIN)/stillhouse study mnist1d --quick --resume
 
 bench: $(DEV)  ## what the engine and the kernels cost, side by side
 	$(BIN)/stillhouse bench overhead

@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from platformdirs import user_cache_dir
 
 # Before torch is imported, and inherited by every child process.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+_kernels = Path(user_cache_dir("stillhouse")) / "kernels"  # compiled once, and not in every session
+_kernels.mkdir(mode=0o700, parents=True, exist_ok=True)
 os.environ["STILLHOUSE_CACHE"] = tempfile.mkdtemp(prefix="stillhouse-test-cache-")
+(Path(os.environ["STILLHOUSE_CACHE"]) / "kernels").symlink_to(_kernels)
 os.environ.pop("STILLHOUSE_PLUGINS", None)
 os.environ["MPLBACKEND"] = "agg"
 # Helpers that tests of one folder lend to another's.

@@ -28,6 +28,7 @@ from stillhouse.api import (
     kept,
     wide,
 )
+from stillhouse_baselines.pooling import pooled, smaller
 
 
 class ATConfig(MethodConfig):
@@ -103,7 +104,6 @@ def _meet(own: Tensor, given: Tensor, name: str) -> tuple[Tensor, Tensor]:
             f"{name}: attention maps of shape {tuple(own.shape)} and {tuple(given.shape)}; expected as many axes of positions: "
             "pair other layers"
         )
-    size = [min(sizes) for sizes in zip(own.shape[1:], given.shape[1:], strict=True)]
-    pool = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[len(size) - 1]
-    first, second = (pool(x[:, None], size if len(size) > 1 else size[0])[:, 0] for x in (own, given))
-    return first, second
+    maps = own[:, None], given[:, None]
+    size = smaller(*maps)
+    return pooled(maps[0], size)[:, 0], pooled(maps[1], size)[:, 0]

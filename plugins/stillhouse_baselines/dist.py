@@ -75,5 +75,5 @@ class DIST(Method):
 
 def correlation(first: Tensor, second: Tensor) -> Tensor:
     """Pearson's correlation of each row ``(n, m)`` with its partner: ``(n,)``."""
-    centred: list[Tensor] = [x - x.mean(1, keepdim=True) for x in (first, second)]
-    return F.cosine_similarity(*centred, eps=torch.finfo(torch.float32).tiny ** 0.5)
+    first, second = (x - x.mean(1, keepdim=True) for x in (first, second))
+    return F.cosine_similarity(first, second, eps=torch.finfo(torch.float32).tiny ** 0.5)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ from stillhouse.api import (
     kept,
     wide,
 )
+from stillhouse_baselines.pooling import pooled
 
 
 class FitNetsConfig(MethodConfig):
@@ -68,13 +68,8 @@ class Regressor(nn.Module):
             return self.map(student), teacher
         if self.size is None:
             return self.map(student.flatten(1)), teacher.flatten(1)
-        student, teacher = (self._pooled(features).movedim(1, -1) for features in (student, teacher))
+        student, teacher = (pooled(features, self.size).movedim(1, -1) for features in (student, teacher))
         return self.map(student), teacher
-
-    def _pooled(self, features: Tensor) -> Tensor:
-        pool = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[features.dim() - 3]
-        pooled: Tensor = pool(features, self.size)
-        return pooled
 
 
 class FitNets(Method):

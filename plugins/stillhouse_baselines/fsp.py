@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ from stillhouse.api import (
     kept,
     wide,
 )
+from stillhouse_baselines.pooling import pooled, smaller
 
 
 class FSPConfig(MethodConfig):
@@ -111,9 +111,8 @@ def _meet(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
                 x.flatten(2).amax(-1, keepdim=True) if x.dim() > 2 else x for x in (first, second)
             )
         else:
-            size = [min(sizes) for sizes in zip(first.shape[2:], second.shape[2:], strict=True)]
-            pool = (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)[len(size) - 1]
-            first, second = (pool(x, size) for x in (first, second))
+            size = smaller(first, second)
+            first, second = (pooled(x, size, "max") for x in (first, second))
     first, second = (x[..., None] if x.dim() == 2 else x.flatten(2) for x in (first, second))
     return first, second
 

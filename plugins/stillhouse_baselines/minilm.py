@@ -145,7 +145,8 @@ class MiniLM(Method):
 
     def _relations(self, vectors: Tensor, mask: Tensor | None) -> Tensor:
         """Scores ``(B, heads, L, L)`` of ``(B, L, H)`` before the softmax; what is no token gets none."""
-        vectors = wide(kept(vectors, mask)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        vectors = wide(kept(vectors, mask))
+        vectors = vectors.reshape(*vectors.shape[:2], self.heads, -1).transpose(1, 2)
         scores = vectors @ vectors.transpose(-1, -2) / math.sqrt(vectors.shape[-1])
         return scores if mask is None else scores.masked_fill(~mask[:, None, None], -torch.inf)
 

@@ -29,6 +29,7 @@ from stillhouse.api import (
     Targets,
     hookimpl,
     label_loss,
+    soft_and_label_terms,
     soft_loss,
 )
 from stillhouse_hldm.history import History
@@ -171,14 +172,29 @@ class HLDM(Method):
     def loss_terms(
         self, student_out: StudentOut, targets: Targets, batch: Batch, info: StepInfo
     ) -> dict[str, LossTerm]:
-        found = {}
-        if "ce" in self._terms and targets.has_labels:
-            found["ce"] = LossTerm(label_loss(student_out.logits, targets, batch, info))
-        if "kd" in self._terms and targets.soft is not None:
-            found["kd"] = LossTerm(
-                soft_loss(student_out.logits, targets, batch, info, temperature=self.config.temperature)
+        logits, temperature = student_out.logits, self.config.temperature
+        labels = "ce" in self._terms and targets.has_labels
+        soft = "kd" in self._terms and targets.soft is not None
+        if labels and soft:
+            kd, ce = self._expected(info.caller)
+            both = soft_and_label_terms(
+                logits, targets, batch, info, temperature=temperature, soft_weight=kd, label_weight=ce
             )
+            return {"ce": LossTerm(both["ce"].value), "kd": LossTerm(both["kl"].value)}
+        found = {}
+        if labels:
+            found["ce"] = LossTerm(label_loss(logits, targets, batch, info))
+        if soft:
+            found["kd"] = LossTerm(soft_loss(logits, targets, batch, info, temperature=temperature))
         return found
+
+    def _expected(self, own: str) -> tuple[float, float]:
+        """The weights that ``combine_terms`` will give kd and ce, most likely: gradients of these come in one pass."""
+        names = (f"{own}.kd", f"{own}.ce")
+        if not set(names) <= set(self.weighting.names):
+            return 1.0, 1.0
+        kd, ce = self.weighting.weights(self.weighting.slots(names)).tolist()
+        return kd or 1.0, ce or 1.0
 
     @hookimpl
     def combine_terms(self, terms: dict[str, LossTerm], info: StepInfo) -> Mapping[str, LossTerm]:

@@ -7,6 +7,7 @@ et al. 2018, arXiv:1805.04770). The per-class choice of unlabelled rows is that 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -29,8 +30,8 @@ from stillhouse.api import (
     StepInfo,
     StudentOut,
     Targets,
-    cross_entropy,
     hookimpl,
+    soft_and_label_terms,
     soft_loss,
 )
 
@@ -116,16 +117,30 @@ class SLD(Method):
     def loss_terms(
         self, student_out: StudentOut, targets: Targets, batch: Batch, info: StepInfo
     ) -> dict[str, LossTerm]:
-        kl = soft_loss(student_out.logits, targets, batch, info, temperature=self.temperature)
         if info.stage.name != "target" or self.config.labels == "soft":
-            return {"kl": LossTerm(kl)}
-        # Every row has a label here, so the mean is over all rows that count.
+            return {
+                "kl": LossTerm(
+                    soft_loss(student_out.logits, targets, batch, info, temperature=self.temperature)
+                )
+            }
         # A class that the target has no output for can't be learned: the surest among the others then.
         labels = named = targets.dense[..., : student_out.logits.shape[-1]].argmax(-1)
         if self.config.labels == "actual":
             labels = self._actual(targets, named)
-        ce = cross_entropy(student_out.logits, labels, count=info.rows, mask=batch.mask)
-        return {"kl": LossTerm(kl, 0.5), "ce": LossTerm(ce, 0.5)}
+        probable = labels.is_floating_point()
+        own = replace(
+            targets, labels=None if probable else labels, probabilities=labels if probable else None
+        )
+        return soft_and_label_terms(
+            student_out.logits,
+            own,
+            batch,
+            info,
+            temperature=self.temperature,
+            soft_weight=0.5,
+            label_weight=0.5,
+            label_count=info.rows,  # every row has a label here
+        )
 
     @staticmethod
     def _actual(targets: Targets, named: Tensor) -> Tensor:

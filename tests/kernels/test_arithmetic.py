@@ -1,4 +1,4 @@
-"""The CPU kernels' exponentials, by themselves: of logits relative to a row's reference, by a table and by a polynomial."""
+"""The CPU kernels' exponentials, by themselves: of logits relative to a row's reference."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from stillhouse.kernels import cpu_math
-from stillhouse.kernels.cpu_lanes import features, load, store
-from stillhouse.kernels.cpu_math import LEAST, exp2
+from stillhouse.kernels.cpu.arithmetic import LEAST, exp2, exp2_of_product
+from stillhouse.kernels.cpu.lanes import load, store
 
 TEMPERATURES = [0.05, 0.7, 1.0, 2.0, 100.0]
-TABLE = "+avx512f" in features()  # has this processor the registers that hold it?
 
 
 def parts(temperature):
@@ -24,16 +22,12 @@ def parts(temperature):
     return high, np.float32(whole - high), whole
 
 
-@pytest.fixture(scope="module", params=["_exp2_by_root", "smooth_exp2_of_product"])
-def powers(request):
-    if request.param == "_exp2_by_root" and not TABLE:
-        pytest.skip("the table is looked up with AVX-512")
-    function = getattr(cpu_math, request.param)
-
+@pytest.fixture(scope="module")
+def powers():
     @numba.njit
     def over(count, a, out, k, k_low, least):
         for i in range(0, count, 16):
-            store(out + 4 * i, function(load(a + 4 * i), k, k_low, least))
+            store(out + 4 * i, exp2_of_product(load(a + 4 * i), k, k_low, least))
 
     def of(a, temperature):
         high, low, _ = parts(temperature)
@@ -42,11 +36,6 @@ def powers(request):
         return out
 
     return of
-
-
-def test_rows_take_the_table_where_there_is_one():
-    expected = cpu_math._exp2_by_root if TABLE else cpu_math.smooth_exp2_of_product
-    assert cpu_math.exp2_of_product is expected
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)

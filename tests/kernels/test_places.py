@@ -12,7 +12,8 @@ import torch
 from cases import DIVERGENCES
 
 from stillhouse.kernels import Sampled, TopK, cpu
-from stillhouse.kernels.workers import Workers
+from stillhouse.kernels.cpu.workers import Workers
+from stillhouse.kernels.targets import Labels
 
 ROWS, WIDTH, K = 200, 10, 4
 GAPS = (0, 1, 16, 24, 48, 64, 96, 160, 1024)  # float32 between neighbours in memory
@@ -66,10 +67,10 @@ def place_and_call(student, target, divergence, order, gap, need) -> bytes:
     return losses.numpy().tobytes() + gradient.numpy().tobytes()
 
 
-def call(student, target, divergence, gradient) -> torch.Tensor:
+def call(student, target, divergence, gradient, labels=None) -> torch.Tensor:
     return cpu.softmax_kl_fwd_bwd(
         student, target, temperature=4.0, divergence=divergence, beta=0.3, mask=None, scale=1 / ROWS,
-        out_grad=gradient,
+        out_grad=gradient, labels=labels, label_scale=1 / ROWS,
     )[0]  # fmt: skip
 
 
@@ -87,6 +88,11 @@ def test_nothing_beyond_a_row_is_touched(kind, dtype):
         mine, gradient = at_a_border(student), at_a_border(torch.empty_like(student))
         assert call(mine, target, "forward", gradient).isfinite().all()
         assert gradient.isfinite().all()
+        soft = at_a_border(torch.rand(3, width, generator=draw))
+        for labels in (Labels(torch.tensor([0, -100, width - 1]), None, 0.1), Labels(None, soft, 0.0)):
+            mine = at_a_border(student)
+            assert call(mine, target, "forward", mine, labels).isfinite().all()
+            assert mine.isfinite().all()
 
 
 def at_a_border(x: torch.Tensor) -> torch.Tensor:

@@ -319,7 +319,7 @@ def test_crds_memory_moves_once_an_update_and_not_in_evaluation():
     memory = made.plugins.plugins[0].method.memory
     before = memory.student.clone()
     with torch.no_grad():
-        made(made.run.student, given)
+        made(made.run.student, Batch(given.inputs, given.labels, given.ids + 10))
     parts = [given.part(slice(0, 3)), given.part(slice(3, 8))]
     made.begin_update(parts)
     for part in parts:

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 FIGURES = pytest.StashKey[list[str]]()
+
+
+def pytest_collection_modifyitems(items):
+    """Minutes of them, which ``make test`` leaves to ``make test-kernels``."""
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(here):
+            item.add_marker(pytest.mark.machine_code)
 
 
 @pytest.fixture

@@ -21,18 +21,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stillhouse.kernels import Sampled, TopK, explain, linear_softmax_kl, softmax_kl
+from stillhouse.kernels import (
+    Sampled,
+    TopK,
+    distillation_loss,
+    explain,
+    linear_distillation_loss,
+    linear_softmax_kl,
+    softmax_kl,
+)
 
 SHAPES = ("128x10", "4096x1000", "1024x32000", "256x151936")
 QUICK = ("128x10", "512x1000", "64x32000")
 LINEAR = (8192, 32000, 512)
 QUICK_LINEAR = (512, 4000, 128)
 TEMPERATURE = 2.0
+KD_TEMPERATURE, KD_WEIGHTS = 4.0, (0.9, 0.1)  # the defaults of the method kd
 NOISE = 0.1  # of logits, beside those of a student that has learnt
 SHORT = 1 << 22  # logits of a shape whose times are mostly what the caches and the allocator happen to hold
 MOST = 1 << 34  # logits of a shape: some 1 TB for all contenders together
 # whose floor is that of a top k; draws are as many as its entries
-AGAINST_TOP_K = ("fused top-k", "top-k in place", "fused sampled")
+AGAINST_TOP_K = ("fused top-k", "top-k in place", "fused sampled", "KD top-k")
 PICTURES = (".png", ".svg", ".pdf")
 Step = Callable[[], Any]
 
@@ -111,6 +120,7 @@ def main(args: argparse.Namespace) -> int:
         return 2
     rounds = args.rounds or (3 if args.quick else 9)
     backend, why = explain(device)
+    print(_machine(device))
     print(
         f"backend {backend} ({why}); torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads"
     )
@@ -132,10 +142,45 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def _machine(device: torch.device) -> str:
+    """The device's name, as it names itself; of a processor with what torch uses of it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    facts: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            facts.setdefault(key.strip(), value.strip())
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    family = f"family {facts['cpu family']} model {facts['model']}, " if "cpu family" in facts else ""
+    return f"{name} ({family}{torch.backends.cpu.get_cpu_capability()})"
+
+
 def _eager(student: Tensor, teacher: Tensor) -> Tensor:
     log_s = torch.log_softmax(student / TEMPERATURE, -1)
     log_t = torch.log_softmax(teacher / TEMPERATURE, -1)
     return torch.nn.functional.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * TEMPERATURE**2
+
+
+def _kd_eager(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """KD whole, as it is written by hand."""
+    log_s = torch.log_softmax(student / KD_TEMPERATURE, -1)
+    log_t = torch.log_softmax(teacher / KD_TEMPERATURE, -1)
+    kl = torch.nn.functional.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * KD_TEMPERATURE**2
+    return KD_WEIGHTS[0] * kl + KD_WEIGHTS[1] * torch.nn.functional.cross_entropy(student, labels)
+
+
+def _kd(student: Tensor, target: Any, labels: Tensor, **settings: Any) -> Tensor:
+    soft, label = distillation_loss(
+        student, target, labels, temperature=KD_TEMPERATURE, weights=KD_WEIGHTS, **settings
+    )
+    return KD_WEIGHTS[0] * soft + KD_WEIGHTS[1] * label
+
+
+def _kd_apart(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """The fused divergence, and torch's cross-entropy beside it."""
+    kl = softmax_kl(student, teacher, temperature=KD_TEMPERATURE)
+    return KD_WEIGHTS[0] * kl + KD_WEIGHTS[1] * torch.nn.functional.cross_entropy(student, labels)
 
 
 def _step(loss: Callable[[Tensor], Tensor], logits: Tensor) -> Step:
@@ -157,6 +202,11 @@ def _dense(rows: int, width: int, device: torch.device, rounds: int, *, compiled
     scratch, other = student.clone(), torch.empty_like(student)
     # a student that has learnt: its rows take the formulas that do not cancel, and longer
     close = teacher + NOISE * student
+    labels = torch.randint(width, (rows,), generator=generator).to(device)
+    kd_scratch, kd_top_k = (
+        student.clone(),
+        TopK.from_logits(teacher, min(64, width), temperature=KD_TEMPERATURE),
+    )
     half, half_teacher, half_scratch = student.bfloat16(), teacher.bfloat16(), student.bfloat16()
     k = min(64, width)
     top_k = TopK.from_logits(teacher, k, temperature=TEMPERATURE)
@@ -178,6 +228,11 @@ def _dense(rows: int, width: int, device: torch.device, rounds: int, *, compiled
         "fused top-k": _step(kernel(top_k), student),
         "top-k in place": _step(kernel(top_k, inplace=True), scratch),
         "fused sampled": _step(kernel(sampled), student),
+        "KD eager": _step(lambda s: _kd_eager(s, teacher, labels), student),
+        "KD apart": _step(lambda s: _kd_apart(s, teacher, labels), student),
+        "KD": _step(lambda s: _kd(s, teacher, labels), student),
+        "KD in place": _step(lambda s: _kd(s, teacher, labels, inplace=True), kd_scratch),
+        "KD top-k": _step(lambda s: _kd(s, kd_top_k, labels), student),
         "eager bf16": _step(lambda s: _eager(s, half_teacher), half),
         "fused bf16": _step(kernel(half_teacher), half),
         "bf16 in place": _step(kernel(half_teacher, inplace=True), half_scratch),
@@ -185,26 +240,39 @@ def _dense(rows: int, width: int, device: torch.device, rounds: int, *, compiled
     if compiled:
         program = torch.compile(_eager)
         contenders["compile"] = _step(lambda s: program(s, teacher), student)
+        whole = torch.compile(_kd_eager)
+        contenders["KD compile"] = _step(lambda s: whole(s, teacher, labels), student)
     liger = _liger(device)
     if liger is not None:
-        contenders["liger"] = _step(lambda s: liger(s, teacher), student)
+        contenders["liger"] = _step(lambda s: liger[0](s, teacher), student)
+        contenders["KD liger"] = _step(lambda s: liger[1](s, teacher, labels), student)
     return _measure(f"{rows}x{width}", contenders, device, rounds, inner=50 if rows * width < 10_000 else 1)
 
 
-def _liger(device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:
+def _liger(device: torch.device) -> tuple[Callable[..., Tensor], Callable[..., Tensor]] | None:
+    """Its divergence, and that with its cross-entropy; it runs on GPUs alone."""
     if device.type != "cuda":
         return None
     try:
-        from liger_kernel.transformers import LigerKLDIVLoss
+        from liger_kernel.transformers import LigerCrossEntropyLoss, LigerKLDIVLoss
     except ImportError:
         return None
-    loss = LigerKLDIVLoss(reduction="batchmean", log_target=True)
+    divergence, cross_entropy = (
+        LigerKLDIVLoss(reduction="batchmean", log_target=True),
+        LigerCrossEntropyLoss(),
+    )
 
-    def run(student: Tensor, teacher: Tensor) -> Tensor:
-        log_s, log_t = (torch.log_softmax(x / TEMPERATURE, -1) for x in (student, teacher))
-        return loss(log_s, log_t) * TEMPERATURE**2  # type: ignore[no-any-return]
+    def soft(student: Tensor, teacher: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+        log_s, log_t = (torch.log_softmax(x / temperature, -1) for x in (student, teacher))
+        kl: Tensor = divergence(log_s, log_t) * temperature**2
+        return kl
 
-    return run
+    def both(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        kl = soft(student, teacher, KD_TEMPERATURE)
+        whole: Tensor = KD_WEIGHTS[0] * kl + KD_WEIGHTS[1] * cross_entropy(student, labels)
+        return whole
+
+    return soft, both
 
 
 def _linear(rows: int, width: int, hidden: int, device: torch.device, rounds: int) -> dict[str, Any]:
@@ -212,6 +280,7 @@ def _linear(rows: int, width: int, hidden: int, device: torch.device, rounds: in
     states = torch.randn(rows, hidden, generator=generator).to(device).requires_grad_()
     weight = (torch.randn(width, hidden, generator=generator) / hidden**0.5).to(device).requires_grad_()
     teacher = torch.randn(rows, width, generator=generator).to(device)
+    labels = torch.randint(width, (rows,), generator=generator).to(device)
 
     def step(loss: Callable[[], Tensor]) -> Step:
         def run() -> None:
@@ -225,8 +294,18 @@ def _linear(rows: int, width: int, hidden: int, device: torch.device, rounds: in
         "eager": step(lambda: _eager(states @ weight.t(), teacher)),
         "fused": step(lambda: softmax_kl(states @ weight.t(), teacher, temperature=TEMPERATURE)),
         "linear fused": step(lambda: linear_softmax_kl(states, weight, teacher, temperature=TEMPERATURE)),
+        "KD eager": step(lambda: _kd_eager(states @ weight.t(), teacher, labels)),
+        "KD linear fused": step(lambda: _kd_linear(states, weight, teacher, labels)),
     }
     return _measure(f"linear {rows}x{width}x{hidden}", contenders, device, rounds, inner=1)
+
+
+def _kd_linear(states: Tensor, weight: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    soft, label = linear_distillation_loss(
+        states, weight, teacher, labels, temperature=KD_TEMPERATURE, weights=KD_WEIGHTS
+    )
+    whole: Tensor = KD_WEIGHTS[0] * soft + KD_WEIGHTS[1] * label
+    return whole
 
 
 def _measure(
@@ -299,11 +378,12 @@ def _print(result: dict[str, Any]) -> None:
         f"\n{result['shape']:<24}{'ms':>10}{'eager / it':>12}{'compile / it':>14}{'it / floor':>12}{'peak MiB':>10}"
     )
     for key, times in result["ms"].items():
-        against = "eager bf16" if "bf16" in key else "eager"
+        kind = "KD " if key.startswith("KD") else ""
+        against = "eager bf16" if "bf16" in key else f"{kind}eager"
         floor = "floor top-k" if key in AGAINST_TOP_K else "floor"
         cells = (
             _ratio(result, against, key),
-            None if "bf16" in key else _ratio(result, "compile", key),
+            None if "bf16" in key else _ratio(result, f"{kind}compile", key),
             None if "bf16" in key else _ratio(result, key, floor),
         )
         shown = "".join(

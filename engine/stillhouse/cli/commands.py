@@ -9,7 +9,6 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
-from stillhouse.errors import ConfigError
 from stillhouse.plugin import catalog
 
 
@@ -28,35 +27,6 @@ def run(options: argparse.Namespace) -> int:
         show(f"note: {warning}")
     print(f"{summary['steps']} updates, {summary['teacher_calls']} teacher calls, {summary['seconds']:.1f} s")
     print(f"see {Path(summary['dir']) / 'README.md'}")
-    return 0
-
-
-def compare(options: argparse.Namespace) -> int:
-    """Make every run with every seed and print one table."""
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    from stillhouse.config import read
-    from stillhouse.study.compare import compare as make
-    from stillhouse.study.compare import fair, table
-
-    names = [word for word in options.configs if "=" not in word]
-    overrides = [word for word in options.configs if "=" in word]
-    if not names:
-        raise ConfigError("compare: got only overrides; expected at least one config")
-    configs = [read(name, overrides) for name in names]
-    try:
-        seeds = [int(seed) for seed in options.seeds.split(",")]
-    except ValueError:
-        raise ConfigError(f"--seeds {options.seeds}: expected whole numbers, as in 0,1,2") from None
-    out = Path(options.out).expanduser()
-    rows = make(configs, seeds, out, overwrite=options.overwrite, resume=options.resume)
-    text = table(rows, seeds, fair(configs))
-    if sys.stdout.isatty():
-        Console().print(Markdown(text))
-    else:
-        print(f"\n{text}")
-    print(f"kept in {out / 'comparison.md'}")
     return 0
 
 
@@ -101,6 +71,20 @@ def bench_trainers(options: argparse.Namespace) -> int:
     from stillhouse.bench.trainers import main
 
     return main(options)
+
+
+def bench_labels(options: argparse.Namespace) -> int:
+    """Measure kept labels beside a bare memory map, hard labels and a teacher's forward."""
+    from stillhouse.bench.labels import main
+
+    return main(options)
+
+
+def warmup(options: argparse.Namespace) -> int:
+    """Compile what the first training would otherwise wait for."""
+    from stillhouse.kernels import warmup as make
+
+    return 0 if make(lambda line: print(line, flush=True)) else 1
 
 
 def doctor(options: argparse.Namespace) -> int:

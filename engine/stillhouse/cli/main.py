@@ -38,8 +38,13 @@ def parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--seeds", default="0,1,2", metavar="0,1,2", help="seeds, default 0,1,2")
     compare.add_argument("--out", default="runs/compare", metavar="DIR", help="default runs/compare")
+    compare.add_argument("--workers", type=int, metavar="N", help="runs at once, default as many as fit")
     _keeping(compare)
+    study, report = _study(commands)
 
+    from stillhouse.cli import label_commands
+
+    labelling = label_commands.add(commands)
     verify = commands.add_parser("verify", help="check every file of a run against its digest")
     verify.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
     verify.add_argument("--json", action="store_true", help="as JSON")
@@ -67,6 +72,8 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("--kernels", action="store_true", help="check the kernels on the devices at hand")
     doctor.add_argument("--json", action="store_true", help="as JSON")
 
+    commands.add_parser("warmup", help="compile the CPU kernels now, and keep them: for images and CI")
+
     bench = commands.add_parser("bench", help="measure, side by side in one run").add_subparsers(
         dest="bench_command", metavar="WHAT", required=True
     )
@@ -80,18 +87,60 @@ def parser() -> argparse.ArgumentParser:
     trainers.add_argument("--rounds", type=int, default=15, help="updates of each, taking turns, default 15")
     trainers.add_argument("--no-memory", action="store_true", help="leave out the peaks of memory")
     trainers.add_argument("--json", action="store_true", help="as JSON")
+    labels = bench.add_parser(
+        "labels", help="reading kept labels beside a bare memory map and a teacher's forward"
+    )
+    labels.add_argument("--json", action="store_true", help="as JSON")
+    labels.add_argument("--quick", action="store_true", help="reading alone, not training")
     kernels = bench.add_parser(
         "kernels", help="softmax-KL beside torch, and beside the memory floor", add_help=False
     )
     kernels.add_argument("rest", nargs=argparse.REMAINDER)
 
     main.add_argument("--debug", action="store_true", help="show tracebacks")
-    for command in (run, compare, verify, runs, plugins, show, doctor, overhead, trainers):
+    every = (
+        run,
+        compare,
+        study,
+        report,
+        verify,
+        runs,
+        *labelling,
+        plugins,
+        show,
+        doctor,
+        overhead,
+        trainers,
+        labels,
+    )
+    for command in every:
         # SUPPRESS: a default here would undo a --debug before the command.
         command.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks"
         )
     return main
+
+
+def _study(commands: Any) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    study = commands.add_parser("study", help="tune methods, run them on fresh seeds, and write a report")
+    study.add_argument("study", metavar="STUDY.yaml|NAME", help="a study's file, or a shipped study's name")
+    study.add_argument("--quick", action="store_true", help="as small as the study's key 'quick' says")
+    study.add_argument("--out", metavar="DIR", help="default runs/study-NAME")
+    where = study.add_mutually_exclusive_group()
+    where.add_argument("--workers", type=int, metavar="N", help="cells at once, default as many as fit")
+    where.add_argument("--ray", action="store_true", help="on the machines of a Ray cluster")
+    study.add_argument(
+        "--merge",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="take over finished cells from another machine",
+    )
+    _keeping(study)
+    report = commands.add_parser("report", help="write a study's report again, finished or not")
+    report.add_argument("dir", metavar="DIR")
+    report.add_argument("--out", metavar="DIR", help="default DIR")
+    return study, report
 
 
 def _plugin_verbs(plugins: argparse.ArgumentParser) -> None:
@@ -182,6 +231,10 @@ def _dispatch(options: argparse.Namespace) -> int:
     from stillhouse.cli import commands
 
     command = options.command
+    if command in ("label", "labels"):
+        from stillhouse.cli import label_commands
+
+        return label_commands.run(options)
     if command == "plugins":
         from stillhouse.cli import plugin_commands
 
@@ -190,6 +243,10 @@ def _dispatch(options: argparse.Namespace) -> int:
         from stillhouse.cli import run_commands
 
         return int(getattr(run_commands, command)(options))
+    if command in ("study", "compare", "report"):
+        from stillhouse.cli import study_commands
+
+        return int(getattr(study_commands, {"report": "write_report"}.get(command, command))(options))
     if command in ("bench", "config"):
         command += f"_{getattr(options, f'{command}_command')}"
     return int(getattr(commands, command)(options))

@@ -290,7 +290,7 @@ def _middle(run: RunContext, role: str) -> str:
     """The middle one of the modules without children and dropout."""
     model = run.teacher if role == TEACHER else run.models[role]
     assert model is not None
-    found = [
+    found: list[str] = [
         name
         for name, module in model.named_modules()
         if name and not list(module.children()) and not isinstance(module, _NO_LAYER)

@@ -19,7 +19,16 @@ from stillhouse.contract.context import StepInfo
 from stillhouse.contract.head import Head
 from stillhouse.contract.outputs import LossTerm, Targets
 from stillhouse.errors import ConfigError
-from stillhouse.kernels import Sampled, TeacherHead, TopK, linear_softmax_kl, softmax_kl
+from stillhouse.kernels import (
+    Sampled,
+    TeacherHead,
+    Terms,
+    TopK,
+    distillation_loss,
+    linear_distillation_loss,
+    linear_softmax_kl,
+    softmax_kl,
+)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, *, count: float, mask: Tensor | None = None) -> Tensor:
@@ -133,17 +142,74 @@ def soft_and_label_terms(
     temperature: float,
     soft_weight: float,
     label_weight: float,
+    label_count: float | None = None,
 ) -> dict[str, LossTerm]:
     """The two terms of most methods: ``kl``, the soft loss at T, and ``ce``, the loss on labels.
 
-    A term of weight 0 is left out, as is ``ce`` where there are no labels.
+    Class kinds make both in one pass over the logits. A term of weight 0 is left out, as is ``ce`` where there are no
+    labels.
+
+    label_count
+        What the loss on labels is divided by, where a method gives labels to rows that had none; default ``info.labelled``.
     """
+    labelled = info.labelled if label_count is None else label_count
+    labels = targets.labels if targets.probabilities is None else targets.probabilities
+    if soft_weight and label_weight and labels is not None and info.kind.labels == "classes":
+        both = _both(
+            logits,
+            targets.soft,
+            labels,
+            batch.mask,
+            temperature,
+            (soft_weight, label_weight),
+            info.rows,
+            labelled,
+        )
+        return {"kl": LossTerm(both.soft, soft_weight), "ce": LossTerm(both.label, label_weight)}
     terms = {}
     if soft_weight:
         terms["kl"] = LossTerm(soft_loss(logits, targets, batch, info, temperature=temperature), soft_weight)
-    if label_weight and targets.has_labels:
-        terms["ce"] = LossTerm(label_loss(logits, targets, batch, info), label_weight)
+    if label_weight and labels is not None:
+        counted = replace(info, labelled=labelled)
+        terms["ce"] = LossTerm(label_loss(logits, targets, batch, counted), label_weight)
     return terms
+
+
+def _both(
+    logits: Tensor,
+    target: Any,
+    labels: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    weights: tuple[float, float],
+    count: float,
+    labelled: float,
+) -> Terms:
+    """Both terms of class kinds; of a model's last layer only the rows that count, a few multiplied out at a time."""
+    settings: dict[str, Any] = {
+        "temperature": temperature,
+        "weights": weights,
+        "count": count,
+        "label_count": labelled,
+    }
+    if not isinstance(logits, Head) or logits.multiplied:
+        return distillation_loss(logits, target, labels, mask=mask, **settings)
+    if isinstance(target, Head):
+        target = TeacherHead(target.hidden, target.weight, target.bias)
+    hidden = logits.hidden
+    labels = labels.reshape(-1, labels.shape[-1]) if labels.is_floating_point() else labels.reshape(-1)
+    if mask is not None:
+        rows = mask.reshape(-1).nonzero()[:, 0]
+        hidden, target, labels = _of_rows(hidden, rows), _target_rows(target, rows), labels[rows]
+    else:
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        target = _target_rows(target, torch.arange(len(hidden), device=hidden.device))
+    if not hidden.numel():
+        return Terms(_nothing(logits), _nothing(logits))
+    found: Terms = linear_distillation_loss(
+        hidden, logits.weight, target, labels, bias=logits.bias, **settings
+    )
+    return found
 
 
 def _head_kl(head: Head, target: Any, mask: Tensor | None, count: float, temperature: float) -> Tensor:

@@ -7,11 +7,13 @@ in a format that has room for a word: a key of JSON, the metadata of safetensors
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 MARK = b"stillhouse-sha256:"
 ZEROS = b"0" * 64
 BLANK = (MARK + ZEROS).decode()
 """What to write where the digest is to stand."""
+_PART = 1 << 20
 
 
 def seal(content: bytes) -> bytes:
@@ -30,6 +32,22 @@ def check_seal(content: bytes) -> str:
         return "it holds no digest of itself"
     at = start + len(MARK)
     if content[at : at + len(ZEROS)] != _digest(content, at):
+        return "it was changed or damaged since it was written"
+    return ""
+
+
+def check_seal_of(path: Path) -> str:
+    """The same for a file whose digest stands in its first part, read a part at a time: it may be larger than memory."""
+    with path.open("rb") as file:
+        first = file.read(_PART)
+        start = first.find(MARK)
+        if start < 0:
+            return "it holds no digest of itself"
+        at = start + len(MARK)
+        found = hashlib.sha256(first[:at] + ZEROS + first[at + len(ZEROS) :])
+        while part := file.read(_PART):
+            found.update(part)
+    if first[at : at + len(ZEROS)] != found.hexdigest().encode():
         return "it was changed or damaged since it was written"
     return ""
 

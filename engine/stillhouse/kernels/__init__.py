@@ -4,10 +4,23 @@
 with the first call that uses them.
 """
 
-from stillhouse.kernels.backends import explain
-from stillhouse.kernels.linear import TeacherHead, linear_softmax_kl
-from stillhouse.kernels.loss import softmax_kl
+from stillhouse.kernels.backends import explain, warmup
+from stillhouse.kernels.linear import TeacherHead, linear_distillation_loss, linear_softmax_kl
+from stillhouse.kernels.loss import Terms, distillation_loss, softmax_kl
 from stillhouse.kernels.selfcheck import check
 from stillhouse.kernels.targets import Sampled, Target, TopK
 
-__all__ = ["Sampled", "Target", "TeacherHead", "TopK", "check", "explain", "linear_softmax_kl", "softmax_kl"]
+__all__ = [
+    "Sampled",
+    "Target",
+    "TeacherHead",
+    "Terms",
+    "TopK",
+    "check",
+    "distillation_loss",
+    "explain",
+    "linear_distillation_loss",
+    "linear_softmax_kl",
+    "softmax_kl",
+    "warmup",
+]

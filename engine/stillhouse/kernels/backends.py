@@ -1,7 +1,13 @@
-"""Which path computes: CUDA tensors the Numba-CUDA kernel, CPU tensors the Numba CPU kernel, else torch."""
+"""Which path computes: CUDA tensors the Numba-CUDA kernel, CPU tensors the Numba CPU kernel, else torch.
+
+What was not asked for by name falls back to torch where it can't be had, with one warning.
+"""
 
 from __future__ import annotations
 
+import time
+import warnings
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -12,11 +18,11 @@ from stillhouse.kernels.errors import fail
 BACKENDS = ("torch", "numba", "cuda")
 
 
-def choose(student: Tensor, backend: str | None) -> str:
-    """The backend for these logits; a named one is taken at its word or refused."""
+def choose(student: Tensor, backend: str | None, kernel: str = "dense") -> str:
+    """The backend for these logits; a named one is taken at its word or refused. ``kernel``: of the CPU, see ``cpu.build``."""
     device, dtype = student.device.type, student.dtype
     if backend is None:
-        return _default(device, dtype)
+        return _default(student, kernel)
     if backend not in BACKENDS:
         raise fail("backend", repr(backend), f"None or one of {', '.join(BACKENDS)}", "leave it at None")
     if backend == "torch":
@@ -37,12 +43,45 @@ def choose(student: Tensor, backend: str | None) -> str:
     return backend
 
 
-def _default(device: str, dtype: torch.dtype) -> str:
-    if dtype == torch.float64:
+def _default(student: Tensor, kernel: str) -> str:
+    device = student.device
+    if student.dtype == torch.float64:
         return "torch"
-    if device == "cpu":
-        return "numba"
-    return "cuda" if device == "cuda" and cuda_available()[0] else "torch"
+    if device.type == "cpu":
+        return "numba" if cpu_failure(kernel) is None else "torch"
+    if device.type != "cuda" or not cuda_available()[0]:
+        return "torch"
+    return (
+        "cuda"
+        if cuda_failure(torch.cuda.current_device() if device.index is None else device.index) is None
+        else "torch"
+    )
+
+
+@lru_cache(maxsize=8)
+def cpu_failure(kernel: str) -> str | None:
+    """Why this process has no such CPU kernel, warned about once; loads or compiles it the first time."""
+    try:
+        from stillhouse.kernels.cpu.build import entry
+
+        entry(kernel)
+    except Exception as error:  # noqa: BLE001 whatever a compiler throws, there is a way on
+        why = f"{type(error).__name__}: {error}"
+        _say_failed(why)
+        return why
+    return None
+
+
+@lru_cache(maxsize=8)
+def _say_failed(why: str) -> None:
+    """Once, also where several kernels fail for one reason."""
+    warnings.warn(
+        f"stillhouse's CPU kernels can't be compiled or loaded here, so torch computes in their place, several times slower: {why}. "
+        "Fix: install the numba that stillhouse was tested with (pip install -U stillhouse), or pass backend='torch' to be rid "
+        "of this warning",
+        RuntimeWarning,
+        stacklevel=6,
+    )
 
 
 @lru_cache(maxsize=1)
@@ -57,15 +96,72 @@ def cuda_available() -> tuple[bool, str]:
     return bool(available), str(why)
 
 
+PASSED = b"passed"
+
+
+@lru_cache(maxsize=64)
+def cuda_failure(device: int) -> str | None:
+    """Why the CUDA kernels are not used on this device, warned about once: they have to pass the self-check there first.
+
+    Its verdict is kept on disk, for this device, driver and version of the kernels.
+    """
+    from stillhouse.kernels import cache
+    from stillhouse.kernels.cuda import identity
+
+    name = f"cuda-check-{identity(device)}"
+    kept = cache.read(name)
+    if kept is None:
+        kept = _cuda_verdict(device)
+        cache.write(name, kept)
+    if kept == PASSED:
+        return None
+    why = kept.decode(errors="replace")
+    warnings.warn(
+        f"stillhouse's CUDA kernel is not used on device {device}, and torch computes in its place: its self-check there said "
+        f"'{why}'. Fix: update the driver and the extra 'cuda', then delete {cache.folder() / name}; `stillhouse doctor "
+        "--kernels` shows all of the check",
+        RuntimeWarning,
+        stacklevel=5,
+    )
+    return why
+
+
+def _cuda_verdict(device: int) -> bytes:
+    from stillhouse.kernels.selfcheck import check
+
+    try:
+        failed = [
+            f"{name}: {detail}" for name, passed, detail in check(f"cuda:{device}", "cuda") if not passed
+        ]
+    except Exception as error:  # noqa: BLE001 as above
+        failed = [f"{type(error).__name__}: {error}"]
+    return failed[0].encode() if failed else PASSED
+
+
+def warmup(say: Callable[[str], None]) -> bool:
+    """Load or compile every CPU kernel, and keep it on disk; ``say`` is told about each. False where one has failed."""
+    from stillhouse.kernels.cpu.build import ENTRIES
+
+    worked = True
+    for kernel in ENTRIES:
+        start = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # said below
+            why = cpu_failure(kernel)
+        worked = worked and why is None
+        say(f"{kernel}: {why or f'ready after {time.perf_counter() - start:.1f} s'}")
+    return worked
+
+
 def explain(device: str | torch.device) -> tuple[str, str]:
     """The backend in use for logits on ``device`` in float32 and 16-bit types, and why it is that one."""
     kind = torch.device(device).type
     if kind == "cpu":
-        from stillhouse.kernels.workers import openmp
+        from stillhouse.kernels.cpu.workers import openmp
 
         whose = "torch's own" if openmp() else "of a pool, since this torch has no GOMP_parallel"
         threads = f"{torch.get_num_threads()} threads, {whose}"
-        return "numba", f"CPU tensors: the Numba kernel, {threads}; float64 takes torch"
+        return "numba", f"CPU tensors: the Numba kernel, {threads}; float64 and small calls take torch"
     if kind == "cuda":
         available, why = cuda_available()
         return ("cuda", f"CUDA tensors: {why}") if available else ("torch", f"no CUDA kernel: {why}")

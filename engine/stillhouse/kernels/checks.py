@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from stillhouse.kernels.errors import fail
-from stillhouse.kernels.targets import Sampled, Target, TopK
+from stillhouse.kernels.series import NO_LABEL
+from stillhouse.kernels.targets import Labels, Sampled, Target, TopK
 
 DIVERGENCES = ("forward", "reverse", "jsd")
 REDUCTIONS = ("mean", "sum", "none")
@@ -125,6 +126,51 @@ def check_mask(student: Tensor, mask: Tensor) -> None:
             "mask shape", tuple(mask.shape), f"{rows}, the student's without the last", "one entry for a row"
         )
     _same_device("mask", student, mask)
+
+
+def check_labels(student: Tensor, labels: Tensor, smoothing: float, weights: object, count: object) -> None:
+    """Refuse labels that do not belong to these student logits (..., V), and settings of the label term without meaning."""
+    rows = tuple(student.shape[:-1])
+    if not isinstance(labels, Tensor) or not (labels.dtype == torch.int64 or labels.is_floating_point()):
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise fail("labels dtype", got, "torch.int64 or probabilities", "call .long() on class indices")
+    expected = tuple(student.shape) if labels.is_floating_point() else rows
+    if tuple(labels.shape) != expected:
+        what = "probabilities of all V entries" if labels.is_floating_point() else "a class index for a row"
+        raise fail("labels shape", tuple(labels.shape), f"{expected}: {what}", "align them with the logits")
+    _same_device("labels", student, labels)
+    if not _is_real(smoothing) or not 0 <= smoothing < 1:
+        raise fail("label_smoothing", repr(smoothing), "a number from 0 up to 1", "pass 0.0 for none")
+    if not isinstance(weights, (tuple, list)) or len(weights) != 2 or not all(map(_is_weight, weights)):
+        raise fail("weights", repr(weights), "two finite numbers, 0 or more", "pass (soft, label)")
+    if count is not None:
+        _check_count(count, "mean")
+
+
+def _is_weight(value: object) -> bool:
+    return _is_real(value) and 0 <= float(value) < math.inf
+
+
+def check_label_values(labels: Labels, width: int, mask: Tensor | None) -> None:
+    """Refuse class indices that are none of the V entries and not ``NO_LABEL``, and negative probabilities."""
+    if labels.indices is not None:
+        wrong = (labels.indices != NO_LABEL) & ((labels.indices < 0) | (labels.indices >= width))
+    else:
+        assert labels.probabilities is not None
+        wrong = ~(labels.probabilities >= 0).all(-1)
+    wrong = wrong if mask is None else wrong & mask
+    if bool(wrong.any()):
+        raise label_error(labels, int(wrong.nonzero()[0, 0]), width)
+
+
+def label_error(labels: Labels, row: int, width: int) -> ValueError:
+    """The refusal of a row's label."""
+    if labels.indices is None:
+        return fail(
+            "labels", f"a negative probability or NaN in row {row}", "probabilities of 0 or more", "mask the row out"
+        )  # fmt: skip
+    got = f"{int(labels.indices[row])} in row {row}"
+    return fail("labels", got, f"0 to {width - 1}, or {NO_LABEL} for none", "remap the classes")
 
 
 def check_inplace(student: Tensor) -> None:
@@ -308,6 +354,14 @@ def checked(total: float, rows: Tensor, what: str = "logits") -> None:
             f"target indices: got one outside the student's entries in row {row} of a trusted target; expected 0 to"
             " V - 1. Fix: drop trusted=True to see which, and remap it."
         )
+
+
+def checked_labels(total: float, rows: Tensor, labels: Labels, width: int) -> None:
+    """Refuse label terms (N,) of which one is not a number, or reports an index out of range."""
+    if not math.isnan(total) and total != -math.inf:
+        return
+    row = int((rows.isnan() | (rows == -math.inf)).nonzero()[0, 0])
+    raise label_error(labels, row, width)
 
 
 def _nan_error(rows: Tensor, what: str) -> ValueError:

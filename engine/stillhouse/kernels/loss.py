@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from stillhouse.kernels import backends, ops, reference
+from stillhouse.kernels import backends, ops, reference, small, two_terms
 from stillhouse.kernels.checks import (
     check_floating,
     check_inplace,
+    check_label_values,
+    check_labels,
     check_settings,
     check_target,
     check_values,
     checked,
 )
-from stillhouse.kernels.targets import Sampled, Target, TopK
+from stillhouse.kernels.series import NO_LABEL
+from stillhouse.kernels.targets import Labels, Sampled, Target, TopK
 
 Divergence = Literal["forward", "reverse", "jsd"]
 Reduction = Literal["mean", "sum", "none"]
@@ -73,12 +76,17 @@ def softmax_kl(
     check_target(student_logits, target, mask, temperature, divergence)
     if inplace:
         check_inplace(student_logits)
-    chosen = backends.choose(student_logits, backend)
+    chosen = choose(student_logits, target, divergence, backend)
     student, flat, flat_mask = flatten(student_logits, target, mask, chosen)
     if not torch.compiler.is_compiling():
         check_values(flat, student.shape[-1], flat_mask, chosen)
     per_row = reduction == "none"
-    if chosen == "torch":
+    if chosen == "small":
+        assert isinstance(flat, Tensor)
+        loss = reduce(
+            small.rows_of(student, flat, None, temperature, flat_mask)[0], flat_mask, reduction, count
+        )
+    elif chosen == "torch":
         rows = reference.softmax_kl_rows(student, flat, temperature, divergence, beta, flat_mask)
         if student.device.type == "cpu" and not torch.compiler.is_compiling():
             checked(rows.detach().sum().item(), rows)
@@ -87,10 +95,155 @@ def softmax_kl(
         if reduction == "sum":
             count = 1
         elif count is None:
-            count = student.shape[0] if flat_mask is None else flat_mask.sum()
+            count = rows_of(student, flat_mask)
         fixed = ops.arguments(flat, flat_mask, count, temperature, divergence, beta, per_row)
         loss = ops.softmax_kl(student, fixed, inplace)
     return loss.reshape(student_logits.shape[:-1]) if per_row and student_logits.dim() != 2 else loss
+
+
+class Terms(NamedTuple):
+    """The two terms of :func:`distillation_loss`: 0-d tensors, neither multiplied by its weight."""
+
+    soft: Tensor
+    label: Tensor
+
+
+def distillation_loss(
+    student_logits: Tensor,
+    target: Target,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    weights: tuple[float, float] = (1.0, 1.0),
+    divergence: Divergence = "forward",
+    beta: float = 0.5,
+    label_smoothing: float = 0.0,
+    mask: Tensor | None = None,
+    count: float | Tensor | None = None,
+    label_count: float | Tensor | None = None,
+    inplace: bool = False,
+    backend: str | None = None,
+) -> Terms:
+    """The divergence from a teacher at T, as of :func:`softmax_kl`, and the cross-entropy with labels at 1, in one pass.
+
+    With ``weights`` (a, b) a row's loss is a T^2 KL(t || s) + b CE(y, softmax(student)), and its gradient
+    a T (s_T - t_T) + b (s_1 - y): eq. 1 and section 2 of Hinton et al. 2015, arXiv:1503.02531.
+
+    Args:
+        student_logits: (..., V), as for :func:`softmax_kl`.
+        target: the teacher's side, as for :func:`softmax_kl`.
+        labels: class indices (...) int64, -100 where a row has none; or probabilities (..., V), of zeros alone where it has none.
+        temperature: T, of the first term alone.
+        weights: what the caller multiplies the terms by. The gradient of that sum (or a multiple) is made with the terms. One of
+            another combination is right as well and takes a pass of its own, which needs the logits: with ``inplace``
+            it raises RuntimeError instead.
+        divergence: of the first term.
+        beta: of a ``jsd``.
+        label_smoothing: the share of every label that goes to all V entries alike, 0 <= share < 1.
+        mask: (...) bool, True where a row counts in either term.
+        count: what the first term is divided by; by default the valid rows of this call.
+        label_count: what the second one is divided by; by default the valid rows that have a label.
+        inplace: as for :func:`softmax_kl`.
+        backend: as for :func:`softmax_kl`. On CUDA the second term takes a pass of its own.
+
+    Returns:
+        Both terms, each divided by its count; 0 where that is 0. float32, or float64 for float64 logits.
+
+    Raises:
+        ValueError: as :func:`softmax_kl`, and for labels, weights and smoothing without meaning. On a GPU labels are not looked at.
+    """
+    check_settings(temperature, divergence, beta, "mean", count)
+    check_floating("student_logits", student_logits)
+    check_target(student_logits, target, mask, temperature, divergence)
+    check_labels(student_logits, labels, label_smoothing, weights, label_count)
+    if inplace:
+        check_inplace(student_logits)
+    chosen = choose(student_logits, target, divergence, backend, labels=True)
+    student, flat, flat_mask = flatten(student_logits, target, mask, chosen)
+    y = flat_labels(labels, label_smoothing)
+    count = rows_of(student, flat_mask) if count is None else count
+    if label_count is None:
+        label_count = labelled_rows_of(y, flat_mask)
+    if chosen == "small":
+        assert isinstance(flat, Tensor)
+        rows = small.rows_of(student, flat, y, temperature, flat_mask)
+        return Terms(reduce(rows[0], None, "mean", count), reduce(rows[1], None, "mean", label_count))
+    if chosen == "numba" and fits_one_pass(student.shape[1], flat, divergence):
+        check_values(flat, student.shape[1], flat_mask, chosen)
+        settings = two_terms.Settings(
+            flat, y, flat_mask, temperature, divergence, beta, (float(weights[0]), float(weights[1])),
+            ops.number(count), ops.number(label_count),
+        )  # fmt: skip
+        return Terms(*two_terms.both(student, settings, inplace))
+    soft = softmax_kl(
+        student, flat, temperature=temperature, divergence=divergence, beta=beta, mask=flat_mask, count=count,
+        backend=chosen,
+    )  # fmt: skip
+    return Terms(soft, label_term(student, y, flat_mask, label_count, chosen))
+
+
+def choose(
+    student: Tensor,
+    target: Target,
+    divergence: str,
+    backend: str | None,
+    *,
+    labels: bool = False,
+    small_too: bool = True,
+) -> str:
+    """The backend of a call; ``small`` for one that needs no kernel."""
+    if backend is None and student.device.type == "cpu" and student.dtype != torch.float64:
+        if small_too and small.suits(student, target, divergence):
+            return "small"
+        kernel = "dense" if isinstance(target, Tensor) else "sparse"
+        one_pass = labels and fits_one_pass(student.shape[-1], target, divergence)
+        return backends.choose(student, backend, f"{kernel}_labels" if one_pass else kernel)
+    return backends.choose(student, backend)
+
+
+def flat_labels(labels: Tensor, smoothing: float) -> Labels:
+    """Labels with their rows in one dimension."""
+    if labels.is_floating_point():
+        return Labels(None, labels.detach().reshape(-1, labels.shape[-1]), float(smoothing))
+    return Labels(labels.reshape(-1), None, float(smoothing))
+
+
+def fits_one_pass(width: int, target: Target, divergence: str) -> bool:
+    """Does the CPU kernel have this form with a label term? Not where the student is restricted to a part of its entries.
+
+    Nor while torch traces or transforms the call: the operator ``softmax_kl`` is known there.
+    """
+    if torch.compiler.is_compiling() or ops.is_transformed():
+        return False
+    if divergence != "reverse":
+        return True
+    if isinstance(target, Tensor):
+        return target.shape[1] >= width
+    return isinstance(target, TopK) and target.rest == "ghost"
+
+
+def label_term(
+    student: Tensor, labels: Labels, mask: Tensor | None, count: float | Tensor, backend: str
+) -> Tensor:
+    """The label term by itself: by the kernel for sampled labels where it is one of these, else by the specification."""
+    if student.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_label_values(labels, student.shape[1], mask)
+    if labels.indices is None or labels.smoothing or backend == "torch":
+        return reduce(reference.label_rows(student, labels, mask), None, "mean", count)
+    has = labels.indices != NO_LABEL
+    ones = torch.ones(len(has), 1, dtype=torch.float32, device=has.device)
+    sample = Sampled(torch.where(has, labels.indices, 0)[:, None], ones, trusted=True)
+    return softmax_kl(student, sample, mask=has if mask is None else has & mask, count=count, backend=backend)
+
+
+def labelled_rows_of(labels: Labels, mask: Tensor | None) -> Tensor:
+    """How many rows have a label and are not masked."""
+    return (labels.present() if mask is None else labels.present() & mask).sum()
+
+
+def rows_of(student: Tensor, mask: Tensor | None) -> int | Tensor:
+    """How many rows are not masked."""
+    return student.shape[0] if mask is None else mask.sum()
 
 
 def flatten(

@@ -8,7 +8,7 @@ The gradient is computed with the loss, in one go over the logits, and kept for 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -77,36 +77,44 @@ def _compute(student: Tensor, arguments: Arguments, out: Tensor | None) -> Tenso
         "temperature": temperature, "divergence": divergence, "beta": beta, "mask": mask, "out_grad": out,
     }  # fmt: skip
     if student.is_cuda:
-        factor: Any = 1.0 if per_row else _reciprocal(divisor)
+        factor: Any = 1.0 if per_row else reciprocal(divisor)
         if count is not None and not per_row:
-            factor = _reciprocal(count).to(device=student.device, dtype=torch.float32)
+            factor = reciprocal(count).to(device=student.device, dtype=torch.float32)
         rows_of = _within(_cuda_rows) if restricted else _cuda_rows
         rows = rows_of(student, against, scale=1.0 if late else factor, **settings)
         return rows if per_row else rows.sum() * factor
     if count is not None:
-        divisor = count.item()
-        check_count_value(divisor)
+        divisor = number(count)
     if look:
         check_values(against, student.shape[1], mask)
-    factor = 1.0 if per_row else _reciprocal(divisor)
+    factor = 1.0 if per_row else reciprocal(divisor)
     settings |= {"scale": 1.0 if late else factor, "loss_scale": factor or 1.0}
     loss = None if per_row else student.new_empty((), dtype=torch.float32)
     if restricted:
-        rows = _within(lambda *of, **how: _cpu().softmax_kl_fwd_bwd(*of, **how)[0])(
+        rows = _within(lambda *of, **how: cpu().softmax_kl_fwd_bwd(*of, **how)[0][0])(
             student, against, **settings
         )
         total = rows.sum().item()
         if loss is not None:
             loss.fill_(total)
     else:
-        rows, total = _cpu().softmax_kl_fwd_bwd(student, against, loss=loss, **settings)
-    checked(total, rows, "logits at the k entries" if restricted else "logits")
+        rows, (total, _) = cpu().softmax_kl_fwd_bwd(student, against, loss=loss, **settings)
+    checked(
+        total, rows[0] if rows.dim() == 2 else rows, "logits at the k entries" if restricted else "logits"
+    )
     if loss is None:
-        return rows
+        return rows[0] if rows.dim() == 2 else rows
     return loss if factor else loss.zero_()
 
 
-def _reciprocal(count: Any) -> Any:
+def number(count: Any) -> float:
+    """A count that may be a tensor on the CPU."""
+    value = count.item() if isinstance(count, Tensor) else float(count)
+    check_count_value(value)
+    return float(value)
+
+
+def reciprocal(count: Any) -> Any:
     """1 / count; 0 for no valid row at all."""
     if isinstance(count, Tensor):
         return torch.where(count > 0, 1.0 / count, 0.0)
@@ -114,10 +122,10 @@ def _reciprocal(count: Any) -> Any:
 
 
 @lru_cache(maxsize=1)
-def _cpu() -> Any:
-    from stillhouse.kernels import cpu  # loads or compiles the kernels: not before they are used
+def cpu() -> Any:
+    from stillhouse.kernels import cpu as backend  # loads or compiles the kernels: not before they are used
 
-    return cpu
+    return backend
 
 
 def _cuda_rows(student: Tensor, target: Target, *, out_grad: Tensor | None, **settings: Any) -> Tensor:
@@ -205,11 +213,11 @@ def softmax_kl(student: Tensor, arguments: Arguments, inplace: bool) -> Tensor:
     if not (torch.is_grad_enabled() and student.requires_grad):
         loss: Tensor = torch.ops.stillhouse.softmax_kl.default(student, *arguments, False)[0]
         return loss
-    inplace = inplace and not torch.compiler.is_compiling() and _overwritable(student, arguments)
+    inplace = inplace and not torch.compiler.is_compiling() and overwritable(student, arguments)
     return _SoftmaxKL.apply(student, arguments, inplace)[0]  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _overwritable(student: Tensor, arguments: Arguments) -> bool:
+def overwritable(student: Tensor, arguments: Sequence[Any]) -> bool:
     """Is a row of the student its own memory, which no other row, target or mask is read from?"""
     first, last = _span(student)
     others = (_span(x) for x in arguments if isinstance(x, Tensor) and x.device == student.device)
@@ -230,12 +238,12 @@ def _span(x: Tensor) -> tuple[int, int]:
 
 def is_constant(x: Tensor | None) -> bool:
     """Is there surely nothing to detach ``x`` from, be it for backward, for forward mode or for torch.func?"""
-    return x is None or not (
-        x.requires_grad
-        or torch.compiler.is_compiling()
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-    )
+    return x is None or not (x.requires_grad or torch.compiler.is_compiling() or is_transformed())
+
+
+def is_transformed() -> bool:
+    """Is the call inside of forward mode or of torch.func?"""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def refuse_forward_mode(*inputs: Tensor | None) -> None:
@@ -274,7 +282,7 @@ class _SoftmaxKL(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor, None, None]:  # type: ignore[override]
         gradient, anchor = ctx.saved_tensors
         if ctx.divisor is not None:
-            upstream = upstream * _reciprocal(ctx.divisor)
+            upstream = upstream * reciprocal(ctx.divisor)
         if torch.compiler.is_compiling():
             return _scaled(gradient, upstream), None, None
         gradient = scaled_in_place(gradient, upstream)

@@ -18,7 +18,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from stillhouse.kernels.targets import Sampled, Target, TopK
+from stillhouse.kernels.normalise import log_softmax, scaled
+from stillhouse.kernels.series import LEAST_REST
+from stillhouse.kernels.targets import Labels, Sampled, Target, TopK
 
 NEG_INF = float("-inf")
 
@@ -36,7 +38,7 @@ def softmax_kl_rows(
         student = torch.where(mask[:, None], student, 0)
         target = _mask_target(target, mask)
     if isinstance(target, Sampled):
-        log_s = _log_softmax(student, temperature).gather(-1, target.indices)
+        log_s = log_softmax(student, temperature).gather(-1, target.indices)
         rows = -torch.where(target.weights > 0, target.weights * log_s, 0).sum(-1)  # 0 times -inf is NaN
     elif isinstance(target, TopK):
         rows = _divergence(*_top_k_outcomes(student, target, temperature, divergence), divergence, beta)
@@ -44,6 +46,25 @@ def softmax_kl_rows(
         rows = _divergence(*_aligned(student, target, temperature, divergence), divergence, beta)
     rows = rows * temperature**2
     return rows if mask is None else torch.where(mask, rows, 0)
+
+
+def label_rows(student: Tensor, labels: Labels, mask: Tensor | None = None) -> Tensor:
+    """Cross-entropy of each row's label with softmax(student), (N,): -sum_j y_j log s_j.
+
+    y is the label's entry, or its probabilities, less ``smoothing`` of it, which goes to all V entries alike (Szegedy et al. 2016,
+    arXiv:1512.00567, section 7). 0, with gradient 0, for a row without label, and where ``mask`` (N,) is False.
+    """
+    keep = labels.present()
+    keep = keep if mask is None else keep & mask
+    log_s = log_softmax(torch.where(keep[:, None], student, 0))  # what other rows hold reaches nothing
+    if labels.probabilities is not None:
+        y = torch.where(keep[:, None], labels.probabilities, 0).to(log_s.dtype)
+        rows = -torch.where(y != 0, y * log_s, 0).sum(-1)  # 0 times -inf is NaN
+    elif labels.indices is not None:
+        rows = -log_s.gather(-1, torch.where(keep, labels.indices, 0)[:, None])[:, 0]
+    if labels.smoothing:
+        rows = (1 - labels.smoothing) * rows - labels.smoothing * log_s.mean(-1)
+    return torch.where(keep, rows, 0)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -83,14 +104,6 @@ def _divergence(log_s: Tensor, log_t: Tensor, divergence: str, beta: float) -> T
     return _jsd(log_t, log_s, beta)  # beta KL(t || m) + (1 - beta) KL(s || m), m = beta t + (1 - beta) s
 
 
-def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    return (logits if logits.dtype == torch.float64 else logits.float()) / temperature
-
-
-def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    return torch.log_softmax(_scaled(logits, temperature), dim=-1)
-
-
 def _aligned(student: Tensor, teacher: Tensor, temperature: float, divergence: str) -> tuple[Tensor, Tensor]:
     shared = min(student.shape[-1], teacher.shape[-1])
     if divergence == "forward":
@@ -98,7 +111,7 @@ def _aligned(student: Tensor, teacher: Tensor, temperature: float, divergence: s
     elif divergence == "reverse":
         student = student[:, :shared]
     width = max(student.shape[-1], teacher.shape[-1])
-    log_s, log_t = (_log_softmax(logits, temperature) for logits in (student, teacher))
+    log_s, log_t = (log_softmax(logits, temperature) for logits in (student, teacher))
     pad = torch.nn.functional.pad
     return pad(log_s, (0, width - log_s.shape[-1]), value=NEG_INF), pad(
         log_t, (0, width - log_t.shape[-1]), value=NEG_INF
@@ -111,14 +124,14 @@ def _top_k_outcomes(
     """Log-probabilities over the k entries and, as one more outcome, everything else: (N, k + 1) each."""
     log_t = top_k_at(target, temperature)
     if target.rest == "renormalise" and divergence == "reverse":
-        return _log_softmax(student.gather(-1, target.indices), temperature), log_t
-    log_s = _log_softmax(student, temperature)
+        return log_softmax(student.gather(-1, target.indices), temperature), log_t
+    log_s = log_softmax(student, temperature)
     kept = log_s.gather(-1, target.indices)
     if kept.shape[-1] == log_s.shape[-1]:
         return kept, log_t
     others = log_s.scatter(-1, target.indices, NEG_INF)
     none = (others == NEG_INF).all(-1, keepdim=True)  # whose logsumexp has the gradient NaN
-    nothing = NEG_INF - _scaled(student, temperature).logsumexp(-1, keepdim=True)  # and this the normaliser's
+    nothing = NEG_INF - scaled(student, temperature).logsumexp(-1, keepdim=True)  # and this the normaliser's
     others = torch.where(none, nothing, torch.where(none, 0, others).logsumexp(-1, keepdim=True))
     return torch.cat([kept, others], -1), torch.cat([log_t, _log_rest(target, log_t)], -1)
 
@@ -127,7 +140,7 @@ def top_k_at(target: TopK, temperature: float) -> Tensor:
     """The k log-probabilities at the temperature of the call; renormalised where the target asks for it."""
     log_t = target.log_probs if target.log_probs.dtype == torch.float64 else target.log_probs.float()
     if target.rest == "renormalise":
-        log_t = torch.log_softmax(log_t * (target.temperature / temperature), dim=-1)
+        log_t = log_softmax(log_t * (target.temperature / temperature))
     return log_t
 
 
@@ -136,8 +149,13 @@ def _log_rest(target: TopK, log_t: Tensor) -> Tensor:
         return torch.full_like(log_t[:, :1], NEG_INF)
     if target.log_rest is not None:
         return target.log_rest[:, None].to(log_t.dtype)
-    rest = 1 - log_t.double().exp().sum(-1, keepdim=True)  # 1 - sum cancels: float64 or nothing is left
-    return rest.clamp(min=0).log().to(log_t.dtype)
+    return log_of_rest(log_t)[:, None].to(log_t.dtype)
+
+
+def log_of_rest(log_t: Tensor) -> Tensor:
+    """Logarithm, in float64, of what k log-probabilities (N, k) leave of 1: (N,)."""
+    rest = 1 - log_t.double().exp().sum(-1)  # 1 - sum cancels: float64 or nothing is left
+    return torch.where(rest > LEAST_REST, rest, 0).log()
 
 
 def _mask_target(target: Target, mask: Tensor) -> Target:

@@ -35,6 +35,8 @@ LOG1P = (
 )
 # log(1 + r) / u of u = r / (2 + r) for r from 0 to 1, lowest power of u^2 first, to 4e-9 relative: minimax
 LOG1P_BY_SHARE = (2.00000000792, 0.666663146821, 0.400249102795, 0.279606027471, 0.281783350867)
+NO_LABEL = -100  # a row without a label, as torch's cross-entropy has it
+LEAST_REST = 1e-13  # what 1 less a sum of probabilities in float64 leaves below this is the sum's rounding
 TERMS = 8  # even, so that no node lies at zero; errors stay below 1e-8 relative, less than coefficients of float32 give
 LOG_REST = 2 * TERMS + 1  # where jsd_series has log(1 - beta)
 LOG_ODDS = LOG_REST + 1  # and log(beta / (1 - beta))

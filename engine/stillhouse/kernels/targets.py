@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from stillhouse.kernels.errors import fail
+from stillhouse.kernels.normalise import log_softmax
+from stillhouse.kernels.series import NO_LABEL
 
 Rest = Literal["ghost", "renormalise"]
 
@@ -50,8 +52,7 @@ class TopK:
             ValueError: k that is not from 1 to V, or a temperature that is not above 0.
         """
         k = _check_draw("TopK", logits, k, temperature)
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        every = torch.log_softmax(wide / temperature, dim=-1)
+        every = log_softmax(logits, temperature)
         log_probs, indices = every.topk(k, dim=-1)
         log_rest = None
         if rest == "ghost":
@@ -103,6 +104,34 @@ class Sampled:
         indices = drawn.reshape(*logits.shape[:-1], k)
         weights = torch.full(indices.shape, 1.0 / k, dtype=probs.dtype, device=logits.device)
         return cls(indices, weights, temperature=temperature, trusted=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """What the label term is taken against, rows in one dimension: either class indices or probabilities.
+
+    Attributes:
+        indices: (N,) int64, ``NO_LABEL`` where a row has none; or None.
+        probabilities: (N, V) floating; a row of zeros has no label; or None.
+        smoothing: the share of every label that goes to all V entries alike.
+    """
+
+    indices: Tensor | None
+    probabilities: Tensor | None
+    smoothing: float
+
+    def at(self, rows: slice) -> Labels:
+        """Those of some rows."""
+        indices = None if self.indices is None else self.indices[rows]
+        probabilities = None if self.probabilities is None else self.probabilities[rows]
+        return Labels(indices, probabilities, self.smoothing)
+
+    def present(self) -> Tensor:
+        """Which rows have a label, (N,)."""
+        if self.indices is not None:
+            return self.indices != NO_LABEL
+        assert self.probabilities is not None
+        return (self.probabilities != 0).any(-1)
 
 
 def _check_draw(kind: str, logits: Tensor, k: object, temperature: object) -> int:

@@ -32,9 +32,11 @@ from stillhouse.training.step import DistillStep
 def rehearse(parts: Parts, data: Splits, device: torch.device) -> None:
     """Make one update of each stage, and of the teacher's training, with models and plugins of their own.
 
-    The random generators are as they were afterwards. Raises what the run would raise; a failure of torch's as
-    ConfigError.
+    The random generators are as they were afterwards. Data without row numbers, whose first rows come only once, are not
+    read, and nothing is rehearsed on them. Raises what the run would raise; a failure of torch's as ConfigError.
     """
+    if not all(split.numbered for _, split in data.items()):
+        return
     outside = RandomState.capture()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", StillhouseWarning)  # the run itself will tell
@@ -62,7 +64,7 @@ def _students(parts: Parts, data: Splits, device: torch.device, teacher: nn.Modu
         student=models[STUDENT],
         target=models.get(TARGET),
         teacher=teacher,
-        probe=data.train.batch(torch.arange(min(4, len(data.train)))).to(device),
+        probe=data.train.probe(4).to(device),
         task=parts.task.kind,
         splits=data,
         steps=config.steps,
@@ -80,7 +82,7 @@ def _teachers(parts: Parts, data: Splits, device: torch.device, settings: Traini
     model = parts.builders["teacher"]().to(device)
     seen = teachers.teacher_view(data.train)
     refuse_too_large(settings, "teacher.train.batch_size", seen)
-    probe = seen.batch(torch.arange(min(2, len(seen)))).to(device)
+    probe = seen.probe(2).to(device)
     with closing(DistillStep("hard_labels", student=model, probe=probe, task=parts.task.kind)) as step:
         _Rehearsal(step, Splits(seen), settings, device, _Watcher(), who="teacher.train: ").run()
 
@@ -102,7 +104,7 @@ class _Rehearsal(Loop):
         watcher: _Watcher,
         who: str = "",
     ) -> None:
-        super().__init__(step, splits, settings, device, watcher)
+        super().__init__(step, splits, settings.model_copy(update={"workers": 0}), device, watcher)
         self._who = who
 
     def run(self, steps: int | None = None) -> bool:
@@ -156,7 +158,7 @@ class _Watcher:
 
 def refuse_too_large(settings: Training | RunConfig, path: str, split: Split) -> None:
     """ConfigError where one batch's inputs alone are larger than half of this machine's memory."""
-    row = split.batch(torch.zeros(1, dtype=torch.long))
+    row = split.probe(1)
     tensors = row.inputs.values() if isinstance(row.inputs, Mapping) else [row.inputs]
     bytes_a_row = 8 + sum(item.numel() * item.element_size() for item in tensors if isinstance(item, Tensor))
     try:

@@ -127,7 +127,7 @@ def train(
     """Teacher, models, stages, final scores: everything after the config and the data are known."""
     config, folder = parts.config, parts.folder
     sealed, data = Sealed(data.test), replace(data, test=None)
-    teacher, teacher_facts = _teacher(parts, data, device, display.say)
+    teacher, teacher_facts = teacher_of(parts, data, device, display.say)
     # The models are made right after seeding, in one order: methods compared start from the same weights.
     torch.manual_seed(config.seed)
     models = {role: parts.builders[role]().to(device) for role in (STUDENT, TARGET) if role in parts.builders}
@@ -242,7 +242,7 @@ def _told(parts: Parts, manifest: dict[str, Any]) -> Iterator[Callable[[dict[str
         raise
 
 
-def _teacher(
+def teacher_of(
     parts: Parts, data: Splits, device: torch.device, say: Callable[[str], None]
 ) -> tuple[nn.Module | None, dict[str, Any]]:
     spec = parts.config.teacher

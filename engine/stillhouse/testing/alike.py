@@ -14,7 +14,7 @@ _SEED = 7919
 _ELEMENTWISE = frozenset({"bernoulli", "normal", "poisson", "binomial", "_standard_gamma"})
 
 
-class DrawnAlike(TorchDispatchMode):
+class DrawnAlike(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within it a draw has one value for each place on the last axis, the same for all rows before it.
 
     A draw depends on how many were made since it was entered, and not on how many rows there are: enter it anew for
@@ -23,7 +23,7 @@ class DrawnAlike(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._draws = 0
 
     def __torch_dispatch__(

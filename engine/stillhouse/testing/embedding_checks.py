@@ -17,7 +17,7 @@ from stillhouse.testing.state_checks import saved
 from stillhouse.training.compatibility import EMBEDDED
 from stillhouse.training.step import DistillStep
 
-UPDATES, SIZES = 8, (5, 3)
+UPDATES, SIZES = 8, [5, 3]
 
 
 class Guest:
@@ -50,10 +50,10 @@ class Guest:
         for _ in range(updates):
             torch.manual_seed(1000 + self.made)
             rows = (torch.arange(sum(SIZES)) + sum(SIZES) * self.made) % len(self.data)
-            parts = [self.data.batch(part) for part in rows.split(SIZES)]
+            parts = [self.data.batch(part) for part in torch.split(rows, SIZES)]
             self.step.begin_update(parts)
             for part in parts:
-                self.step(self.student, part).loss.backward()
+                self.step(self.student, part).loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
             self.step.zero_grad()
             self.made += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -56,7 +56,7 @@ def _rig(subject: Subject, folder: Path) -> Rig:
     return Rig(subject, everything(subject, toys=TOKENS, folder=folder))
 
 
-def _given(length: int, side: str):  # noqa: ANN202
+def _given(length: int, side: str) -> Callable[[Batch], Batch]:
     return lambda batch: _padded(batch, slice(0, 4), length, side)
 
 

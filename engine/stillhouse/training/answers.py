@@ -70,7 +70,8 @@ class Answers:
                 raise DataError(
                     "kept soft labels are found by sample id, and this batch has none; expected 'ids' (B,) in it"
                 )
-            return TeacherOut(self._kept.lookup(batch.ids))
+            kept = self._kept
+            return TeacherOut(kept.targets(batch.ids, batch.mask), kept.features(batch.ids, batch.mask))
         first = next(iter(self._models.values()), None)
         given = step.plugins.teacher_forward(first, batch, step.info)
         if given is not None or first is None:

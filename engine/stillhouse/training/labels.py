@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stillhouse.contract.context import TEACHER, Stage
+from stillhouse.contract.context import TEACHER
 from stillhouse.contract.splits import Split
 from stillhouse.models.calling import evaluating, forward
 from stillhouse.models.integrity import digest, stochastic_module
 from stillhouse.softlabels import SoftLabels, write_soft_labels
+from stillhouse.softlabels.kept import there_is_room
 
 if TYPE_CHECKING:
     from stillhouse.training.loop import Loop
-
-LIMIT = 512 * 2**20
-"""Bytes of teacher logits that are held in memory; above it the teacher is called at each step."""
 
 
 def keep(loop: Loop, split: Split, folder: Path | None) -> SoftLabels | None:
@@ -31,7 +29,7 @@ def keep(loop: Loop, split: Split, folder: Path | None) -> SoftLabels | None:
     if stage.teacher is None or not split.fixed or step.plugins.implements("batch_transform"):
         return None
     if stage.teacher == TEACHER:
-        return _teachers(loop, stage, split) if _worth_keeping(loop, stage, split) else None
+        return _teachers(loop, split, folder) if _worth_keeping(loop, split, folder) else None
     if not isinstance(stage.teacher, str) or stage.teacher not in step.run.models:
         return None
     path = None if folder is None else folder / f"{loop.at.stage}-{stage.name}.safetensors"
@@ -39,14 +37,16 @@ def keep(loop: Loop, split: Split, folder: Path | None) -> SoftLabels | None:
     if loop.at.stage_step and path is not None:
         return SoftLabels.load(path, about, loop.device)
     model = step.run.models[stage.teacher]
-    labels, _ = write_soft_labels(model, split, about, device=loop.device, teacher=False, kind=step.kind)
+    labels, _ = write_soft_labels(
+        model, split, about, device=loop.device, teacher=False, kind=step.kind, path=path
+    )
     if path is not None:
         labels.save(path)
     return labels
 
 
-def _worth_keeping(loop: Loop, stage: Stage, split: Split) -> bool:
-    """Whether the frozen teacher's answers can be kept, each sample is seen at least once, and they fit in memory."""
+def _worth_keeping(loop: Loop, split: Split, folder: Path | None) -> bool:
+    """Whether the frozen teacher's answers can be kept, each sample is seen at least once, and there is room."""
     step, settings, teacher = loop.step, loop.settings, loop.step.teacher
     if teacher is None or not settings.cache_teacher or step.captures.asked(TEACHER):
         return False
@@ -59,12 +59,13 @@ def _worth_keeping(loop: Loop, stage: Stage, split: Split) -> bool:
         return False
     with evaluating(teacher):
         width = forward(teacher, probe.for_teacher, step.kind)[0].numel()
-    return 4 * width * len(split) <= LIMIT
+    return there_is_room(4 * width * len(split), folder)
 
 
-def _teachers(loop: Loop, stage: Stage, split: Split) -> SoftLabels:
+def _teachers(loop: Loop, split: Split, folder: Path | None) -> SoftLabels:
     teacher = loop.step.teacher
     assert teacher is not None
-    return write_soft_labels(
-        teacher, split, {"teacher": digest(teacher)}, device=loop.device, kind=loop.step.kind
-    )[0]
+    about = {"teacher": digest(teacher)}
+    return write_soft_labels(teacher, split, about, device=loop.device, kind=loop.step.kind, scratch=folder)[
+        0
+    ]

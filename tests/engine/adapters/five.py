@@ -77,6 +77,7 @@ class Case:
     student: nn.Module = field(default_factory=lambda: gpt2(1))
     teacher: nn.Module = field(default_factory=lambda: gpt2(2, layers=3, width=24))
     lr: float = 0.1
+    world: int = 1
 
     def __post_init__(self) -> None:
         self.student, self.teacher = copy.deepcopy(self.student), copy.deepcopy(self.teacher)
@@ -89,7 +90,7 @@ class Case:
 
     @property
     def micro(self) -> int:
-        return BATCH // self.accumulate
+        return BATCH // self.accumulate // self.world
 
     def optimizer(self, groups) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=self.lr, momentum=0.9)
@@ -136,6 +137,7 @@ def hf(case: Case, base=None, arguments=None, **named) -> object:
         "disable_tqdm": True,
         "use_cpu": True,
         "seed": 42,
+        **({"ddp_backend": "gloo"} if case.world > 1 else {}),
     }
     given = {
         "optimizers": (case.optimizer(case.student.parameters()), None),
@@ -228,6 +230,8 @@ def lightning(case: Case) -> object:
             accumulate_grad_batches=case.accumulate,
             gradient_clip_val=CLIP,
             accelerator="cpu",
+            devices=case.world,
+            strategy="ddp" if case.world > 1 else "auto",
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,

@@ -11,7 +11,7 @@ METHODS = {
     "sld": "sld",
     "fitnets": [
         "kd",
-        {"name": "fitnets", "teacher_layer": "transformer.h.1.mlp", "student_layer": "transformer.h.0.mlp"},
+        {"name": "fitnets", "layers": {"transformer.h.0.mlp": "transformer.h.1.mlp"}},
     ],
     "ibmd": {
         "name": "ibmd",

@@ -15,7 +15,7 @@ from stillhouse.adapters.hf import distilling
 from stillhouse.api import Method, hookimpl
 from stillhouse.errors import CheckpointError, ConfigError, StillhouseError
 
-FITNETS = ["kd", {"name": "fitnets", "teacher_layer": "transformer.wte", "student_layer": "transformer.wte"}]
+FITNETS = ["kd", {"name": "fitnets", "layers": {"transformer.h.0.mlp": "transformer.h.1.mlp"}}]
 
 
 def made(tmp_path, method="kd", *, base=Trainer, student=None, teacher=None, data=None, given=None, **args):

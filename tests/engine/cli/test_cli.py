@@ -345,10 +345,19 @@ class TestCommands:
         assert said.code == 0, said.err
         rows = [line for line in said.out.splitlines() if line.startswith("| ")]
         assert [row.split("|")[1].strip() for row in rows[2:]] == ["hard", "soft"]
-        assert "Seeds 0, 1; the same task, data, student" in said.out
-        kept = json.loads(Path("c/comparison.json").read_text())
-        assert {name: len(runs) for name, runs in kept["runs"].items()} == {"hard": 2, "soft": 2}
-        assert Path("c/comparison.md").read_text() in said.out
+        assert "Seeds 0, 1; the same data, student, initial weights" in said.out
+        assert "see c/report.html" in said.out
+        kept = Path("c/scores.csv").read_text().splitlines()
+        assert [row.split(",")[1:5] for row in kept[1:]] == [
+            [name, "final", "0", seed] for name in ("hard", "soft") for seed in "01"
+        ]
+
+    def test_compare_says_what_is_not_the_same_for_every_row(self, cli, tmp_path):
+        (tmp_path / "a.yaml").write_text("task: digits\nmethod: hard_labels\n")
+        (tmp_path / "b.yaml").write_text("task: digits\nmethod: hard_labels\noptimizer: {lr: 0.1}\n")
+        said = cli("compare", "a.yaml", "b.yaml", "--seeds", "0", "--out", "c", *SMALL)
+        assert said.code == 0, said.err
+        assert "not the same for every row: optimizer.lr is 0.001 in a, 0.1 in b" in said.out
 
     def test_a_closed_pipe_is_no_error(self):
         done = subprocess.run(

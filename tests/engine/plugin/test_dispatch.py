@@ -18,6 +18,7 @@ from stillhouse.api import (
     StepInfo,
     StudentOut,
     Targets,
+    TensorSplit,
     hookimpl,
 )
 from stillhouse.contract.batch import Batch
@@ -169,9 +170,9 @@ class TestContract:
         with pytest.raises(PluginError, match=r"named twice"):
             Plugins([plugin(method()), plugin(method())])
 
-    @pytest.mark.parametrize("hook", ["teacher_forward", "student_forward", "student_update", "stage_rows"])
+    @pytest.mark.parametrize("hook", ["teacher_forward", "student_forward", "student_update"])
     def test_two_plugins_may_not_claim_one_first_result(self, hook):
-        arguments = {"student_update": "loss", "stage_rows": "run"}.get(hook, "batch")
+        arguments = {"student_update": "loss"}.get(hook, "batch")
         names: dict = {}
         exec(f"def {hook}(self, {arguments}): return None", names)
         made = method(**{hook: hookimpl(names[hook])})
@@ -189,6 +190,26 @@ class TestContract:
         )
         with pytest.raises(PluginError, match=r"hook 'stages' is claimed by plugin 'a' .* and plugin 'b'"):
             Plugins([plugin(giving(mine), "a"), plugin(giving(mine), "b")]).stages(run)
+
+    def test_one_of_two_plugins_may_choose_the_rows(self):
+        def giving(answer):
+            return method(stage_rows=hookimpl(lambda self, run: answer))
+
+        run, stage, split = RunContext({}), Stage("one"), TensorSplit(torch.zeros(4, 1))
+        mine = torch.tensor([3, 1])
+        left = Plugins([plugin(giving(None), "a"), plugin(giving(mine), "b")])
+        assert left.stage_rows(run, stage, split) is mine
+        assert Plugins([plugin(giving(None), "a")]).stage_rows(run, stage, split) is None
+        with pytest.raises(PluginError, match=r"'stage_rows' is claimed by plugin 'a' .* and plugin 'b'"):
+            Plugins([plugin(giving(mine), "a"), plugin(giving(mine), "b")]).stage_rows(run, stage, split)
+
+    @pytest.mark.parametrize(
+        "rows", [[0, 1], torch.tensor([[0]]), torch.tensor([0.0]), torch.tensor([4]), torch.tensor([], dtype=torch.long)], ids=str
+    )  # fmt: skip
+    def test_rows_that_are_none_of_the_splits_are_refused(self, rows):
+        made = method(stage_rows=hookimpl(lambda self: rows))
+        with pytest.raises(PluginError, match=r"'mine' .*: hook 'stage_rows' gave"):
+            Plugins([plugin(made)]).stage_rows(RunContext({}), Stage("one"), TensorSplit(torch.zeros(4, 1)))
 
 
 def transform(add: float, taken: list) -> type[Method]:

@@ -146,7 +146,7 @@ POINTS = {
     "a checkpoint is written and not yet in place": {"function": "os:fsync", "call": 9, "when": "after"},
     "a checkpoint is half written": {"function": "os:fsync", "call": 8, "when": "before"},
     "soft labels are kept, and nothing trained on them": {
-        "function": "stillhouse.softlabels.store:SoftLabels.save",
+        "function": "stillhouse.softlabels.kept:HeldLabels.save",
         "call": 1,
         "when": "after",
     },

@@ -3,13 +3,19 @@
 Started by test_simulator.py with NUMBA_ENABLE_CUDASIM=1, which must be set before Numba is first imported.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import sys
 
+import simulator
 import torch
 from numba import cuda
 
+sys.modules["stillhouse.kernels.cuda.intrinsics"] = simulator  # what is inline PTX in the kernels
+import stillhouse.kernels.cuda
+
+stillhouse.kernels.cuda.intrinsics = simulator
 from stillhouse.kernels.cuda import arguments
 from stillhouse.kernels.cuda.plan import Plan, Spec
 from stillhouse.kernels.reference import softmax_kl_rows

@@ -35,6 +35,22 @@ def available() -> tuple[bool, str]:
     return True, f"{torch.cuda.get_device_name()}, compute capability {cc[0]}.{cc[1]}"
 
 
+def identity(device: int) -> str:
+    """Changes with the device, its driver, torch, and these kernels and their compiler."""
+    import hashlib
+
+    import torch
+    from cuda.bindings import driver
+
+    from stillhouse.kernels.cuda.build import fingerprint
+
+    what = (
+        torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device), driver.cuDriverGetVersion()[1],
+        torch.__version__, fingerprint(),
+    )  # fmt: skip
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:24]
+
+
 def softmax_kl_fwd_bwd(
     student: Tensor,
     target: Target,

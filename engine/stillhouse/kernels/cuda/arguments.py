@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.kernels.cuda.plan import Plan
-from stillhouse.kernels.reference import top_k_at
+from stillhouse.kernels.reference import log_of_rest, top_k_at
 from stillhouse.kernels.series import TERMS, jsd_series
 from stillhouse.kernels.targets import Sampled, Target, TopK
 
@@ -45,8 +45,7 @@ def flatten(target: Target, temperature: float) -> list[Tensor]:
         return read
     log_rest = target.log_rest
     if log_rest is None:
-        rest = 1 - log_probs.double().exp().sum(-1)  # 1 - sum cancels: float64 or nothing is left
-        log_rest = rest.clamp(min=0).log()
+        log_rest = log_of_rest(log_probs)
     return [*read, log_rest.float().contiguous()]
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
 import re
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from stillhouse.kernels import series
+from stillhouse.kernels import cache, series
 from stillhouse.kernels.cuda.plan import Spec
 
 ENTRY = "stillhouse_softmax_kl"
@@ -24,20 +22,6 @@ RESIDENT_JSD = {
     128: 768,
     256: 512,
 }  # by threads of a block: of jsd's rows shared memory holds no more, or hardly
-SOURCES = (
-    "arguments",
-    "arithmetic",
-    "build",
-    "chunks",
-    "intrinsics",
-    "merge",
-    "pairs",
-    "plan",
-    "rows",
-    "small",
-    "sparse",
-    "vectors",
-)
 _COMPILING = threading.Lock()
 
 
@@ -98,13 +82,12 @@ def _resident(spec: Spec) -> int:
 
 def cubin(spec: Spec, cc: tuple[int, int]) -> bytes:
     """Machine code for one device, from the cache on disk or compiled and put there."""
-    path = cache_folder() / f"{spec.name}_sm{cc[0]}{cc[1]}_{fingerprint()}.cubin"
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
+    name = f"cuda-{spec.name}-sm{cc[0]}{cc[1]}-{fingerprint()}.cubin"
+    code = cache.read(name)
+    if code is None:
         code = assemble(compile_ptx(spec, cc), cc)
-        _write_whole(path, code)
-        return code
+        cache.write(name, code)
+    return code
 
 
 def assemble(text: str, cc: tuple[int, int]) -> bytes:
@@ -117,20 +100,12 @@ def assemble(text: str, cc: tuple[int, int]) -> bytes:
     return code
 
 
-def cache_folder() -> Path:
-    """``$STILLHOUSE_CACHE/cuda``, else ``$XDG_CACHE_HOME/stillhouse/cuda``, else ``~/.cache/stillhouse/cuda``."""
-    own, shared = os.environ.get("STILLHOUSE_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        return Path(own) / "cuda"
-    return Path(shared or Path.home() / ".cache") / "stillhouse" / "cuda"
-
-
 @lru_cache(maxsize=1)
 def fingerprint() -> str:
     """Of these sources and the tools that compile them: a change in either misses the cache."""
     digest = hashlib.sha256()
-    for name in SOURCES:
-        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
     digest.update(Path(series.__file__).read_bytes())
     for package in ("numba", "numba-cuda", "nvidia-nvvm", "nvidia-nvjitlink"):
         digest.update(f"{package} {_version(package)}".encode())
@@ -142,11 +117,3 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "none"
-
-
-def _write_whole(path: Path, code: bytes) -> None:
-    """Under another name first: a process that looks meanwhile finds all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as partial:
-        partial.write(code)
-    Path(partial.name).replace(path)

@@ -1,7 +1,5 @@
 """Everything in the CUDA kernels that is not plain Numba: inline PTX, vector access, clusters, warp shuffles.
 
-With ``NUMBA_ENABLE_CUDASIM=1`` the same names come from :mod:`stillhouse.kernels.cuda.simulator` instead.
-
 Addresses of global memory are plain int64: a launch then passes integers, and no array descriptor is built. Shared
 memory is a Numba array of uint32 words; an offset into it counts words. A ``volatile`` instruction keeps its place
 among the other volatile ones: a load of the student's logits must not sink below the store of the gradient, which
@@ -12,202 +10,206 @@ may overwrite them.
 # Numba infers the types of device functions from their callers.
 from __future__ import annotations
 
-import os
+from llvmlite import ir
+from numba import cuda
+from numba.cuda import types
+from numba.cuda.extending import intrinsic
 
-SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") == "1"
+device = cuda.jit(device=True, forceinline=True)  # by LLVM: inlining in Numba's own passes takes minutes
 
-if SIMULATED:
-    from stillhouse.kernels.cuda.simulator import *  # noqa: F403
-else:
-    from llvmlite import ir
-    from numba import cuda
-    from numba.cuda import types
-    from numba.cuda.extending import intrinsic
+SHARED_ALIGNMENT = 16  # bytes, for 128-bit accesses
 
-    device = cuda.jit(device=True, forceinline=True)  # by LLVM: inlining in Numba's own passes takes minutes
+_LL = {
+    types.int32: ir.IntType(32),
+    types.uint32: ir.IntType(32),
+    types.int64: ir.IntType(64),
+    types.float32: ir.FloatType(),
+    types.void: ir.VoidType(),
+}
+_f32, _u32, _i32, _i64 = types.float32, types.uint32, types.int32, types.int64
+_U4 = types.UniTuple(types.uint32, 4)
+_V4 = ir.VectorType(ir.IntType(32), 4)
 
-    SHARED_ALIGNMENT = 16  # bytes, for 128-bit accesses
 
-    _LL = {
-        types.int32: ir.IntType(32),
-        types.uint32: ir.IntType(32),
-        types.int64: ir.IntType(64),
-        types.float32: ir.FloatType(),
-        types.void: ir.VoidType(),
-    }
-    _f32, _u32, _i32, _i64 = types.float32, types.uint32, types.int32, types.int64
-    _U4 = types.UniTuple(types.uint32, 4)
-    _V4 = ir.VectorType(ir.IntType(32), 4)
+def _function(codegen, arity):
+    """An intrinsic of fixed arity from ``codegen(typing_args) -> (signature, builder function)``."""
+    names = ", ".join(f"a{i}" for i in range(arity))
+    scope: dict = {"codegen": codegen}
+    exec(f"def ptx(typingctx{', ' + names if names else ''}):\n    return codegen()", scope)  # noqa: S102 -- Numba counts arguments
+    return intrinsic(scope["ptx"])
 
-    def _function(codegen, arity):
-        """An intrinsic of fixed arity from ``codegen(typing_args) -> (signature, builder function)``."""
-        names = ", ".join(f"a{i}" for i in range(arity))
-        scope: dict = {"codegen": codegen}
-        exec(f"def ptx(typingctx{', ' + names if names else ''}):\n    return codegen()", scope)  # noqa: S102 -- Numba counts arguments
-        return intrinsic(scope["ptx"])
 
-    def _ptx(asm, constraints, returns, *takes, volatile=False):
-        """The intrinsic that emits one PTX snippet; ``returns`` may be the 4-tuple of words."""
-        words = returns is _U4
-        ll_return = ir.LiteralStructType([_LL[_u32]] * 4) if words else _LL[returns]
-        kind = ir.FunctionType(ll_return, [_LL[t] for t in takes])
+def _ptx(asm, constraints, returns, *takes, volatile=False):
+    """The intrinsic that emits one PTX snippet; ``returns`` may be the 4-tuple of words."""
+    words = returns is _U4
+    ll_return = ir.LiteralStructType([_LL[_u32]] * 4) if words else _LL[returns]
+    kind = ir.FunctionType(ll_return, [_LL[t] for t in takes])
 
-        def build(context, builder, signature, args):
-            casts = [
-                context.cast(builder, a, have, want)
-                for a, have, want in zip(args, signature.args, takes, strict=True)
-            ]
-            got = builder.call(ir.InlineAsm(kind, asm, constraints, side_effect=volatile), casts)
-            if words:
-                return context.make_tuple(builder, _U4, [builder.extract_value(got, i) for i in range(4)])
-            return context.get_dummy_value() if returns is types.void else got
+    def build(context, builder, signature, args):
+        casts = [
+            context.cast(builder, a, have, want)
+            for a, have, want in zip(args, signature.args, takes, strict=True)
+        ]
+        got = builder.call(ir.InlineAsm(kind, asm, constraints, side_effect=volatile), casts)
+        if words:
+            return context.make_tuple(builder, _U4, [builder.extract_value(got, i) for i in range(4)])
+        return context.get_dummy_value() if returns is types.void else got
 
-        return _function(lambda: (returns(*takes), build), len(takes))
+    return _function(lambda: (returns(*takes), build), len(takes))
 
-    # -- arithmetic: the approximations are named, so that no fast-math flag (which breaks -inf) is needed
-    exp2 = _ptx("ex2.approx.ftz.f32 $0, $1;", "=f,f", _f32, _f32)
-    log2_approx = _ptx("lg2.approx.ftz.f32 $0, $1;", "=f,f", _f32, _f32)
-    reciprocal = _ptx("rcp.approx.ftz.f32 $0, $1;", "=f,f", _f32, _f32)
-    fma = _ptx("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", _f32, _f32, _f32, _f32)
-    fmax = _ptx("max.f32 $0, $1, $2;", "=f,f,f", _f32, _f32, _f32)
-    fmin = _ptx("min.f32 $0, $1, $2;", "=f,f,f", _f32, _f32, _f32)
-    word_as_float = _ptx("mov.b32 $0, $1;", "=f,r", _f32, _u32)
-    float_as_word = _ptx("mov.b32 $0, $1;", "=r,f", _u32, _f32)
 
-    # -- 16-bit pairs in one word; the first element is the low half
-    bf16_low = _ptx("shl.b32 $0, $1, 16;", "=f,r", _f32, _u32)
-    bf16_high = _ptx("and.b32 $0, $1, 0xffff0000;", "=f,r", _f32, _u32)
-    bf16_pack = _ptx("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", _u32, _f32, _f32)
-    f16_low = _ptx("{.reg .b16 l,h; mov.b32 {l,h}, $1; cvt.f32.f16 $0, l;}", "=f,r", _f32, _u32)
-    f16_high = _ptx("{.reg .b16 l,h; mov.b32 {l,h}, $1; cvt.f32.f16 $0, h;}", "=f,r", _f32, _u32)
-    f16_pack = _ptx("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", _u32, _f32, _f32)
+# -- arithmetic: the approximations are named, so that no fast-math flag (which breaks -inf) is needed
+exp2 = _ptx("ex2.approx.ftz.f32 $0, $1;", "=f,f", _f32, _f32)
+log2_approx = _ptx("lg2.approx.ftz.f32 $0, $1;", "=f,f", _f32, _f32)
+reciprocal = _ptx("rcp.approx.ftz.f32 $0, $1;", "=f,f", _f32, _f32)
+fma = _ptx("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", _f32, _f32, _f32, _f32)
+fmax = _ptx("max.f32 $0, $1, $2;", "=f,f,f", _f32, _f32, _f32)
+fmin = _ptx("min.f32 $0, $1, $2;", "=f,f,f", _f32, _f32, _f32)
+word_as_float = _ptx("mov.b32 $0, $1;", "=f,r", _f32, _u32)
+float_as_word = _ptx("mov.b32 $0, $1;", "=r,f", _u32, _f32)
 
-    # -- global memory, by address
-    load_words = _ptx(
-        "ld.global.L1::no_allocate.v4.b32 {$0,$1,$2,$3}, [$4];", "=r,=r,=r,=r,l", _U4, _i64, volatile=True
-    )
-    load_words_kept = _ptx("ld.global.v4.b32 {$0,$1,$2,$3}, [$4];", "=r,=r,=r,=r,l", _U4, _i64, volatile=True)
-    store_words = _ptx(
-        "st.global.v4.b32 [$0], {$1,$2,$3,$4};",
-        "l,r,r,r,r",
-        types.void,
-        _i64,
-        _u32,
-        _u32,
-        _u32,
-        _u32,
-        volatile=True,
-    )
-    load_u8 = _ptx("ld.global.u8 $0, [$1];", "=r,l", _u32, _i64, volatile=True)
-    load_u16 = _ptx("ld.global.u16 $0, [$1];", "=r,l", _u32, _i64, volatile=True)
-    load_u32 = _ptx("ld.global.b32 $0, [$1];", "=r,l", _u32, _i64, volatile=True)
-    load_i64 = _ptx("ld.global.b64 $0, [$1];", "=l,l", _i64, _i64, volatile=True)
-    load_f32 = _ptx("ld.global.f32 $0, [$1];", "=f,l", _f32, _i64, volatile=True)
-    store_u16 = _ptx(
-        "{.reg .b16 l,h; mov.b32 {l,h}, $1; st.global.b16 [$0], l;}",
-        "l,r",
-        types.void,
-        _i64,
-        _u32,
-        volatile=True,
-    )
-    store_f32 = _ptx("st.global.f32 [$0], $1;", "l,f", types.void, _i64, _f32, volatile=True)
+# -- 16-bit pairs in one word; the first element is the low half
+bf16_low = _ptx("shl.b32 $0, $1, 16;", "=f,r", _f32, _u32)
+bf16_high = _ptx("and.b32 $0, $1, 0xffff0000;", "=f,r", _f32, _u32)
+bf16_pack = _ptx("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", _u32, _f32, _f32)
+f16_low = _ptx("{.reg .b16 l,h; mov.b32 {l,h}, $1; cvt.f32.f16 $0, l;}", "=f,r", _f32, _u32)
+f16_high = _ptx("{.reg .b16 l,h; mov.b32 {l,h}, $1; cvt.f32.f16 $0, h;}", "=f,r", _f32, _u32)
+f16_pack = _ptx("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", _u32, _f32, _f32)
 
-    # The same number, but the compiler cannot count a loop that steps by it, and so unrolls none. Each does eight
-    # elements at a time; more of them spill registers.
-    uncounted = _ptx("mov.b32 $0, $1;", "=r,r", _i32, _i32)
+# -- global memory, by address
+load_words = _ptx(
+    "ld.global.L1::no_allocate.v4.b32 {$0,$1,$2,$3}, [$4];", "=r,=r,=r,=r,l", _U4, _i64, volatile=True
+)
+load_words_kept = _ptx("ld.global.v4.b32 {$0,$1,$2,$3}, [$4];", "=r,=r,=r,=r,l", _U4, _i64, volatile=True)
+store_words = _ptx(
+    "st.global.v4.b32 [$0], {$1,$2,$3,$4};",
+    "l,r,r,r,r",
+    types.void,
+    _i64,
+    _u32,
+    _u32,
+    _u32,
+    _u32,
+    volatile=True,
+)
+load_u8 = _ptx("ld.global.u8 $0, [$1];", "=r,l", _u32, _i64, volatile=True)
+load_u16 = _ptx("ld.global.u16 $0, [$1];", "=r,l", _u32, _i64, volatile=True)
+load_u32 = _ptx("ld.global.b32 $0, [$1];", "=r,l", _u32, _i64, volatile=True)
+load_i64 = _ptx("ld.global.b64 $0, [$1];", "=l,l", _i64, _i64, volatile=True)
+load_f32 = _ptx("ld.global.f32 $0, [$1];", "=f,l", _f32, _i64, volatile=True)
+store_u16 = _ptx(
+    "{.reg .b16 l,h; mov.b32 {l,h}, $1; st.global.b16 [$0], l;}",
+    "l,r",
+    types.void,
+    _i64,
+    _u32,
+    volatile=True,
+)
+store_f32 = _ptx("st.global.f32 [$0], $1;", "l,f", types.void, _i64, _f32, volatile=True)
 
-    # a warp's memory in order; Numba's own takes lanes in a mask
-    warp_barrier = _ptx("bar.warp.sync 0xffffffff;", "~{memory}", types.void, volatile=True)
+# The same number, but the compiler cannot count a loop that steps by it, and so unrolls none. Each does eight
+# elements at a time; more of them spill registers.
+uncounted = _ptx("mov.b32 $0, $1;", "=r,r", _i32, _i32)
 
-    # -- clusters; every thread of every block of the cluster runs each of these
-    cluster_rank = _ptx("mov.u32 $0, %cluster_ctarank;", "=r", _i32)
-    cluster_arrive = _ptx("barrier.cluster.arrive.release.aligned;", "~{memory}", types.void, volatile=True)
-    cluster_wait = _ptx("barrier.cluster.wait.acquire.aligned;", "~{memory}", types.void, volatile=True)
+# a warp's memory in order; Numba's own takes lanes in a mask
+warp_barrier = _ptx("bar.warp.sync 0xffffffff;", "~{memory}", types.void, volatile=True)
 
-    def _shared_pointer(context, builder, array_type, array, offset, pointee):
-        data = context.make_array(array_type)(context, builder, array).data
-        element = builder.gep(data, [offset])
-        return builder.addrspacecast(element, pointee.as_pointer(3), "shared")
+# -- clusters; every thread of every block of the cluster runs each of these
+cluster_rank = _ptx("mov.u32 $0, %cluster_ctarank;", "=r", _i32)
+cluster_arrive = _ptx("barrier.cluster.arrive.release.aligned;", "~{memory}", types.void, volatile=True)
+cluster_wait = _ptx("barrier.cluster.wait.acquire.aligned;", "~{memory}", types.void, volatile=True)
 
-    @intrinsic
-    def shared_load_words(typingctx, array, offset):
-        """Four words of shared memory from a multiple of four words on: one 128-bit load."""
 
-        def build(context, builder, signature, args):
-            offset = context.cast(builder, args[1], signature.args[1], _i32)
-            pointer = _shared_pointer(context, builder, signature.args[0], args[0], offset, _V4)
-            vector = builder.load(pointer, align=16)
-            lanes = [builder.extract_element(vector, ir.IntType(32)(i)) for i in range(4)]
-            return context.make_tuple(builder, _U4, lanes)
+def _shared_pointer(context, builder, array_type, array, offset, pointee):
+    data = context.make_array(array_type)(context, builder, array).data
+    element = builder.gep(data, [offset])
+    return builder.addrspacecast(element, pointee.as_pointer(3), "shared")
 
-        return _U4(array, offset), build
 
-    @intrinsic
-    def shared_store_words(typingctx, array, offset, a, b, c, d):
-        """Four words to shared memory from a multiple of four words on: one 128-bit store."""
+@intrinsic
+def shared_load_words(typingctx, array, offset):
+    """Four words of shared memory from a multiple of four words on: one 128-bit load."""
 
-        def build(context, builder, signature, args):
-            offset = context.cast(builder, args[1], signature.args[1], _i32)
-            pointer = _shared_pointer(context, builder, signature.args[0], args[0], offset, _V4)
-            vector = ir.Constant(_V4, ir.Undefined)
-            for i, word in enumerate(args[2:]):
-                vector = builder.insert_element(vector, word, ir.IntType(32)(i))
-            builder.store(vector, pointer, align=16)
-            return context.get_dummy_value()
+    def build(context, builder, signature, args):
+        offset = context.cast(builder, args[1], signature.args[1], _i32)
+        pointer = _shared_pointer(context, builder, signature.args[0], args[0], offset, _V4)
+        vector = builder.load(pointer, align=16)
+        lanes = [builder.extract_element(vector, ir.IntType(32)(i)) for i in range(4)]
+        return context.make_tuple(builder, _U4, lanes)
 
-        return types.void(array, offset, _u32, _u32, _u32, _u32), build
+    return _U4(array, offset), build
 
-    @intrinsic
-    def shared_load(typingctx, array, offset):
-        """One float32 of shared memory; a plain index would first be tested for being negative."""
 
-        def build(context, builder, signature, args):
-            offset = context.cast(builder, args[1], signature.args[1], _i32)
-            pointer = _shared_pointer(context, builder, signature.args[0], args[0], offset, ir.FloatType())
-            return builder.load(pointer, align=4)
+@intrinsic
+def shared_store_words(typingctx, array, offset, a, b, c, d):
+    """Four words to shared memory from a multiple of four words on: one 128-bit store."""
 
-        return _f32(array, offset), build
+    def build(context, builder, signature, args):
+        offset = context.cast(builder, args[1], signature.args[1], _i32)
+        pointer = _shared_pointer(context, builder, signature.args[0], args[0], offset, _V4)
+        vector = ir.Constant(_V4, ir.Undefined)
+        for i, word in enumerate(args[2:]):
+            vector = builder.insert_element(vector, word, ir.IntType(32)(i))
+        builder.store(vector, pointer, align=16)
+        return context.get_dummy_value()
 
-    @intrinsic
-    def shared_store(typingctx, array, offset, value):
-        """One float32 to shared memory."""
+    return types.void(array, offset, _u32, _u32, _u32, _u32), build
 
-        def build(context, builder, signature, args):
-            offset = context.cast(builder, args[1], signature.args[1], _i32)
-            pointer = _shared_pointer(context, builder, signature.args[0], args[0], offset, ir.FloatType())
-            builder.store(args[2], pointer, align=4)
-            return context.get_dummy_value()
 
-        return types.void(array, offset, _f32), build
+@intrinsic
+def shared_load(typingctx, array, offset):
+    """One float32 of shared memory; a plain index would first be tested for being negative."""
 
-    _REMOTE_STORE = (
-        "{.reg .b32 there; mapa.shared::cluster.u32 there, $0, $1; st.shared::cluster.f32 [there], $2;}"
-    )
+    def build(context, builder, signature, args):
+        offset = context.cast(builder, args[1], signature.args[1], _i32)
+        pointer = _shared_pointer(context, builder, signature.args[0], args[0], offset, ir.FloatType())
+        return builder.load(pointer, align=4)
 
-    @intrinsic
-    def cluster_store(typingctx, array, offset, rank, value):
-        """Store a float32 at ``array[offset]`` of the shared memory of block ``rank`` of this cluster."""
+    return _f32(array, offset), build
 
-        def build(context, builder, signature, args):
-            offset = context.cast(builder, args[1], signature.args[1], _i32)
-            pointer = _shared_pointer(context, builder, signature.args[0], args[0], offset, ir.IntType(32))
-            here = builder.ptrtoint(pointer, ir.IntType(32))
-            kind = ir.FunctionType(ir.VoidType(), [ir.IntType(32), ir.IntType(32), ir.FloatType()])
-            asm = ir.InlineAsm(kind, _REMOTE_STORE, "r,r,f,~{memory}", side_effect=True)
-            builder.call(asm, [here, context.cast(builder, args[2], signature.args[2], _i32), args[3]])
-            return context.get_dummy_value()
 
-        return types.void(array, offset, rank, _f32), build
+@intrinsic
+def shared_store(typingctx, array, offset, value):
+    """One float32 to shared memory."""
 
-    @intrinsic
-    def shuffle_xor(typingctx, value, lane_mask):
-        """The value of the lane whose number differs by ``lane_mask``; all 32 lanes take part."""
-        asm = "shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;"
+    def build(context, builder, signature, args):
+        offset = context.cast(builder, args[1], signature.args[1], _i32)
+        pointer = _shared_pointer(context, builder, signature.args[0], args[0], offset, ir.FloatType())
+        builder.store(args[2], pointer, align=4)
+        return context.get_dummy_value()
 
-        def build(context, builder, signature, args):
-            mask = context.cast(builder, args[1], signature.args[1], _i32)
-            kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), ir.IntType(32)])
-            return builder.call(ir.InlineAsm(kind, asm, "=f,f,r", side_effect=True), [args[0], mask])
+    return types.void(array, offset, _f32), build
 
-        return _f32(_f32, lane_mask), build
+
+_REMOTE_STORE = (
+    "{.reg .b32 there; mapa.shared::cluster.u32 there, $0, $1; st.shared::cluster.f32 [there], $2;}"
+)
+
+
+@intrinsic
+def cluster_store(typingctx, array, offset, rank, value):
+    """Store a float32 at ``array[offset]`` of the shared memory of block ``rank`` of this cluster."""
+
+    def build(context, builder, signature, args):
+        offset = context.cast(builder, args[1], signature.args[1], _i32)
+        pointer = _shared_pointer(context, builder, signature.args[0], args[0], offset, ir.IntType(32))
+        here = builder.ptrtoint(pointer, ir.IntType(32))
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(32), ir.IntType(32), ir.FloatType()])
+        asm = ir.InlineAsm(kind, _REMOTE_STORE, "r,r,f,~{memory}", side_effect=True)
+        builder.call(asm, [here, context.cast(builder, args[2], signature.args[2], _i32), args[3]])
+        return context.get_dummy_value()
+
+    return types.void(array, offset, rank, _f32), build
+
+
+@intrinsic
+def shuffle_xor(typingctx, value, lane_mask):
+    """The value of the lane whose number differs by ``lane_mask``; all 32 lanes take part."""
+    asm = "shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;"
+
+    def build(context, builder, signature, args):
+        mask = context.cast(builder, args[1], signature.args[1], _i32)
+        kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), ir.IntType(32)])
+        return builder.call(ir.InlineAsm(kind, asm, "=f,f,r", side_effect=True), [args[0], mask])
+
+    return _f32(_f32, lane_mask), build

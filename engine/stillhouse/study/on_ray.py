@@ -1,0 +1,125 @@
+"""Cells on a Ray cluster (extra ``ray``): the machines of ``RAY_ADDRESS``, else this one.
+
+Ray places the cells; each runs in a process of its own as it would here (``Processes``), so that figures are the same.
+Every machine has Stillhouse and the plugins installed. Teachers are made once, by the study's process, and sent; data are
+made by each machine and compared with the study's fingerprints. What comes back is written here.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from stillhouse.cache import cache_dir
+from stillhouse.errors import MissingExtra
+from stillhouse.files import write_bytes
+from stillhouse.runs.directory import CHECKPOINTS
+from stillhouse.study.directory import read_result, write_result
+from stillhouse.study.plan import Plan
+from stillhouse.study.processes import Processes, died
+from stillhouse.study.work import RUN, Order
+
+TEACHERS = "teachers"
+
+
+class Ray:
+    """As many cells at once as the cluster has processors for."""
+
+    def __init__(self, plan: Plan, threads: int, modules: Sequence[str]) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise MissingExtra("--ray", "ray", "ray") from None
+        self._ray = ray
+        self._ours = not ray.is_initialized()
+        if self._ours:
+            ray.init(include_dashboard=False, log_to_driver=False)
+        self.workers = max(1, int(ray.cluster_resources().get("CPU", 1)) // threads)
+        teachers = ray.put(_teachers(plan))
+        kind = ray.remote(num_cpus=threads)(_Place)
+
+        def place() -> Any:
+            return kind.remote(list(modules), teachers)
+
+        self._place = place
+        self._idle = [self._place() for _ in range(self.workers)]
+        self._running: dict[Any, tuple[Order, Any]] = {}
+
+    def start(self, order: Order) -> None:
+        """Begin a cell."""
+        place = self._idle.pop()
+        self._running[place.make.remote(order)] = (order, place)
+
+    def finished(self, timeout: float) -> list[tuple[Order, int]]:
+        """The cells that have ended by now, waiting for one at most ``timeout`` seconds, with their exit codes."""
+        ready, _ = self._ray.wait(list(self._running), num_returns=1, timeout=timeout)
+        ended = []
+        for reference in ready:
+            order, place = self._running.pop(reference)
+            try:
+                result, files = self._ray.get(reference)
+            except self._ray.exceptions.RayError as error:  # its machine is gone
+                result, files, place = died(order, str(error).splitlines()[0]), {}, self._place()
+            for name, content in files.items():
+                write_bytes(Path(order.folder) / RUN / name, content)
+            write_result(Path(order.folder), result)
+            self._idle.append(place)
+            ended.append((order, 0))
+        return ended
+
+    def stop(self) -> None:
+        """End what runs."""
+        for _, place in self._running.values():
+            self._ray.kill(place)
+        self._running.clear()
+        self.close()
+
+    def close(self) -> None:
+        """Leave the cluster, where it was joined here."""
+        for place in self._idle:
+            self._ray.kill(place)
+        if self._ours:
+            self._ray.shutdown()
+
+
+def _teachers(plan: Plan) -> dict[str, bytes]:
+    """The plan's trained teachers as they are kept, by file name."""
+    wanted = sorted({entry.facts.teacher for entry in plan.entries if entry.facts.teacher})
+    folder = cache_dir() / TEACHERS
+    return {path.name: path.read_bytes() for name in wanted for path in sorted(folder.glob(f"{name}*"))}
+
+
+class _Place:
+    """Room for one cell at a time on one of the machines."""
+
+    def __init__(self, modules: Sequence[str], teachers: Mapping[str, bytes]) -> None:
+        for name, content in teachers.items():
+            path = cache_dir() / TEACHERS / name
+            if not path.is_file():
+                write_bytes(path, content)
+        self._processes = Processes(1, [*modules, "ray"])
+
+    def make(self, order: Order) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """The cell's result, and the files of a run that is kept."""
+        folder = Path(tempfile.mkdtemp(prefix="stillhouse-cell-")) / order.digest
+        try:
+            here = replace(order, folder=str(folder))
+            self._processes.start(here)
+            while not (ended := self._processes.finished(60.0)):
+                pass
+            result = read_result(folder) or died(here, ended[0][1])
+            run = folder / RUN
+            kept = [
+                path for path in (run.rglob("*") if run.is_dir() and order.keep else []) if path.is_file()
+            ]
+            named = {path.relative_to(run): path for path in kept}
+            files = {
+                str(name): path.read_bytes() for name, path in named.items() if CHECKPOINTS not in name.parts
+            }
+            return result, files
+        finally:
+            shutil.rmtree(folder.parent, ignore_errors=True)

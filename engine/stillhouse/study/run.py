@@ -1,0 +1,302 @@
+"""A study from its plan to its report: prepare, run the cells, go on after a kill, take over another machine's."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from stillhouse.errors import CheckpointError, ConfigError, nearest
+from stillhouse.study import directory, extra
+from stillhouse.study.live import Live
+from stillhouse.study.plan import Cell, Facts, Plan, cells, digest, expected
+from stillhouse.study.processes import Processes, Stopped, default_workers, died, prepared
+from stillhouse.study.work import DONE, Order, order
+
+Results = dict[str, dict[str, Any]]
+TICK = 0.5
+"""Seconds between two looks at the clock while cells run."""
+
+
+class Executor(Protocol):
+    """Runs cells: on processes here, or on Ray's workers."""
+
+    workers: int
+
+    def start(self, order: Order) -> None: ...
+
+    def finished(self, timeout: float) -> list[tuple[Order, int]]: ...
+
+    def stop(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class Options:
+    """How a study is run; nothing here enters its figures.
+
+    workers
+        Cells at once; None: as many as there are processors for.
+    resume
+        Go on with what the directory holds.
+    merge
+        Directories of the same study from other machines, whose finished cells are taken over.
+    """
+
+    workers: int | None = None
+    ray: bool = False
+    resume: bool = False
+    overwrite: bool = False
+    merge: Sequence[Path] = ()
+
+
+@dataclass
+class Made:
+    """What a study came to.
+
+    seconds, cell_seconds
+        The wall-clock time of running the cells, and the sum of the cells' own; 0 where nothing was run.
+    """
+
+    plan: Plan
+    results: Results
+    seconds: float
+    cell_seconds: float
+    workers: int
+
+
+def make(plan: Plan, folder: Path, text: str, options: Options, live: Live) -> Made:
+    """Run what is missing of the study in ``folder``.
+
+    text
+        The study's file, kept beside the plan.
+
+    Raises CheckpointError where the directory is another study's, is held by another process, or holds an unfinished
+    study and ``resume`` is False; ConfigError for a metric that a task does not have. Nothing is run before that.
+    """
+    extra.check_installed(tuned=plan.tuned)
+    _check_writable(folder)
+    with directory.held(folder):
+        if options.overwrite:
+            directory.clear(folder)
+        kept = directory.read_plan(folder)
+        results = _kept_results(folder, live)
+        if kept is not None:
+            _same_study(kept, plan, folder)
+            known = plan.with_facts(_facts(kept)) if _entries(kept) == _entries(plan) else None
+            if known is not None and _complete(known, results) and not options.merge:
+                directory.write_plan(folder, known, text)
+                return Made(known, results, 0.0, 0.0, 0)
+            if not options.resume:
+                raise CheckpointError(
+                    f"{folder} holds this study, unfinished or with other settings; --resume runs what is missing, "
+                    "--overwrite starts over, --out puts this one elsewhere"
+                )
+        workers = options.workers or default_workers(_threads(plan))
+        plan, modules = _prepare(plan, workers, live)
+        directory.write_plan(folder, plan, text)
+        for other in options.merge:
+            _merge(plan, folder, other, results, live)
+        executor: Executor
+        if options.ray:
+            from stillhouse.study.on_ray import Ray
+
+            executor = Ray(plan, _threads(plan), modules)
+        else:
+            executor = Processes(workers, modules)
+        started = time.perf_counter()
+        with live.running(plan, results, executor.workers):
+            made = _run(plan, folder, results, executor, live)
+        executor.close()
+        seconds = time.perf_counter() - started if made else 0.0
+        own = sum(results[name]["wall_seconds"] for name in made)
+        return Made(plan, results, seconds, own, executor.workers)
+
+
+def load(folder: Path) -> tuple[Plan, Results]:
+    """A study's plan and results, finished or not; CheckpointError where there is none."""
+    plan = directory.read_plan(folder) if folder.is_dir() else None
+    if plan is None:
+        raise CheckpointError(f"{folder} holds no study; expected a directory that 'stillhouse study' made")
+    return plan, directory.read_results(folder)[0]
+
+
+def _check_writable(folder: Path) -> None:
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        problem = "is no folder" if not there.is_dir() else "is not writable"
+        raise CheckpointError(f"{folder} can't be made, {there} {problem}; choose another with --out")
+
+
+def _kept_results(folder: Path, live: Live) -> Results:
+    """The finished cells; what failed is tried again, and what is damaged made again."""
+    found, damaged = directory.read_results(folder)
+    for name in damaged:
+        live.say(f"cell {name} is damaged: it is made again")
+        directory.drop_result(folder, name)
+    return {name: result for name, result in found.items() if result["status"] == DONE}
+
+
+def _same_study(kept: Plan, plan: Plan, folder: Path) -> None:
+    if kept.name != plan.name:
+        raise CheckpointError(
+            f"{folder} holds the study '{kept.name}', and this is '{plan.name}'; choose another with --out"
+        )
+
+
+def _entries(plan: Plan) -> Any:
+    return plan.model_dump(mode="json", exclude={"entries": {"__all__": {"facts"}}})
+
+
+def _facts(plan: Plan) -> dict[tuple[str, str], Facts]:
+    return {(entry.method, entry.pair): entry.facts for entry in plan.entries}
+
+
+def _complete(plan: Plan, results: Results) -> bool:
+    return all(entry.facts.metric for entry in plan.entries) and all(
+        cell.digest in results for cell in cells(plan, results)
+    )
+
+
+def _threads(plan: Plan) -> int:
+    """The most CPU threads that one cell uses."""
+    import torch
+
+    given = {entry.trials[0].config.get("threads") or torch.get_num_threads() for entry in plan.entries}
+    return max(given)
+
+
+def _prepare(plan: Plan, workers: int, live: Live) -> tuple[Plan, list[str]]:
+    """Make each pair's data and teachers, once; the plan with what is then known."""
+    live.say(f"preparing {len(plan.pairs)} pair{'s' * (len(plan.pairs) > 1)}: data and teachers")
+    pairs = [
+        [(entry.method, entry.trials[0].config) for entry in plan.entries if entry.pair == pair]
+        for pair in plan.pairs
+    ]
+    made, modules = prepared(pairs, workers)
+    facts = {}
+    for pair, of_pair in zip(plan.pairs, made, strict=True):
+        for method, found in of_pair.items():
+            facts[method, pair] = _judged(plan, pair, found)
+            if found.refused is not None:
+                live.say(f"not applicable: {method} on {pair}: {found.refused}")
+    return plan.with_facts(facts), modules
+
+
+def _judged(plan: Plan, pair: str, found: Facts) -> Facts:
+    """The facts with the metric that the study asks for."""
+    wanted = found.metric if plan.metric is None else plan.metric.name
+    if not found.metrics:
+        raise ConfigError(
+            f"pair {pair}: its task has no labelled validation split; expected one, to choose and to judge by"
+        )
+    if wanted not in found.metrics:
+        raise ConfigError(
+            f"metric.name: the task of pair {pair} has no '{wanted}'{nearest(wanted, found.metrics)}"
+        )
+    return found.model_copy(update={"metric": wanted})
+
+
+def _run(plan: Plan, folder: Path, results: Results, executor: Executor, live: Live) -> list[str]:
+    """Run every cell that has no result yet; their digests. Ctrl-C stops them and raises Stopped."""
+    made: list[str] = []
+    running: dict[str, Cell] = {}
+    try:
+        while True:
+            for cell in _missing(plan, results, running, executor.workers - len(running)):
+                executor.start(order(cell, directory.cell_folder(folder, cell.digest)))
+                running[cell.digest] = cell
+                live.started(cell)
+            if not running:
+                return made
+            ended = executor.finished(TICK)
+            live.tick()
+            for done, code in ended:
+                results[done.digest] = _result(done, code)
+                made.append(done.digest)
+                live.ended(running.pop(done.digest), results[done.digest])
+    except KeyboardInterrupt:
+        live.say("stopping: cells write their checkpoints")
+        executor.stop()
+        raise Stopped(
+            f"interrupted with {len(made)} cells finished and {len(running)} begun; go on with --resume"
+        ) from None
+    except BaseException:
+        executor.stop()
+        raise
+
+
+def _missing(plan: Plan, results: Results, running: Mapping[str, Cell], room: int) -> list[Cell]:
+    """The next cells, each once: two methods may share one."""
+    if room <= 0:
+        return []
+    found: dict[str, Cell] = {}
+    for cell in cells(plan, results):
+        if cell.digest not in results and cell.digest not in running:
+            found.setdefault(cell.digest, cell)
+            if len(found) == room:
+                break
+    return list(found.values())
+
+
+def _result(order: Order, code: int) -> dict[str, Any]:
+    result = directory.read_result(Path(order.folder))
+    if result is not None and code == 0:
+        return result
+    result = died(order, code)
+    directory.write_result(Path(order.folder), result)
+    return result
+
+
+def _merge(plan: Plan, folder: Path, other: Path, results: Results, live: Live) -> None:
+    """Take over another directory's finished cells that this study needs, where all that made them is the same."""
+    theirs_plan, theirs = load(other)
+    _same_study(theirs_plan, plan, other)
+    done = {name: result for name, result in theirs.items() if result["status"] == DONE}
+    taken = 0
+    while wanted := {cell.digest for cell in cells(plan, results)} & (set(done) - set(results)):
+        for name in sorted(wanted):
+            _copy(directory.cell_folder(other, name), directory.cell_folder(folder, name))
+            results[name] = done[name]
+            taken += 1
+    live.say(f"{other}: {taken} finished cells taken over")
+    needed = {_asked(cell.made_from): cell.made_from for cell in cells(plan, results)}
+    reasons = set()
+    for name in set(done) - set(results):
+        ours = needed.get(_asked(done[name]["made_from"]))
+        if ours is not None:
+            reasons.add(_difference(ours, done[name]["made_from"]))
+    for reason in sorted(reasons):
+        live.say(f"{other}: cells not taken over: {reason}")
+
+
+def _asked(made_from: Mapping[str, Any]) -> str:
+    return digest({"config": made_from["config"], "test": made_from["test"]})
+
+
+def _difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    told = []
+    for key in ("versions", "data"):
+        for name in sorted({*ours[key], *theirs[key]}):
+            if ours[key].get(name) != theirs[key].get(name):
+                told.append(f"{name} is {theirs[key].get(name)} there, {ours[key].get(name)} here")
+    if ours["teacher"] != theirs["teacher"]:
+        told.append(f"the teacher is {theirs['teacher']} there, {ours['teacher']} here")
+    return "; ".join(told)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """The directory, whole or not there."""
+    beside = target.with_name(f".{target.name}")
+    shutil.rmtree(beside, ignore_errors=True)
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, beside)
+    beside.rename(target)
+
+
+__all__ = ["Made", "Options", "Results", "expected", "load", "make"]

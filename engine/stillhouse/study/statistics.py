@@ -1,0 +1,191 @@
+"""The statistics of a study, by SciPy, statsmodels and scikit-posthocs.
+
+Everything is two-sided, at 95 % or a level of 5 %. Differences are paired: the same seed, pair and budget on both sides.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+
+from stillhouse.study.extra import library
+
+LEVEL = 0.05
+POWER = 0.8
+FEWEST = 3
+"""Seeds from which on intervals and tests are given; two values make an interval that says nothing."""
+RESAMPLES = 9999
+PERMUTATIONS = 2**16
+"""Sign changes that are tried; up to 16 seeds these are all there are, and the test is exact."""
+MOST_SEEDS = 100_000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean, half the width of its 95 % interval (None: fewer than 3 values), and how many values it is of."""
+
+    mean: float
+    half: float | None
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f}" + ("" if self.half is None else f" ± {self.half:.3f}")
+
+    def signed(self) -> str:
+        """With a sign, for differences."""
+        return f"{self.mean:+.3f}" + ("" if self.half is None else f" ± {self.half:.3f}")
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Mean and Student's t interval: ``t(0.975, n - 1) s / sqrt(n)``."""
+    n = len(values)
+    if n < FEWEST:
+        return Interval(fmean(values), None, n)
+    quantile = float(library("scipy.stats").t.ppf(1 - LEVEL / 2, n - 1))
+    return Interval(fmean(values), quantile * stdev(values) / math.sqrt(n), n)
+
+
+def bca_interval(
+    values: Sequence[float], statistic: Callable[..., Any] = np.mean, *, confidence: float = 1 - LEVEL
+) -> tuple[float, float] | None:
+    """The bias-corrected and accelerated bootstrap interval (Efron 1987); None for fewer than 3 values.
+
+    Resamples come from a fixed seed, so that a report can be made again byte for byte.
+    """
+    if len(values) < FEWEST:
+        return None
+    if len(set(values)) == 1:
+        return (float(statistic(np.asarray(values))),) * 2
+    made = library("scipy.stats").bootstrap(
+        (np.asarray(values, dtype=float),),
+        statistic,
+        confidence_level=confidence,
+        n_resamples=RESAMPLES,
+        method="BCa",
+        rng=np.random.default_rng(0),
+    )
+    low, high = made.confidence_interval
+    return float(low), float(high)
+
+
+def interquartile_mean(values: Sequence[float]) -> float:
+    """The mean without the lowest and the highest quarter (each rounded down to whole values)."""
+    return float(library("scipy.stats").trim_mean(np.asarray(values, dtype=float), 0.25))
+
+
+def paired_t(differences: Sequence[float]) -> float:
+    """P of the paired t-test; 1 where every difference is 0."""
+    if not any(differences):
+        return 1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # equal differences: t is infinite, and p 0
+        return float(library("scipy.stats").ttest_1samp(differences, 0.0).pvalue)
+
+
+def paired_permutation(differences: Sequence[float]) -> float:
+    """P of Fisher's test: the mean's place among those of every change of signs, or of 65,536 at random."""
+    made = library("scipy.stats").permutation_test(
+        (np.asarray(differences, dtype=float), np.zeros(len(differences))),
+        lambda x, y, axis: np.mean(x - y, axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=PERMUTATIONS,
+        rng=np.random.default_rng(0),
+    )
+    return float(made.pvalue)
+
+
+def wilcoxon(differences: Sequence[float]) -> float:
+    """P of the signed-rank test (Wilcoxon 1945); differences of 0 are left out, and 1 where all are 0."""
+    if not any(differences):
+        return 1.0
+    return float(library("scipy.stats").wilcoxon(differences).pvalue)
+
+
+def effect_size(differences: Sequence[float]) -> float | None:
+    """Cohen's d_z: the mean difference in standard deviations of the differences; None where these are equal."""
+    spread = stdev(differences) if len(differences) >= FEWEST else 0.0
+    return fmean(differences) / spread if spread > 0 else None
+
+
+def probability_of_improvement(ours: Sequence[float], others: Sequence[float]) -> float:
+    """The part of all pairs in which ours is higher, ties counted half: U / (n m) (Agarwal et al. 2021)."""
+    u = library("scipy.stats").mannwhitneyu(ours, others, alternative="two-sided").statistic
+    return float(u) / (len(ours) * len(others))
+
+
+def seeds_needed(effect: float) -> int | None:
+    """How many seeds show a paired difference of this d_z at 5 % with a power of 80 %; None beyond 100,000."""
+    power = library("statsmodels.stats.power").TTestPower().power
+    low, high = 2, MOST_SEEDS
+    if power(abs(effect), high, LEVEL) < POWER:
+        return None
+    while low < high:  # the power grows with the number of seeds
+        middle = (low + high) // 2
+        if power(abs(effect), middle, LEVEL) < POWER:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for how many there are (Holm 1979): at 5 %, one false claim in twenty studies at most."""
+    if not p_values:
+        return []
+    adjusted = library("statsmodels.stats.multitest").multipletests(p_values, alpha=LEVEL, method="holm")[1]
+    return [float(p) for p in adjusted]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Average ranks over blocks (1 is best) with Friedman's test and Nemenyi's critical difference.
+
+    friedman
+        p of the hypothesis that all are equal, corrected for ties.
+    critical
+        Two average ranks that are further apart than this differ at 5 % (Demšar 2006).
+    pairwise
+        Nemenyi's p for every two methods.
+    """
+
+    average: dict[str, float]
+    blocks: int
+    friedman: float
+    critical: float
+    pairwise: dict[tuple[str, str], float]
+
+
+def ranks(scores: Mapping[str, Sequence[float]]) -> Ranks | None:
+    """Ranks of methods, higher scores being better; None for fewer than 3 methods or 3 blocks.
+
+    scores
+        For each method its score in each block, the blocks in one order.
+    """
+    names = list(scores)
+    table = np.array([scores[name] for name in names], dtype=float).T  # (blocks, methods)
+    if len(names) < 3 or len(table) < FEWEST:
+        return None
+    stats = library("scipy.stats")
+    placed = stats.rankdata(-table, axis=1)
+    blocks, methods = table.shape
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # all equal in every block: nan
+        friedman = float(stats.friedmanchisquare(*table.T).pvalue)
+    quantile = float(stats.studentized_range.ppf(1 - LEVEL, methods, np.inf)) / math.sqrt(2)
+    nemenyi = library("scikit_posthocs").posthoc_nemenyi_friedman(table).to_numpy()
+    return Ranks(
+        average={name: float(placed[:, column].mean()) for column, name in enumerate(names)},
+        blocks=blocks,
+        friedman=1.0 if math.isnan(friedman) else friedman,
+        critical=quantile * math.sqrt(methods * (methods + 1) / (6 * blocks)),
+        pairwise={
+            (names[i], names[j]): float(nemenyi[i, j]) for i in range(methods) for j in range(i + 1, methods)
+        },
+    )

@@ -1,0 +1,361 @@
+"""Cells, resuming, editing, merging, and everything that a study refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from small_study import make, small, untuned
+
+from stillhouse.errors import CheckpointError, ConfigError
+from stillhouse.study import directory, processes, work
+from stillhouse.study.plan import Plan
+from stillhouse.study.schema import to_text, validate
+
+TABLES = ("scores.csv", "statistics.csv", "report.tex")
+"""What holds no time."""
+
+
+def results(folder: Path) -> dict[str, dict]:
+    found, damaged = directory.read_results(folder)
+    assert not damaged
+    return found
+
+
+def tables(folder: Path) -> dict[str, str]:
+    return {name: (folder / name).read_text() for name in TABLES}
+
+
+class TestCells:
+    def test_tuning_sees_validation_alone_and_each_reported_cell_opens_the_test_split_once(self, finished):
+        _, analysis, _ = finished
+        assert analysis.complete
+        assert {one.phase for one, _ in analysis.provenance} == {"tuning", "final"}
+        for one, found in analysis.provenance:
+            tuned = one.phase == "tuning"
+            assert set(found["scores"]) == ({"validation"} if tuned else {"validation", "test"})
+            assert found["test_opened"] == (0 if tuned else 1)
+            assert one.seed in ([100] if tuned else [0, 1, 2])
+
+    def test_all_methods_have_the_same_number_of_trials_and_updates(self, finished):
+        _, analysis, _ = finished
+        for method in ("hard", "kd"):
+            mine = [
+                (one, found)
+                for one, found in analysis.provenance
+                if (one.method, one.pair) == (method, "digits")
+            ]
+            assert [sum(one.phase == phase for one, _ in mine) for phase in ("tuning", "final")] == [2, 3]
+            assert {found["steps"] for _, found in mine} == {30}
+
+    def test_the_best_trial_on_validation_is_the_one_that_is_reported(self, finished):
+        _, analysis, _ = finished
+        for row in analysis.rows["digits"]:
+            best = max(range(2), key=lambda trial: row.trials[trial])
+            assert row.chosen == best
+            assert row.settings == row.entry.trials[best].settings
+
+    def test_a_method_that_does_not_fit_a_task_is_not_applicable_with_the_reason(self, finished):
+        _, analysis, said = finished
+        row = analysis.rows["diabetes"][1]
+        assert (row.status, row.scores) == ("not applicable", {})
+        assert "labels are floats (regression)" in row.reason
+        assert "not applicable: kd on diabetes" in said
+        assert not [one for one, _ in analysis.provenance if (one.method, one.pair) == ("kd", "diabetes")]
+
+    def test_a_teacher_is_trained_once_for_all(self, finished):
+        folder, _, _ = finished
+        logs = [path.read_text() for path in folder.glob("cells/*/log.txt")]
+        assert not any("training it once" in log for log in logs)
+        assert sum("kept from an earlier run" in log for log in logs) == 5
+
+    def test_a_tuning_cell_keeps_its_figures_and_a_reported_one_its_run(self, finished):
+        folder, analysis, _ = finished
+        for one, _ in analysis.provenance:
+            student = folder / "cells" / one.digest / "run" / "student.safetensors"
+            assert student.is_file() == (one.phase == "final")
+
+    def test_it_says_what_was_passed_and_what_was_in_force(self, finished):
+        folder, _, _ = finished
+        plan = Plan.model_validate_json((folder / "plan.json").read_text())
+        entry = plan.entry("kd", "digits")
+        assert entry.given["method"] == "kd"
+        assert entry.trials[0].config["method"] == {"name": "kd", "temperature": 4.0, "alpha": 0.9}
+
+    def test_one_that_fails_is_reported_with_its_error_and_the_rest_go_on(self, tmp_path):
+        content = untuned()
+        content["methods"]["wild"] = {"config": {"method": "hard_labels", "optimizer": {"lr": 1e30}}}
+        analysis, said = make(content, tmp_path / "s")
+        row = analysis.rows["digits"][2]
+        assert row.status == "failed"
+        assert "not finite" in row.reason or "NaN" in row.reason
+        assert len(analysis.failures) == 3
+        assert [len(other.scores) for other in analysis.rows["digits"][:2]] == [3, 3]
+        assert "wild on digits, seed 0: failed" in said
+        page = (tmp_path / "s" / "report.md").read_text()
+        assert "wild on digits, seed 0: failed" in page
+
+    def test_two_names_for_one_config_share_its_cells(self, tmp_path):
+        content = untuned()
+        content["methods"] = {"one": content["methods"]["hard"], "other": content["methods"]["hard"]}
+        analysis, _ = make({**content, "baseline": "one"}, tmp_path / "s")
+        assert len(results(tmp_path / "s")) == 3
+        assert analysis.rows["digits"][1].difference.interval.mean == 0.0
+
+
+class TestGoingOn:
+    def test_a_finished_study_is_shown_again_without_a_run(self, finished):
+        folder, _, _ = finished
+        before, text = results(folder), tables(folder)
+        _, said = make(small(), folder)
+        assert results(folder) == before
+        assert tables(folder) == text
+        assert "preparing" not in said
+
+    def test_an_edit_runs_what_changed_and_no_more(self, finished, tmp_path):
+        folder = tmp_path / "s"
+        shutil.copytree(finished[0], folder)
+        before = results(folder)
+        edited = small(seeds={"tuning": [100], "fresh": [0, 1, 2, 3]})
+        with pytest.raises(CheckpointError, match="--resume runs what is missing"):
+            make(edited, folder)
+        analysis, _ = make(edited, folder, resume=True)
+        after = results(folder)
+        assert {name: after[name] for name in before} == before
+        new = [one for one, _ in analysis.provenance if one.digest not in before]
+        assert sorted((one.method, one.pair, one.seed) for one in new) == [
+            ("hard", "diabetes", 3), ("hard", "digits", 3), ("kd", "digits", 3)
+        ]  # fmt: skip
+
+    def test_a_damaged_cell_is_made_again_and_comes_out_the_same(self, finished, tmp_path):
+        folder = tmp_path / "s"
+        shutil.copytree(finished[0], folder)
+        text = tables(folder)
+        one = next(one for one, _ in finished[1].provenance if one.phase == "final")
+        path = folder / "cells" / one.digest / "result.json"
+        path.write_text(path.read_text().replace('"status": "done"', '"status": "doNe"'))
+        _, said = make(small(), folder, resume=True)
+        assert f"cell {one.digest} is damaged: it is made again" in said
+        assert tables(folder) == text
+
+    def test_what_failed_is_tried_again_on_a_resume(self, tmp_path):
+        content = untuned()
+        content["methods"]["kd"]["config"]["optimizer"] = {"lr": 1e30}
+        make(content, tmp_path / "s")
+        before = {name for name, found in results(tmp_path / "s").items() if found["status"] == "failed"}
+        started = {name: results(tmp_path / "s")[name]["started"] for name in before}
+        make(content, tmp_path / "s", resume=True)
+        assert before
+        assert all(results(tmp_path / "s")[name]["started"] > started[name] for name in before)
+
+    def test_what_a_kill_leaves_is_gone_on_with_to_the_same_tables(self, finished, tmp_path):
+        """A cell that was finished and not told of, one cut short before its first checkpoint, one not begun."""
+        folder = tmp_path / "s"
+        shutil.copytree(finished[0], folder)
+        text = tables(folder)
+        told, cut, new = [
+            folder / "cells" / one.digest for one, _ in finished[1].provenance if one.phase == "final"
+        ][:3]
+        (told / "result.json").unlink()
+        (cut / "result.json").unlink()
+        (cut / "run" / "summary.json").unlink()
+        shutil.rmtree(cut / "run" / "checkpoints")
+        shutil.rmtree(new)
+        make(small(), folder, resume=True)
+        assert tables(folder) == text
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("moments", [10])
+    def test_killed_and_resumed_it_ends_with_the_same_tables(self, finished, tmp_path, moments):
+        """SIGKILL to the study's process at ``moments`` different times; its cells end with it."""
+        folder, path = tmp_path / "s", tmp_path / "small.yaml"
+        path.write_text(to_text(validate(small())))
+        command = [
+            sys.executable,
+            "-m",
+            "stillhouse.cli.main",
+            "study",
+            str(path),
+            "--out",
+            str(folder),
+            "--resume",
+        ]
+        for moment in range(moments):
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            wanted = 1 + moment % 4  # kill it while the cell after this many new ones runs
+            for line in process.stdout:
+                wanted -= line.startswith("[")
+                if not wanted:
+                    break
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        subprocess.run(command, check=True, capture_output=True)
+        assert tables(folder) == tables(finished[0])
+
+    @pytest.mark.slow
+    def test_ctrl_c_stops_the_cells_and_says_how_to_go_on(self, tmp_path):
+        path = tmp_path / "long.yaml"
+        path.write_text(to_text(validate({**untuned(), "budget": {"updates": 100_000}})))
+        command = [
+            sys.executable,
+            "-m",
+            "stillhouse.cli.main",
+            "study",
+            str(path),
+            "--out",
+            str(tmp_path / "s"),
+        ]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        until = time.monotonic() + 120
+        while not list(tmp_path.glob("s/cells/*/run/checkpoints/*")) and time.monotonic() < until:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=120)
+        assert process.returncode == 130, told
+        assert "0 cells finished and 2 begun; go on with --resume" in told
+        assert not list(tmp_path.glob("s/cells/*/result.json"))
+
+
+class TestMerge:
+    def test_finished_cells_of_another_machine_are_taken_over(self, finished, tmp_path):
+        analysis, said = make(small(), tmp_path / "here", merge=[finished[0]])
+        assert analysis.complete
+        assert f"{finished[0]}: 15 finished cells taken over" in said
+        assert "[" not in said.replace(str(tmp_path), ""), "no cell was run"
+        assert tables(tmp_path / "here") == tables(finished[0])
+
+    def test_cells_of_another_version_are_not_and_the_version_is_told(self, tmp_path):
+        content = untuned(methods={"hard": {"config": {"method": "hard_labels"}}})
+        make(content, tmp_path / "there")
+        for path in (tmp_path / "there" / "cells").iterdir():
+            result = directory.read_result(path)
+            result["made_from"]["versions"]["torch"] = "1.0"
+            result["digest"] = directory.digest(result["made_from"])
+            path.rename(path.with_name(result["digest"]))
+            directory.write_result(path.with_name(result["digest"]), result)
+        _, said = make(content, tmp_path / "here", merge=[tmp_path / "there"])
+        assert "0 finished cells taken over" in said
+        assert "cells not taken over: torch is 1.0 there" in said
+        assert len(results(tmp_path / "here")) == 3
+
+
+class TestRefused:
+    """Before anything is run, and nothing that is there is touched."""
+
+    def test_the_directory_of_another_study(self, finished):
+        with pytest.raises(CheckpointError, match="holds the study 'small', and this is 'other'"):
+            make(small(name="other"), finished[0], resume=True)
+
+    def test_a_directory_that_holds_something_else(self, tmp_path):
+        (tmp_path / "thesis.tex").write_text("mine")
+        for options in ({}, {"overwrite": True}):
+            with pytest.raises(CheckpointError, match=r"holds no study \(thesis.tex\)"):
+                make(small(), tmp_path, **options)
+        assert (tmp_path / "thesis.tex").read_text() == "mine"
+
+    def test_overwrite_removes_what_is_a_studys_alone(self, finished, tmp_path):
+        folder = tmp_path / "s"
+        shutil.copytree(finished[0], folder)
+        (folder / "notes.txt").write_text("mine")
+        directory.clear(folder)
+        assert sorted(path.name for path in folder.iterdir() if path.name[0] != ".") == ["notes.txt"]
+
+    def test_two_studies_in_one_directory_at_once(self, tmp_path):
+        with directory.held(tmp_path / "s"), pytest.raises(CheckpointError) as error:
+            make(small(), tmp_path / "s")
+        assert f"is in use by process {os.getpid()} of " in str(error.value)
+        assert "wait for it, or choose another with --out" in str(error.value)
+
+    def test_a_plan_that_can_not_be_read(self, tmp_path):
+        (tmp_path / "plan.json").write_text("{")
+        with pytest.raises(CheckpointError, match="can't be read as a study's plan; remove it"):
+            make(small(), tmp_path)
+
+    def test_a_metric_that_a_task_does_not_have(self, tmp_path):
+        with pytest.raises(ConfigError, match=r"the task of pair diabetes has no 'accuracy'.*r2"):
+            make(small(metric={"name": "accuracy", "better": "higher"}), tmp_path / "s")
+        assert not (tmp_path / "s" / "cells").exists()
+
+    def test_a_folder_that_can_not_be_made(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(CheckpointError, match="is no folder; choose another with --out"):
+            make(small(), tmp_path / "file" / "s")
+
+
+class TestWorker:
+    ORDER = work.Order(
+        "0" * 16, {"data": {}, "teacher": None}, {"task": "digits", "method": "kd"}, "", True, True
+    )
+
+    def order(self, folder: Path) -> work.Order:
+        return work.replace(self.ORDER, folder=str(folder / self.ORDER.digest))
+
+    def test_a_cell_whose_process_is_killed_is_told_with_the_signal(self, tmp_path):
+        told = processes.died(self.order(tmp_path), -9)
+        assert told["status"] == "failed"
+        assert "its process was ended by SIGKILL (out of memory?)" in told["error"]["message"]
+
+    def test_a_killed_process_ends_its_cell_alone(self, tmp_path):
+        running = processes.Processes(1)
+        running.start(
+            work.replace(self.order(tmp_path), config={"task": "mnist1d", "method": "kd", "steps": 10**6})
+        )
+        (process,) = running._running
+        os.kill(process.pid, signal.SIGKILL)
+        ended = []
+        while not ended:
+            ended = running.finished(1.0)
+        assert ended[0][1] == -9
+
+    def test_a_full_disk_is_an_error_of_the_cell(self, tmp_path, monkeypatch):
+        def full(*given):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("stillhouse.runs.directory.write_text", full)
+        made = work.work(self.order(tmp_path))
+        assert made["status"] == "failed"
+        assert "No space left on device" in made["error"]["message"]
+
+    def test_data_that_are_not_those_of_the_study_are_refused(self, tmp_path):
+        with pytest.raises(
+            CheckpointError, match="the train split is b here and a where the study was prepared"
+        ):
+            work._check_origin(
+                {"data": {"train": "a"}, "teacher": None}, {"data": {"train": "b"}, "teacher": {}}
+            )
+        with pytest.raises(CheckpointError, match="the teacher is None here and t where the study"):
+            work._check_origin({"data": {}, "teacher": "t"}, {"data": {}, "teacher": {}})
+
+
+def test_a_result_that_was_cut_short_or_changed_or_moved_is_none(tmp_path):
+    cell = tmp_path / directory.digest({"a": 1})
+    directory.write_result(cell, {"digest": cell.name, "made_from": {"a": 1}, "status": "done"})
+    assert directory.read_result(cell)["status"] == "done"
+    text = (cell / "result.json").read_text()
+    for broken in (text[:-9], text.replace("done", "DONE"), json.dumps([1])):
+        (cell / "result.json").write_text(broken)
+        assert directory.read_result(cell) is None
+    (cell / "result.json").write_text(text)
+    moved = cell.rename(tmp_path / "other")
+    assert directory.read_result(moved) is None
+
+
+@pytest.mark.slow
+def test_a_local_ray_cluster_gives_the_same_results_bit_for_bit(tmp_path):
+    pytest.importorskip("ray", reason="Ray is not installed (extra ray)")
+    content = untuned()
+    make(content, tmp_path / "here")
+    make(content, tmp_path / "ray", ray=True)
+    assert tables(tmp_path / "ray") == tables(tmp_path / "here")
+    students = sorted((tmp_path / "here").glob("cells/*/run/student.safetensors"))
+    assert len(students) == 6
+    for path in students:
+        other = tmp_path / "ray" / path.relative_to(tmp_path / "here")
+        assert other.read_bytes() == path.read_bytes()

@@ -1,0 +1,198 @@
+"""Which path computes, and the way back where a kernel can't be had."""
+
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cases import exact, logits, relative
+
+from stillhouse.kernels import TopK, backends, cache, distillation_loss, small, softmax_kl
+from stillhouse.kernels.cpu import build
+
+
+def forget():
+    for known in (backends.cpu_failure, backends._say_failed, build.entry):
+        known.cache_clear()
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """As in a new process of a user without a cache."""
+    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path))
+    forget()
+    yield tmp_path
+    forget()
+
+
+def no_compiler(name):
+    raise ImportError(f"cannot import name 'JITCodeLibrary' for {name}")
+
+
+def test_without_a_kernel_torch_computes_and_says_so_once(fresh, monkeypatch):
+    monkeypatch.setattr(build, "_compile", no_compiler)
+    student, teacher = logits(64, 200, 1), logits(64, 200, 2)
+    leaf = student.clone().requires_grad_()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            loss = softmax_kl(leaf, teacher, temperature=2.0)
+    (one,) = [str(w.message) for w in said]
+    assert "JITCodeLibrary" in one
+    assert "backend='torch'" in one
+    rows, gradient = exact(student, teacher, temperature=2.0)
+    assert relative(loss.detach(), rows.mean()) <= 1e-6
+    assert relative(torch.autograd.grad(loss, leaf)[0], gradient) <= 1e-6
+    with pytest.raises(ImportError):
+        softmax_kl(leaf, teacher, backend="numba")
+
+
+def test_both_terms_have_the_way_back_too(fresh, monkeypatch):
+    monkeypatch.setattr(build, "_compile", no_compiler)
+    student, teacher, labels = logits(64, 200, 1), logits(64, 200, 2), torch.arange(64)
+    for target in (teacher, TopK.from_logits(teacher, 8)):
+        backends._say_failed.cache_clear()
+        with pytest.warns(RuntimeWarning, match="torch computes in their place"):
+            got = distillation_loss(student, target, labels)
+        expected = distillation_loss(student, target, labels, backend="torch")
+        assert torch.equal(got.soft, expected.soft)
+        assert torch.equal(got.label, expected.label)
+
+
+PROGRAM = """
+import warnings
+import torch
+from numba.core import codegen, compiler
+for name in {gone}:
+    for owner in (codegen.JITCodeLibrary, codegen.JITCPUCodegen, codegen, compiler):
+        if name in vars(owner):
+            delattr(owner, name)
+from stillhouse.kernels import distillation_loss
+layer = torch.nn.Linear(20, 200)
+optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+x, teacher, y = torch.randn(64, 20), torch.randn(64, 200), torch.arange(64)
+losses = []
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    for _ in range(20):
+        loss = sum(distillation_loss(layer(x), teacher, y, temperature=4.0))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+print(losses[-1] < 0.9 * losses[0], len(said), str(said[0].message)[:60])
+"""
+
+
+@pytest.mark.parametrize(
+    "gone", [["JITCodeLibrary"], ["JITCPUCodegen"], ["_finalize_specific", "add_ir_module"]]
+)
+def test_it_trains_where_numbas_private_names_are_gone(gone, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(gone=gone)],
+        env={**os.environ, "STILLHOUSE_CACHE": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.stdout.startswith("True 1 stillhouse's CPU kernels can't"), done.stdout + done.stderr
+
+
+def test_a_line_before_the_first_compilation(fresh, monkeypatch, caplog):
+    monkeypatch.setattr(build, "_compile", lambda name: b"code")
+    monkeypatch.setattr(build, "_load", lambda code: code)
+    with caplog.at_level(logging.WARNING, "stillhouse.kernels"):
+        assert build.entry("dense") == b"code"
+    assert "about 25 seconds" in caplog.text
+    caplog.clear()
+    build.entry.cache_clear()
+    monkeypatch.setattr(build, "_compile", no_compiler)
+    assert build.entry("dense") == b"code", "kept"
+    assert not caplog.records
+
+
+def test_small_calls_compile_nothing_whatever_is_there(fresh, monkeypatch):
+    """By their size alone: what was compiled before does not change a result."""
+    monkeypatch.setattr(build, "_compile", no_compiler)
+    rows = small.MOST // 10
+    student, teacher = logits(rows, 10, 1), logits(rows, 10, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = softmax_kl(student, teacher, temperature=4.0)
+        both = distillation_loss(student, teacher, torch.zeros(rows, dtype=torch.long), temperature=4.0)
+    assert relative(got, exact(student, teacher, temperature=4.0)[0].mean()) <= 1e-6
+    assert torch.equal(both.soft, got)
+    with pytest.warns(RuntimeWarning):
+        softmax_kl(logits(rows + 1, 10, 1), logits(rows + 1, 10, 2))
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_small_calls_are_right(reduction):
+    mask = torch.arange(40) % 4 != 0
+    student, teacher = logits(40, 12, 1), logits(40, 12, 2)
+    student[0], teacher[4] = torch.nan, torch.inf
+    teacher[1, 3] = student[1, 3] = -torch.inf
+    leaf = student.clone().requires_grad_()
+    settings = {"temperature": 0.5, "mask": mask, "reduction": reduction}
+    got = softmax_kl(leaf, teacher, **settings)
+    s = torch.where(mask[:, None], student, 0)
+    t = torch.where(mask[:, None], teacher, 0)
+    rows, gradient = exact(s, t, temperature=0.5, mask=mask)
+    rows, gradient = torch.where(mask, rows, 0), gradient * mask.sum()
+    if reduction == "mean":
+        rows, gradient = rows.sum() / mask.sum(), gradient / mask.sum()
+    elif reduction == "sum":
+        rows = rows.sum()
+    assert relative(got.detach(), rows) <= 1e-6
+    assert relative(torch.autograd.grad(got.sum(), leaf)[0], gradient) <= 1e-6
+
+
+def test_warmup_makes_every_kernel_and_keeps_it(fresh, monkeypatch):
+    made, said = [], []
+    monkeypatch.setattr(build, "_compile", lambda name: made.append(name) or name.encode())
+    monkeypatch.setattr(build, "_load", lambda code: code)
+    assert backends.warmup(said.append)
+    assert made == list(build.ENTRIES)
+    assert len(list((fresh / "kernels").glob("*.kernel"))) == len(made)
+    assert [line.split(":")[0] for line in said] == made
+    forget()
+    made.clear()
+    assert backends.warmup(said.append)
+    assert not made
+    monkeypatch.setattr(build, "_load", no_compiler)
+    forget()
+    assert not backends.warmup(said.append)
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_the_cuda_kernel_is_used_after_its_check_alone(passes, tmp_path, monkeypatch):
+    """Without a device: what stands around the check, which is the same function that `doctor --kernels` runs."""
+    from stillhouse.kernels import cuda, selfcheck
+
+    asked = []
+
+    def check(device, backend):
+        asked.append((device, backend))
+        return [("dense forward", True, ""), ("top-k", passes, "relative error 1")]
+
+    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path))
+    monkeypatch.setattr(selfcheck, "check", check)
+    monkeypatch.setattr(cuda, "identity", lambda device: f"device-{device}")
+    monkeypatch.setattr(backends, "cuda_available", lambda: (True, "a device"))
+    backends.cuda_failure.cache_clear()
+    here = SimpleNamespace(device=SimpleNamespace(type="cuda", index=1), dtype=torch.float32)
+    for _ in range(2):  # the second as in another process
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            chosen = [backends.choose(here, None) for _ in range(3)]
+        assert chosen == ["cuda" if passes else "torch"] * 3
+        assert len(said) == (0 if passes else 1)
+        assert all(
+            "relative error 1" in str(w.message) and str(cache.folder()) in str(w.message) for w in said
+        )
+        backends.cuda_failure.cache_clear()
+    assert asked == [("cuda:1", "cuda")]
