@@ -36,6 +36,7 @@ def score(
     *,
     teacher: bool = False,
     config: RunConfig | None = None,
+    like: Split | None = None,
 ) -> dict[str, float]:
     """The task's metrics of a model on a split, over the rows that the mask has and that have a label.
 
@@ -44,6 +45,8 @@ def score(
     config
         The run's, for ``evaluate_batch_size`` and ``workers``. Without that size a forward pass has the samples that
         the split's loader says, else 1,024 or as many as take 64 MiB of inputs and outputs.
+    like
+        The split whose first row says what a row takes, where this one is to be read once and no more.
 
     Raises DataError for a split without labels, and for labels that the model has no output for.
     """
@@ -51,7 +54,11 @@ def score(
     stated, workers = (None, None) if config is None else (config.evaluate_batch_size, config.workers)
     reading = Reading(workers=workers, pin_memory=device.type == "cuda")
     with torch.random.fork_rng(), evaluating(model):
-        size = stated or split.loading.batch_size or _fitting(model, split, device, kind, teacher=teacher)
+        size = (
+            stated
+            or split.loading.batch_size
+            or _fitting(model, split if like is None else like, device, kind, teacher=teacher)
+        )
         _scored(metrics, model, split.every(size, reading), device, kind, teacher=teacher)
     return computed(task, metrics)
 

@@ -313,7 +313,7 @@ def _finish(
     scores, test = {}, sealed.open()
     for name, split in (("validation", loop.splits.validation), ("test", test)):
         if split is not None:
-            scores[name] = score(parts.task, model, split, device, config=config)
+            scores[name] = score(parts.task, model, split, device, config=config, like=loop.splits.train)
     summary: Summary = {
         "name": config.name,
         "methods": [plugin.name for plugin in parts.methods],

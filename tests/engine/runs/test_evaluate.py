@@ -86,6 +86,17 @@ def test_batches_have_the_size_that_is_stated_else_the_loaders_else_what_fits(mo
     assert sizes(TensorSplit(X, Y)) == [1, 10, 10, 10], "40 bytes a row"
 
 
+def test_a_split_that_may_be_read_once_is_sized_by_another():
+    class Watched(TensorSplit):
+        def batch(self, index):
+            reads.append(len(index))
+            return super().batch(index)
+
+    reads = []
+    score(task_of(), toys.net(), Watched(X, Y), CPU, like=TensorSplit(X, Y))
+    assert reads == [30]
+
+
 class Ragged:
     """Rows of tokens with a length of their own, classes -100 at every third place."""
 
