@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 DEV := $(VENV)/.ready-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run study test test-kit test-slow lint format examples bench build clean
+.PHONY: help setup run study test test-kit test-slow attack lint format examples bench build clean
 
 help:  ## what can be done here
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
@@ -24,8 +24,8 @@ $(DEV): $(READY)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[tasks,study,tensorboard,torchdistill,cuda,mlflow,wandb]' --group dev
 	touch $@
 
-run: $(READY)  ## the main job: hard labels, KD and SLD on MNIST-1D, 3 seeds, one table
-	$(BIN)/stillhouse compare mnist1d-hard mnist1d-kd mnist1d-sld --seeds 0,1,2 --overwrite
+run: $(READY)  ## the main job: hard labels, KD, KD on all inputs and SLD on MNIST-1D, 3 seeds, one table
+	$(BIN)/stillhouse compare mnist1d-hard mnist1d-kd mnist1d-kd-all mnist1d-sld --seeds 0,1,2 --overwrite
 
 test: $(DEV)  ## the test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal
@@ -35,6 +35,9 @@ test-kit: $(DEV)  ## what a plugin's author does, beside the wheel in clean envi
 
 test-slow: $(DEV)  ## the long tests: wheel in a clean environment, full sweeps
 	$(BIN)/python -m pytest -m 'slow and not gpu'
+
+attack: $(DEV)  ## attacks at full length (an hour or so): kills, damage, processes, hostile configs; prints the table
+	$(BIN)/python tests/attacks/table.py
 
 lint: $(DEV)  ## ruff, types, import rules
 	$(BIN)/ruff check .

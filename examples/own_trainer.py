@@ -6,7 +6,7 @@ python examples/own_trainer.py
 import torch
 from torch import nn
 
-from stillhouse import DistillStep
+import stillhouse
 
 torch.manual_seed(0)
 teacher = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 5))
@@ -15,16 +15,14 @@ x = torch.randn(2048, 20)
 y = teacher(x).argmax(-1)
 loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=64, shuffle=True)
 
-step = DistillStep(
-    {"name": "kd", "temperature": 2.0}, student=student, teacher=teacher, probe=next(iter(loader))
-)
-optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
-for epoch in range(3):
-    for batch in loader:
-        loss, metrics = step(student, batch)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    shown = {name: round(value.item(), 4) for name, value in metrics.items()}
-    print(f"epoch {epoch}: {shown}")
-step.close()
+distillation = stillhouse.Distillation("kd", teacher=teacher, temperature=2.0)
+with distillation.attach(student, probe=next(iter(loader)), steps=3 * len(loader)) as step:
+    optimizer = torch.optim.AdamW(step.parameter_groups(), lr=1e-2)
+    for epoch in range(3):
+        for batch in loader:
+            loss, metrics = step(student, batch)
+            loss.backward()
+            optimizer.step()
+            step.zero_grad()
+        shown = {name: round(value.item(), 4) for name, value in metrics.items()}
+        print(f"epoch {epoch}: {shown}")

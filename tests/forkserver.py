@@ -4,7 +4,9 @@ The server reads requests from its standard input, one JSON object a line. ``sta
 ``stillhouse`` with ``argv`` in ``cwd``, its output going to ``log``; ``wait`` answers with its exit code
 (negative: the signal that ended it). ``die`` kills the child from within by SIGKILL at the ``call``-th call of
 ``function`` (``module:qualified.name``), ``before`` or ``after`` it; ``full`` makes that call fail as a full disk does;
-``quick`` leaves the picture out; ``interrupt`` sends the signal of Ctrl-C there, as many ``times``.
+``quick`` leaves the picture out; ``interrupt`` sends the signal of Ctrl-C (or ``signal``) there, as many ``times``;
+``limit`` is the most bytes that a file may have; ``unread`` gives standard output to a pipe that nobody reads; ``env``
+are variables of the child's own.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import functools
 import importlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -86,22 +89,35 @@ def _full() -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def _interrupt(times: int) -> None:
+def _interrupt(times: int, number: int) -> None:
     for _ in range(times):
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
+
+
+def _output(request: dict[str, Any]) -> None:
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 2)
+    if request.get("unread"):
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
+    else:
+        os.dup2(log, 1)
 
 
 def _child(request: dict[str, Any]) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _output(request)
     os.chdir(request["cwd"])
+    os.environ.update(request.get("env", {}))
+    if "limit" in request:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["limit"], request["limit"]))
     for name in ("die", "full", "interrupt"):
         if name in request:
             fault = request[name]
-            times = fault.get("times", 1)
-            do = {"die": _kill, "full": _full, "interrupt": functools.partial(_interrupt, times)}[name]
+            sends = functools.partial(_interrupt, fault.get("times", 1), fault.get("signal", signal.SIGINT))
+            do = {"die": _kill, "full": _full, "interrupt": sends}[name]
             _patch(fault["function"], fault["call"], do, fault.get("when", "before"))
     if request.get("quick"):
         import stillhouse.runs.page

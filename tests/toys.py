@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillhouse.api import LossTerm, Method, Splits, TensorSplit, hookimpl
+from stillhouse.api import LossTerm, Method, Splits, Task, TensorSplit, hookimpl
 from stillhouse.config import Training
+from stillhouse.runs.evaluate import computed
+from stillhouse.training.compatibility import OFFERED
 from stillhouse.training.loop import Loop
 from stillhouse.training.step import DistillStep
 
@@ -41,6 +43,14 @@ def splits(train: int = 48, unlabelled: int = 64, *, labels: bool = True) -> Spl
         test=TensorSplit(*rows(16, 3)),
         unlabelled=TensorSplit(rows(unlabelled, 4)[0]) if unlabelled else None,
     )
+
+
+def scores(task: Task, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+    """What a task's metrics make of these rows."""
+    metrics = task.metrics()
+    for metric in metrics.values():
+        metric.update(outputs, labels)
+    return computed(task, metrics)
 
 
 class Silent:
@@ -87,8 +97,20 @@ def loop(
         steps=settings.steps,
         batch_size=settings.batch_size,
         seed=settings.seed,
+        offers=OFFERED,
     )
     return Loop(step, data, settings, torch.device("cpu"), Silent(keep))
+
+
+def watch_ids(loop: Loop, seen: Callable[[str, list[int]], None]) -> None:
+    """Call ``seen(stage, sample numbers)`` at each micro-batch of the loop."""
+    terms = loop.step.plugins.loss_terms
+
+    def watched(student_out: Any, teacher_out: Any, targets: Any, batch: Any, info: Any) -> Any:
+        seen(info.stage.name, batch.ids.tolist())
+        return terms(student_out, teacher_out, targets, batch, info)
+
+    loop.step.plugins.loss_terms = watched  # type: ignore[method-assign]
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -109,5 +131,11 @@ class Squares(Method):
     requires = frozenset()
 
     @hookimpl
-    def loss_terms(self, student_out, batch, step):
-        return {"square": LossTerm(step.mean(student_out.logits.square().mean(-1), batch.mask))}
+    def loss_terms(self, student_out, batch, info):
+        return {"square": LossTerm(info.mean(student_out.logits.square().mean(-1), batch.mask))}
+
+
+class Alike(Squares):
+    """A method for a teacher and a student of as many outputs."""
+
+    requires = frozenset({"logits"})

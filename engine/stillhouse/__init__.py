@@ -18,17 +18,19 @@ if TYPE_CHECKING:
     from stillhouse.contract.batch import Batch
     from stillhouse.errors import StillhouseError
     from stillhouse.runs.from_objects import Distilled, distill
+    from stillhouse.training.distillation import Distillation
     from stillhouse.training.step import DistillStep
 
 _HOMES = {
     "Batch": "contract.batch",
     "DistillStep": "training.step",
+    "Distillation": "training.distillation",
     "Distilled": "runs.from_objects",
     "StillhouseError": "errors",
     "distill": "runs.from_objects",
 }
 
-__all__ = ["Batch", "DistillStep", "Distilled", "StillhouseError", "distill"]
+__all__ = ["Batch", "DistillStep", "Distillation", "Distilled", "StillhouseError", "distill"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ A method is a class with a config model and the hooks it needs::
         Config = MyConfig
 
         @hookimpl
-        def loss_terms(self, student_out, targets, batch, step):
+        def loss_terms(self, student_out, targets, batch, info):
             ...
             return {"mine": LossTerm(value)}
 
@@ -24,12 +24,23 @@ from stillhouse.cache import made_once
 from stillhouse.contract.batch import IGNORE, Batch
 from stillhouse.contract.conformance import Conformance
 from stillhouse.contract.context import Auxiliary, RunContext, Stage, StepInfo
+from stillhouse.contract.features import Feature, FeaturePair, Layers, feature_mean, feature_pairs, kept, wide
 from stillhouse.contract.hooks import hookimpl
-from stillhouse.contract.losses import cross_entropy, label_loss, regression_loss
+from stillhouse.contract.kinds import CLASS_KINDS, KINDS, TaskKind
+from stillhouse.contract.losses import (
+    binary_cross_entropy,
+    binary_kl,
+    cross_entropy,
+    label_loss,
+    regression_loss,
+    soft_and_label_terms,
+    soft_loss,
+)
+from stillhouse.contract.metrics import Metric, Metrics, WholeSplit, metrics_named
 from stillhouse.contract.observers import Observer, ObserverConfig, RunRecord
 from stillhouse.contract.outputs import LossTerm, StudentOut, Targets, TeacherOut
 from stillhouse.contract.splits import Split, Splits, TensorSplit
-from stillhouse.contract.task import Builder, Task, TaskConfig, classification, regression
+from stillhouse.contract.task import Builder, Task, TaskConfig
 from stillhouse.errors import ConfigError, DataError, Diverged, MissingExtra, PluginError
 
 API_VERSION = 1
@@ -49,6 +60,10 @@ CAPABILITIES = frozenset(
 """What a method may require and a trainer or a task may offer; compared before step 0."""
 
 
+SUPPORTS = frozenset(KINDS) | {"different_outputs"}
+"""What a method may say that it supports."""
+
+
 class MethodConfig(BaseModel):
     """Base of a method's settings: every field has a default, unknown keys are refused."""
 
@@ -64,12 +79,13 @@ class Method:
         The settings' model.
     requires
         Names from CAPABILITIES; compared with what the run offers before step 0.
-    different_outputs
-        Whether teacher and student may have different numbers of outputs.
-    regression
-        Whether the method has a meaning for float targets; refused before step 0 where it has none.
-    composes
-        Whether its setting ``methods`` lists further methods, which the engine then runs beside it, before it.
+    supports
+        Names of the task kinds that the method has a meaning for (``CLASS_KINDS``: those with one softmax a row), and
+        ``different_outputs`` where teacher and student may have different numbers of outputs. Others are refused
+        before step 0.
+    writes
+        Files that it writes to the run directory, as in ``("weights.json", "pddm/*")``: ``--overwrite`` removes these, and
+        refuses where anything else lies there.
     conformance
         What the checks of ``stillhouse.testing`` should know.
     """
@@ -77,9 +93,8 @@ class Method:
     api_version: ClassVar[int]
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     requires: ClassVar[frozenset[str]] = frozenset({"logits"})
-    different_outputs: ClassVar[bool] = False
-    regression: ClassVar[bool] = False
-    composes: ClassVar[bool] = False
+    supports: ClassVar[frozenset[str]] = CLASS_KINDS
+    writes: ClassVar[tuple[str, ...]] = ()
     conformance: ClassVar[Conformance] = Conformance()
     config: Any
     """The settings, of type ``Config``; a subclass annotates it with its own."""
@@ -91,7 +106,10 @@ class Method:
 __all__ = [
     "API_VERSION",
     "CAPABILITIES",
+    "CLASS_KINDS",
     "IGNORE",
+    "KINDS",
+    "SUPPORTS",
     "Auxiliary",
     "Batch",
     "Builder",
@@ -99,9 +117,14 @@ __all__ = [
     "Conformance",
     "DataError",
     "Diverged",
+    "Feature",
+    "FeaturePair",
+    "Layers",
     "LossTerm",
     "Method",
     "MethodConfig",
+    "Metric",
+    "Metrics",
     "MissingExtra",
     "Observer",
     "ObserverConfig",
@@ -116,13 +139,22 @@ __all__ = [
     "Targets",
     "Task",
     "TaskConfig",
+    "TaskKind",
     "TeacherOut",
     "TensorSplit",
-    "classification",
+    "WholeSplit",
+    "binary_cross_entropy",
+    "binary_kl",
     "cross_entropy",
+    "feature_mean",
+    "feature_pairs",
     "hookimpl",
+    "kept",
     "label_loss",
     "made_once",
-    "regression",
+    "metrics_named",
     "regression_loss",
+    "soft_and_label_terms",
+    "soft_loss",
+    "wide",
 ]

@@ -2,18 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from stillhouse.errors import ConfigError, nearest
+from stillhouse import plain_yaml
+from stillhouse.errors import ConfigError, DamagedFile, nearest
+from stillhouse.files import read_text
 
 STRICT = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 OPEN = ConfigDict(extra="allow", frozen=True)
+
+
+MOST = 10**12
+"""More of anything that is counted here is a slip of the keyboard."""
+
+
+def _usable(path: Path) -> Path:
+    """A path as the user means it: ``~`` is the home directory."""
+    if any(ord(character) < 32 or ord(character) == 127 for character in str(path)):
+        raise ValueError("expected a path without control characters")
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError("no such user's home directory is known") from None
+
+
+UserPath = Annotated[Path, AfterValidator(_usable)]
 
 
 class Named(BaseModel):
@@ -33,6 +61,18 @@ class Named(BaseModel):
         return dict(self.model_extra or {})
 
 
+class MethodSpec(Named):
+    """A method by name, with its settings beside it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, validate_by_name=True, validate_by_alias=True)
+    alias: str | None = Field(
+        None,
+        alias="as",
+        pattern=r"^[A-Za-z0-9_-]+$",
+        description="What it is called here, where two are of one name.",
+    )
+
+
 class OptimizerConfig(Named):
     """A class of torch.optim; further keys are its arguments."""
 
@@ -45,10 +85,13 @@ class Training(BaseModel):
     """How a student is trained, whatever the method."""
 
     model_config = STRICT
-    steps: int = Field(3000, gt=0, description="Student updates of the whole run, over all stages.")
-    batch_size: int = Field(128, gt=0, description="Samples in one update.")
+    steps: int = Field(3000, gt=0, le=MOST, description="Student updates of the whole run, over all stages.")
+    batch_size: int = Field(128, gt=0, le=MOST, description="Samples in one update.")
     micro_batch_size: int | None = Field(
-        None, gt=0, description="Samples in one forward pass; the update's loss does not depend on it."
+        None,
+        gt=0,
+        le=MOST,
+        description="Samples in one forward pass; the update's loss does not depend on it.",
     )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)  # type: ignore[arg-type]
     scheduler: Named | None = Field(None, description="A class of torch.optim.lr_scheduler.")
@@ -56,6 +99,11 @@ class Training(BaseModel):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast, float32 weights.")
     seed: int = Field(0, ge=0, lt=2**32)
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    workers: int | None = Field(
+        None,
+        ge=0,
+        description="Processes that read a Dataset ahead; default: its DataLoader's own, else none.",
+    )
     cache_teacher: bool = Field(
         True, description="Call a deterministic teacher once per sample and keep its outputs."
     )
@@ -71,7 +119,7 @@ class TeacherConfig(Named):
     """A teacher: a builder's name with its arguments, a checkpoint, or how to train it."""
 
     name: str = Field("", description="The builder; default: the task's first.")
-    checkpoint: Path | None = Field(None, description="safetensors file of its weights.")
+    checkpoint: UserPath | None = Field(None, description="safetensors file of its weights.")
     train: dict[str, Any] = Field(
         default_factory=dict, description="Training settings where there is no checkpoint."
     )
@@ -80,19 +128,29 @@ class TeacherConfig(Named):
 class RunConfig(Training):
     """One run: a task, a teacher, a student, one or more methods, and how to train."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Names the run directory.")
+    name: str = Field(
+        "run", max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Names the run directory."
+    )
     task: Named
     teacher: TeacherConfig | None = Field(None, description="Default: the task's first teacher.")
     student: StudentConfig | None = Field(None, description="Default: the task's first student.")
     target: StudentConfig | None = Field(None, description="Another model to end with; default: the student.")
-    method: Named | None = Field(None, description="The method and its settings.")
-    methods: list[Named] = Field(default_factory=list, description="Several methods, in order.")
+    method: MethodSpec | None = Field(None, description="The method and its settings.")
+    methods: list[MethodSpec] = Field(default_factory=list, description="Several methods, in order.")
     observers: list[Named] = Field(default_factory=list)
-    out: Path | None = Field(None, description="Run directory; default runs/NAME-seedN.")
-    threads: int | None = Field(None, gt=0, description="CPU threads; default: torch's.")
-    log_every: int = Field(100, gt=0, description="Updates between rows of metrics.jsonl.")
-    validate_every: int = Field(500, gt=0, description="Updates between looks at the validation split.")
-    checkpoint_every: int = Field(500, gt=0, description="Updates between checkpoints.")
+    out: UserPath | None = Field(None, description="Run directory; default runs/NAME-seedN.")
+    threads: int | None = Field(None, gt=0, le=4096, description="CPU threads; default: torch's.")
+    log_every: int = Field(100, gt=0, le=MOST, description="Updates between rows of metrics.jsonl.")
+    validate_every: int = Field(
+        500, gt=0, le=MOST, description="Updates between looks at the validation split."
+    )
+    evaluate_batch_size: int | None = Field(
+        None,
+        gt=0,
+        le=MOST,
+        description="Samples scored at once; default: as many as take 64 MiB, up to 1,024.",
+    )
+    checkpoint_every: int = Field(500, gt=0, le=MOST, description="Updates between checkpoints.")
 
     @field_validator("methods", "observers", mode="before")
     @classmethod
@@ -106,7 +164,7 @@ class RunConfig(Training):
         return self
 
     @property
-    def named_methods(self) -> list[tuple[str, Named]]:
+    def named_methods(self) -> list[tuple[str, MethodSpec]]:
         """The methods in order, each with its path in the config."""
         if self.method is not None:
             return [("method", self.method)]
@@ -130,53 +188,75 @@ def read(source: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises ConfigError with the path of each offending key.
     """
     known = shipped()
-    path = known.get(source) or Path(source)
-    if not path.is_file():
+    path = known.get(source) or Path(source).expanduser()
+    if not _is_file(path):
         raise ConfigError(
             f"no config file '{source}', and no shipped config of that name{nearest(source, known)}"
         )
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path} is no text; expected a YAML file in UTF-8") from None
+        text = read_text(path, mend="expected a YAML file in UTF-8", limit=plain_yaml.SIZE)
+    except DamagedFile as error:
+        raise ConfigError(str(error)) from None
     content = parse(text, str(path))
     content.setdefault("name", path.stem)
+    if path.name == "config.yaml" and _is_file(path.with_name("manifest.json")):
+        content.setdefault(
+            "out", str(path.parent)
+        )  # a run's own config: the run is where it lies, moved or not
     for override in overrides:
         apply_override(content, override)
     return validate(content)
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or holds a NUL
+        return False
+
+
+def plain(value: Any, path: str = "", depth: int = 0) -> Any:
+    """``value`` as YAML could hold it: numbers of numpy and torch as Python's, tuples as lists, objects of pydantic as is.
+
+    Raises ConfigError for what has no such form: other objects, numbers that are not finite, text that is no Unicode,
+    what is nested too deep.
+    """
+    if depth > plain_yaml.DEPTH:
+        raise ConfigError(f"{path}: nested deeper than {plain_yaml.DEPTH}")
+    if value is None or isinstance(value, bool | BaseModel | Path):
+        return value
+    if isinstance(value, str):
+        if not value.isascii() and any(0xD800 <= ord(character) < 0xE000 for character in value):
+            raise ConfigError(f"{path}: got half of a character ({value!a:.80}); expected text")
+        return str(value)
+    if isinstance(value, Mapping):
+        return {
+            key: plain(inner, f"{path}.{key}" if path else str(key), depth + 1)
+            for key, inner in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [plain(inner, f"{path}.{number}", depth + 1) for number, inner in enumerate(value)]
+    if not isinstance(value, int | float) and hasattr(value, "tolist"):
+        return plain(value.tolist(), path, depth + 1)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{path}: got {value}; expected a finite number")
+    if not isinstance(value, int | float):
+        raise ConfigError(f"{path}: got {type(value).__name__}; expected a number, text, a list or a mapping")
+    return int(value) if isinstance(value, int) else float(value)
+
+
 def validate(content: Mapping[str, Any]) -> RunConfig:
     """A RunConfig from plain values; ConfigError otherwise."""
     try:
-        return RunConfig.model_validate(dict(content))
+        return RunConfig.model_validate(plain(content))
     except ValidationError as error:
         raise ConfigError(explain(error, RunConfig)) from None
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain values only; a key written twice is an error rather than a silent choice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is no name", key_node.start_mark
-                )
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key '{key}' stands twice; expected once", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
 
 
 def parse(text: str, where: str) -> dict[str, Any]:
     """YAML text as a mapping. A tag that names code is refused and nothing of it runs."""
     try:
-        content = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        content = plain_yaml.load(text)
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or str(error)
         mark = getattr(error, "problem_mark", None)
@@ -194,11 +274,13 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override '{override}': expected KEY=VALUE, as in method.temperature=2")
     value = parse(f"value: {text}" if text else "value: null", f"override '{override}'")["value"]
     keys = path.split(".")
+    if len(keys) > plain_yaml.DEPTH:
+        raise ConfigError(f"override '{override:.80}...': a key in {len(keys)} parts; expected a few")
     here: Any = content
     for position, key in enumerate(keys):
         last = position == len(keys) - 1
         if isinstance(here, list):
-            if not key.isdigit() or int(key) >= len(here):
+            if not (key.isascii() and key.isdigit()) or len(key) > 6 or int(key) >= len(here):
                 raise ConfigError(f"override '{override}': '{key}' is no index of a list of {len(here)}")
             slot: Any = int(key)
         else:
@@ -222,7 +304,7 @@ def explain(error: ValidationError, kind: type[BaseModel], path: str = "") -> st
     lines = []
     for item in error.errors():
         where = ".".join([*([path] if path else []), *(str(part) for part in item["loc"])])
-        given = "" if isinstance(item.get("input"), Mapping) else f", got {item.get('input')!r}"
+        given = "" if isinstance(item.get("input"), Mapping) else f", got {_short(item.get('input'))}"
         if item["type"] == "extra_forbidden":
             known = _fields_at(kind, item["loc"][:-1])
             lines.append(f"{where}: unknown{nearest(str(item['loc'][-1]), known)}")
@@ -232,6 +314,11 @@ def explain(error: ValidationError, kind: type[BaseModel], path: str = "") -> st
             message = item["msg"].removeprefix("Value error, ")
             lines.append(f"{where}: {message[:1].lower()}{message[1:]}{given}" if where else message)
     return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 200 else f"{shown[:200]}..."
 
 
 def _fields_at(kind: type[BaseModel], location: Sequence[Any]) -> list[str]:
@@ -249,9 +336,9 @@ def _fields_at(kind: type[BaseModel], location: Sequence[Any]) -> list[str]:
 
 def dump(config: BaseModel) -> dict[str, Any]:
     """The config as plain values, as it is written to a run directory."""
-    return config.model_dump(mode="json", exclude_none=True)
+    return config.model_dump(mode="json", exclude_none=True, by_alias=True)
 
 
 def to_yaml(content: Mapping[str, Any]) -> str:
     """Plain values as YAML, in the given order."""
-    return yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
+    return plain_yaml.dump(content)

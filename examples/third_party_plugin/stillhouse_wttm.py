@@ -13,8 +13,8 @@ from stillhouse.api import (
     StepInfo,
     StudentOut,
     Targets,
-    cross_entropy,
     hookimpl,
+    label_loss,
 )
 from stillhouse.kernels import softmax_kl
 
@@ -45,7 +45,7 @@ class WTTM(Method):
 
     @hookimpl
     def loss_terms(
-        self, student_out: StudentOut, targets: Targets, batch: Batch, step: StepInfo
+        self, student_out: StudentOut, targets: Targets, batch: Batch, info: StepInfo
     ) -> dict[str, LossTerm]:
         teacher = targets.dense.float()
         power = 1 / self.config.temperature
@@ -55,7 +55,7 @@ class WTTM(Method):
             if batch.mask is not None:  # a masked row may hold anything, and NaN times 0 is NaN
                 weights = weights.where(batch.mask, weights.new_zeros(()))
             rows = rows * weights
-        terms = {"ttm": LossTerm(step.mean(rows, batch.mask), self.config.beta)}
-        if targets.labels is not None:
-            terms["ce"] = LossTerm(cross_entropy(student_out.logits, targets.labels, step, batch.mask))
+        terms = {"ttm": LossTerm(info.mean(rows, batch.mask), self.config.beta)}
+        if targets.has_labels:
+            terms["ce"] = LossTerm(label_loss(student_out.logits, targets, batch, info))
         return terms

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from stillhouse.api import (
+    SUPPORTS,
     Batch,
     LossTerm,
     Method,
@@ -21,8 +22,7 @@ class HardLabels(Method):
 
     api_version = 1
     requires = frozenset({"labels"})
-    different_outputs = True
-    regression = True
+    supports = SUPPORTS - {"embedding"}
 
     @hookimpl
     def stages(self, run: RunContext) -> list[Stage]:
@@ -30,6 +30,6 @@ class HardLabels(Method):
 
     @hookimpl
     def loss_terms(
-        self, student_out: StudentOut, targets: Targets, batch: Batch, step: StepInfo
+        self, student_out: StudentOut, targets: Targets, batch: Batch, info: StepInfo
     ) -> dict[str, LossTerm]:
-        return {"ce": LossTerm(label_loss(student_out.logits, targets.labels, step, batch.mask))}
+        return {"ce": LossTerm(label_loss(student_out.logits, targets, batch, info))}

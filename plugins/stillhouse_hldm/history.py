@@ -20,7 +20,7 @@ class History:
 
     def write(self, folder: Path, weighting: str) -> None:
         """Write the rows, and plot them; the axis of the weights is logarithmic."""
-        (folder / "weights.json").write_text(json.dumps(self.rows) + "\n")
+        (folder / "weights.json").write_text(json.dumps(self.rows) + "\n", encoding="utf-8")
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from stillhouse.api import (
+    CLASS_KINDS,
     Auxiliary,
     Batch,
     ConfigError,
@@ -28,9 +29,8 @@ from stillhouse.api import (
     Targets,
     hookimpl,
     label_loss,
-    regression_loss,
+    soft_loss,
 )
-from stillhouse.kernels import softmax_kl
 from stillhouse_hldm.history import History
 from stillhouse_hldm.weighting import DWA, Fixed, GradNorm, Simplex, Uncertainty, Weighting
 
@@ -41,11 +41,6 @@ POINTS = 400
 class HLDMConfig(MethodConfig):
     """Settings of HLDM."""
 
-    methods: tuple[str | dict[str, Any], ...] = Field(
-        (),
-        description="Methods whose terms it weighs, each a name or {name: ..., settings}; the same as naming them "
-        "beside it in the run's own list of methods.",
-    )
     weighting: Literal["uncertainty", "gradnorm", "dwa", "fixed", "simplex"] = Field(
         "uncertainty", description="How the weights are found."
     )
@@ -105,8 +100,8 @@ class HLDM(Method):
 
     api_version = 1
     Config = HLDMConfig
-    regression = True
-    composes = True
+    supports = CLASS_KINDS | {"regression", "multi_label", "different_outputs"}
+    writes = ("weights.json", "weights.png")
     config: HLDMConfig
 
     def __init__(self, config: HLDMConfig | None = None) -> None:
@@ -117,7 +112,7 @@ class HLDM(Method):
     def _make(self) -> Weighting:
         config = self.config
         if config.weighting == "uncertainty":
-            return Uncertainty(config.bound, {"hldm.kd": config.temperature**2, **config.scales})
+            return Uncertainty(config.bound, config.scales)
         if config.weighting == "gradnorm":
             return GradNorm(config.alpha)
         if config.weighting == "dwa":
@@ -130,12 +125,14 @@ class HLDM(Method):
     @hookimpl
     def on_run_start(self, run: RunContext) -> None:
         self._run, self._checked = run, False
+        if isinstance(self.weighting, Uncertainty):  # T^2 inflates the KD term: balanced as it is without
+            self.weighting.scales.setdefault(f"{run.caller}.kd", self.config.temperature**2)
         self._alone = len(run.with_losses) < 2  # transforms beside it bring no terms
         own: tuple[Literal["ce", "kd"], ...] = ("ce", "kd") if self._alone else ()
         self._terms = own if self.config.terms is None else self.config.terms
         if self.config.terms is None:
             why = "the run has no other method" if self._alone else "the run's other methods bring terms"
-            run.chose("hldm.terms", list(self._terms), why)
+            run.chose("terms", list(self._terms), why)
         for name in (*self.config.weights, *self.config.scales):
             if name.partition(".")[0] not in run.method_names:
                 raise ConfigError(
@@ -144,8 +141,7 @@ class HLDM(Method):
                 )
         self._check_layer(run)
         self._every = max(1, run.steps // POINTS)
-        self._floats = run.probe is not None and run.probe.labels is not None
-        self._floats = self._floats and run.probe.labels.is_floating_point()  # type: ignore[union-attr]
+        self._floats = run.kind.labels in ("numbers", "flags")
 
     def _check_layer(self, run: RunContext) -> None:
         layer, names = self.config.layer, [name for name, _ in run.target.named_modules() if name]
@@ -168,37 +164,31 @@ class HLDM(Method):
 
     @hookimpl
     def auxiliary_modules(self, run: RunContext) -> dict[str, nn.Module | Auxiliary]:
-        self.weighting.to(next(run.target.parameters()).device)
         options = {"weight_decay": 0.0} | ({} if self.config.lr is None else {"lr": self.config.lr})
-        return {"weights": Auxiliary(self.weighting, options)}
+        return {"weights": Auxiliary(self.weighting, options, torch.float32)}
 
     @hookimpl
     def loss_terms(
-        self, student_out: StudentOut, targets: Targets, batch: Batch, step: StepInfo
+        self, student_out: StudentOut, targets: Targets, batch: Batch, info: StepInfo
     ) -> dict[str, LossTerm]:
         found = {}
-        if "ce" in self._terms and targets.labels is not None:
-            found["ce"] = LossTerm(label_loss(student_out.logits, targets.labels, step, batch.mask))
+        if "ce" in self._terms and targets.has_labels:
+            found["ce"] = LossTerm(label_loss(student_out.logits, targets, batch, info))
         if "kd" in self._terms and targets.soft is not None:
-            found["kd"] = LossTerm(self._inference_error(student_out.logits, targets, batch, step))
+            found["kd"] = LossTerm(
+                soft_loss(student_out.logits, targets, batch, info, temperature=self.config.temperature)
+            )
         return found
 
-    def _inference_error(self, logits: Tensor, targets: Targets, batch: Batch, step: StepInfo) -> Tensor:
-        if self._floats:
-            return regression_loss(logits, targets.dense, step, batch.mask)
-        return softmax_kl(
-            logits, targets.soft, temperature=self.config.temperature, mask=batch.mask, count=step.rows
-        )
-
     @hookimpl
-    def combine_terms(self, terms: dict[str, LossTerm], step: StepInfo) -> Mapping[str, LossTerm]:
+    def combine_terms(self, terms: dict[str, LossTerm], info: StepInfo) -> Mapping[str, LossTerm]:
         if not terms:
             return terms
         names = list(terms)
         losses = [term.weight * term.value for term in terms.values()]
         constant = torch.stack([loss.detach().float() for loss in losses])
-        self._check(names, constant, step)
-        if step.micro == 0:
+        self._check(names, constant, info)
+        if info.micro == 0:
             self.weighting.prepare()
         slots = self.weighting.slots(names).to(constant.device)
         weights = self.weighting.weights(slots).to(constant.device)
@@ -208,23 +198,23 @@ class HLDM(Method):
         }
         if torch.is_grad_enabled():
             objective = self.weighting.objective(
-                slots, constant, lambda: self._norms(losses, step), step.share
+                slots, constant, lambda: self._norms(losses, info), info.share
             )
             if objective is not None:
                 loss, own = objective
                 # The terms are in the sum already: this one adds its gradient and its own part.
-                combined["hldm.balance"] = LossTerm(loss - loss.detach() + own.detach())
+                combined[f"{info.caller}.balance"] = LossTerm(loss - loss.detach() + own.detach())
         for name, weight in zip(names, weights, strict=True):
-            combined[f"hldm.weight.{name}"] = LossTerm(weight * step.share, 0.0)  # shown, not learned from
+            info.log(f"weight.{name}", weight * info.share)
         return combined
 
-    def _check(self, names: list[str], losses: Tensor, step: StepInfo) -> None:
+    def _check(self, names: list[str], losses: Tensor, info: StepInfo) -> None:
         """Stop at a term that is not finite, before its gradient reaches anything; name unknown weights."""
         if losses.device.type == "cpu" and not torch.isfinite(losses).all():
             bad = [f"{name} = {value}" for name, value in zip(names, losses.tolist(), strict=True)]
             bad = [item for item, fine in zip(bad, torch.isfinite(losses).tolist(), strict=True) if not fine]
             raise Diverged(
-                f"hldm: got a loss term that is not finite in update {step.index}: {', '.join(bad)}; the student is "
+                f"hldm: got a loss term that is not finite in update {info.index}: {', '.join(bad)}; the student is "
                 "as it was before, and the last checkpoint is kept. Lower optimizer.lr, set clip, or look at the "
                 "inputs of that term"
             )
@@ -233,12 +223,12 @@ class HLDM(Method):
         self._checked = True
         for name in (*self.config.weights, *self.config.scales):
             # A method with stages of its own may bring the term later.
-            if name not in names and step.stage.name == "train":
+            if name not in names and info.stage.name == "train":
                 raise ConfigError(f"hldm: '{name}' is no term of this run; its terms are {', '.join(names)}")
 
-    def _norms(self, losses: list[Tensor], step: StepInfo) -> Tensor:
+    def _norms(self, losses: list[Tensor], info: StepInfo) -> Tensor:
         """Norm of each term's gradient at the model's, or the chosen layer's, trained parameters ``(n,)``."""
-        model = self._run.models[step.stage.model or self._run.target_name]
+        model = self._run.models[info.stage.model or self._run.target_name]
         if self.config.layer is not None:
             model = dict(model.named_modules()).get(self.config.layer, model)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -253,12 +243,12 @@ class HLDM(Method):
         return torch.stack(found).detach()
 
     @hookimpl
-    def on_step_end(self, step: StepInfo, metrics: Mapping[str, Tensor]) -> None:
+    def on_update_end(self, info: StepInfo, metrics: Mapping[str, Tensor]) -> None:
         self.weighting.observe(metrics)
-        if step.index % self._every == 0:
-            shown = {name: float(metrics[f"hldm.weight.{name}"]) for name in self.weighting.names
-                     if f"hldm.weight.{name}" in metrics}  # fmt: skip
-            self.history.add(step.index, step.stage.name, shown)
+        if info.index % self._every == 0:
+            shown = {name: float(metrics[f"{info.caller}.weight.{name}"]) for name in self.weighting.names
+                     if f"{info.caller}.weight.{name}" in metrics}  # fmt: skip
+            self.history.add(info.index, info.stage.name, shown)
 
     @hookimpl
     def on_run_end(self, run: RunContext) -> None:

@@ -13,12 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from stillhouse.api import wide
+
 LIMIT = 8.0
 """Log-variances are held within +-LIMIT, so that no exponential overflows."""
 
 
 class Gaussian(NamedTuple):
-    """Diagonal Gaussians, one a row: ``mean`` and ``log_variance`` of shape ``(..., D)``, float32."""
+    """Diagonal Gaussians, one a row: ``mean`` and ``log_variance`` of shape ``(..., D)``, float32 or float64."""
 
     mean: Tensor
     log_variance: Tensor
@@ -57,7 +59,7 @@ class Encoder(nn.Module):
         self.net = nn.Sequential(*layers) if layers else nn.Linear(width, outputs)
 
     def forward(self, features: Tensor) -> Gaussian:
-        out: Tensor = self.net(features).float()
+        out = wide(self.net(features))
         if self.deterministic:
             return Gaussian(out, torch.zeros_like(out))
         mean, log_variance = torch.split(out, self.dim, -1)
@@ -86,6 +88,6 @@ class GaussianDecoder(nn.Module):
         Where the decoder is at its best the variance is the mean squared error.
         """
         log_variance = self.log_variance.clamp(-LIMIT, LIMIT)
-        error = (wanted.float() - self.mean(code).float()).square()
+        error = (wide(wanted) - wide(self.mean(code))).square()
         nats: Tensor = 0.5 * (error / log_variance.exp() + log_variance + math.log(2 * math.pi)).sum(-1)
         return nats

@@ -1,124 +1,53 @@
-"""Which module's output is a model's feature, and whether it can be projected."""
+"""Features as rows of numbers: one for each row of the models' outputs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import math
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from stillhouse.api import ConfigError, RunContext
+from stillhouse.api import Batch, ConfigError, Feature, FeaturePair, TaskKind, kept
 
 
-@dataclass(frozen=True)
-class Feature:
-    """A named module's output, as rows of ``width`` numbers.
-
-    module
-        Its dotted name.
-    rows
-        The leading shape: that of the model's outputs without their last axis.
-    width
-        Numbers a row, after flattening what follows the rows.
-    outputs
-        Width of the model's outputs.
-    """
-
-    role: str
-    module: str
-    rows: tuple[int, ...]
-    width: int
-    outputs: int
+def both(pair: FeaturePair) -> tuple[Feature, Feature]:
+    """The teacher's and the student's."""
+    return pair.teacher, pair.student
 
 
-def feature(
-    run: RunContext, role: str, model: nn.Module, inputs: Any, asked: str | None, option: str
-) -> Feature:
-    """Ask the engine for the named module's output, or for the penultimate layer's, and measure it.
+def rows_of(logits: Tensor, kind: TaskKind) -> tuple[int, ...]:
+    """The shape of the rows of a model's outputs ``(*rows, C)``; of numbers ``(B,)`` it is ``(B,)``."""
+    numbers = kind.labels == "numbers" and logits.dim() == 1
+    return tuple(logits.shape if numbers else logits.shape[:-1])
 
-    ``option`` is the setting that names the module, for messages.
 
-    Raises ConfigError for a module that doesn't exist (with the nearest names), that isn't called, or
-    whose output has no row for each row of the model's outputs.
-    """
-    if asked is not None:
-        run.capture(role, asked)
-    calls, outputs = watch(model, inputs)
-    name = asked or penultimate(calls, role, option)
-    run.capture(role, name)
-    rows = tuple(outputs.shape[:-1])
-    if name not in calls:
-        raise ConfigError(f"{role}.{name} was not called in a forward pass; name a module that is")
-    shape = calls[name]
-    if shape is None or shape[: len(rows)] != rows or len(shape) == 0 or 0 in shape:
-        got = "something that is no float tensor" if shape is None else f"shape {shape}"
+def check_rows(side: Feature, rows: tuple[int, ...]) -> None:
+    """Raise ConfigError where the feature has no vector for each row of the outputs."""
+    if side.shape[0] == rows[0] and (len(rows) == 1 or _positions(side) == rows[1:]):
+        return
+    raise ConfigError(
+        f"{side.role}.{side.name} gives shape {side.shape}, which can't be projected; expected {(*rows, '...')}, a row "
+        f"for each of the outputs' rows {rows}: name another module under layers"
+    )
+
+
+def width_of(side: Feature, rows: tuple[int, ...]) -> int:
+    """Numbers a row: those of a token or position; where a row is a sample, all that it has."""
+    return side.width if side.tokens or len(rows) > 1 else math.prod(side.shape[1:])
+
+
+def as_rows(value: Tensor, side: Feature, rows: tuple[int, ...], batch: Batch) -> Tensor:
+    """The feature as ``(*rows, width)``; zeros in the rows that don't count."""
+    if len(rows) == 1:
+        flat = side.pooled(value, batch)
+    else:
+        flat = kept(value if side.tokens else value.movedim(1, -1), batch.mask)
+    if flat.shape[:-1] != rows or flat.shape[-1] != width_of(side, rows):
         raise ConfigError(
-            f"{role}.{name} gives {got}, which can't be projected; expected {(*rows, '...')}, a row for each "
-            f"of the outputs {tuple(outputs.shape)}: name another module under {option}"
-        )
-    width = 1
-    for size in shape[len(rows) :]:
-        width *= size
-    if asked is None:
-        run.chose(f"ibmd.{option}", f"{name}, {width} wide", "the last module before the head")
-    return Feature(role, name, rows, width, int(outputs.shape[-1]))
-
-
-def watch(model: nn.Module, inputs: Any) -> tuple[dict[str, tuple[int, ...] | None], Tensor]:
-    """Every module that a forward pass calls, in order of its end, with its output's shape; and the outputs."""
-    calls: dict[str, tuple[int, ...] | None] = {}
-    handles = []
-    for name, module in model.named_modules():
-        if name:
-            handles.append(module.register_forward_hook(_keeper(name, calls)))
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.random.fork_rng(), torch.no_grad():
-            out = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes:
-            module.training = mode
-    out = getattr(out, "logits", out)
-    return calls, out[0] if isinstance(out, tuple) else out
-
-
-def _keeper(name: str, calls: dict[str, tuple[int, ...] | None]) -> Any:
-    def keep(module: nn.Module, given: Any, output: Any) -> None:
-        output = output[0] if isinstance(output, tuple) and output else output
-        usable = isinstance(output, Tensor) and output.is_floating_point()
-        calls.pop(name, None)
-        calls[name] = tuple(output.shape) if usable else None
-
-    return keep
-
-
-def penultimate(calls: Mapping[str, tuple[int, ...] | None], role: str, option: str) -> str:
-    """The last module without children that is called before the last one: what the head reads."""
-    inner = [
-        name
-        for name, shape in calls.items()
-        if shape is not None and not any(other.startswith(f"{name}.") for other in calls)
-    ]
-    if len(inner) < 2:
-        raise ConfigError(
-            f"the {role} has no module before its head; expected at least two: wrap its layers in modules, or "
-            f"name one under {option}"
-        )
-    return inner[-2]
-
-
-def as_rows(value: Tensor, logits: Tensor, asked: Feature) -> Tensor:
-    """The feature as ``(*rows, width)``, for the batch whose outputs are ``logits``."""
-    rows = logits.shape[:-1]
-    flat = value.reshape(*rows, -1)
-    if flat.shape[-1] != asked.width:
-        raise ConfigError(
-            f"{asked.role}.{asked.module} gave {flat.shape[-1]} numbers a row, and {asked.width} before; expected a "
-            "fixed width: name a module behind the pooling over positions"
+            f"{side.role}.{side.name} gave {tuple(value.shape)} for the rows {rows}, and {side.shape} before; expected a "
+            "fixed width, and a row for each of the outputs': name a module behind the pooling over positions"
         )
     return flat
+
+
+def _positions(side: Feature) -> tuple[int, ...]:
+    return side.shape[1:-1] if side.tokens else side.shape[2:]

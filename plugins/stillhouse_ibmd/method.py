@@ -7,15 +7,20 @@ IBKD (Zhang et al. 2023, arXiv:2311.05472).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from stillhouse.api import (
+    CLASS_KINDS,
     Batch,
     ConfigError,
+    Feature,
+    FeaturePair,
+    Layers,
     LossTerm,
     Method,
     MethodConfig,
@@ -25,13 +30,14 @@ from stillhouse.api import (
     StudentOut,
     Targets,
     TeacherOut,
+    feature_pairs,
     hookimpl,
     label_loss,
-    regression_loss,
+    soft_loss,
 )
 from stillhouse.kernels import softmax_kl
-from stillhouse_ibmd.bottleneck import Encoder, Gaussian, GaussianDecoder, divergence, rate
-from stillhouse_ibmd.features import Feature, as_rows, feature
+from stillhouse_ibmd.bottleneck import Encoder, GaussianDecoder, divergence, rate
+from stillhouse_ibmd.features import as_rows, both, check_rows, rows_of, width_of
 from stillhouse_ibmd.plane import COLUMNS, InformationPlane
 
 STAGES = ("bottleneck", "target")
@@ -61,8 +67,11 @@ class IBMDConfig(MethodConfig):
     data: Literal["labelled", "unlabelled", "all"] | None = Field(
         None, description="What both stages train on; default: all for classes, labelled for regression."
     )
-    teacher_features: str | None = Field(None, description="A module of the teacher; default: penultimate.")
-    student_features: str | None = Field(None, description="A module of the student; default: penultimate.")
+    layers: Layers = Field(
+        "penultimate",
+        description="Layers that codes are made of: penultimate, middle, uniform or last; or each of the student's by "
+        "name with the teacher's beside it.",
+    )
 
 
 class IBMD(Method):
@@ -75,6 +84,9 @@ class IBMD(Method):
     and minimises the student's part of it, times ``weight``, and ``alpha T^2 KL(p || q) + (1 - alpha) CE`` at the
     student's head.
 
+    Several layers: an encoder for each, one decoder, and the mean over layers of every term but the head's. Where a
+    row is a sample, a feature with tokens is the mean of those that are no padding.
+
     For regression the decoder is a Gaussian with a trained variance and the head's losses are squared errors.
     With another number of outputs than the teacher's the head learns from labels alone.
     """
@@ -82,8 +94,8 @@ class IBMD(Method):
     api_version = 1
     Config = IBMDConfig
     requires = frozenset({"logits", "hidden_states"})
-    different_outputs = True
-    regression = True
+    supports = CLASS_KINDS | {"regression", "different_outputs"}
+    writes = ("information_plane.csv", "information_plane.png")
     config: IBMDConfig
 
     def __init__(self, config: IBMDConfig | None = None) -> None:
@@ -97,20 +109,21 @@ class IBMD(Method):
         assert run.teacher is not None
         assert run.probe is not None
         labels, config = run.probe.labels, self.config
-        self._regression = labels is not None and labels.is_floating_point()
+        self._regression = run.kind.labels == "numbers"
         self._role = run.target_name
-        self._teacher = feature(
-            run, "teacher", run.teacher, run.probe.for_teacher, config.teacher_features, "teacher_features"
-        )
-        self._student = feature(
-            run, self._role, run.target, run.probe.inputs, config.student_features, "student_features"
-        )
-        if self._teacher.rows != self._student.rows:
+        self._pairs = feature_pairs(run, config.layers)
+        logits = {role: run.outputs(role).logits for role in ("teacher", self._role)}
+        rows = {role: rows_of(given, run.kind) for role, given in logits.items()}
+        if rows["teacher"] != rows[self._role]:
             raise ConfigError(
-                f"the teacher gives outputs for rows {self._teacher.rows}, the {self._role} for "
-                f"{self._student.rows}; expected the same rows: a code each has to have a partner"
+                f"the teacher gives outputs for rows {rows['teacher']}, the {self._role} for "
+                f"{rows[self._role]}; expected the same rows: a code each has to have a partner"
             )
-        outputs, own = self._teacher.outputs, self._student.outputs
+        self._rows = rows[self._role]
+        for pair in self._pairs:
+            for side in (pair.teacher, pair.student):
+                check_rows(side, self._rows)
+        outputs, own = (int(given.shape[-1]) for given in logits.values())
         self._head_teacher = outputs == own
         if not self._head_teacher and labels is None:
             raise ConfigError(
@@ -119,32 +132,41 @@ class IBMD(Method):
             )
         if self._regression and config.data == "all":
             raise ConfigError(
-                "ibmd.data is 'all', and the labels are floats; expected labelled or unlabelled"
+                f"{run.caller}.data is 'all', and the labels are floats; expected labelled or unlabelled"
             )
         self._make(run, outputs)
         self._tell(run)
 
     def _make(self, run: RunContext, outputs: int) -> None:
         config, device = self.config, next(run.target.parameters()).device
-        sides = (self._teacher, self._student)
-        self.encode_teacher, self.encode_student = (
-            Encoder(side.width, config.dim, config.hidden, deterministic=config.deterministic).to(device)
-            for side in sides
-        )
+
+        def encoders(sides: Iterable[Feature]) -> nn.ModuleList:
+            made = (
+                Encoder(
+                    width_of(side, self._rows), config.dim, config.hidden, deterministic=config.deterministic
+                )
+                for side in sides
+            )
+            return nn.ModuleList(made).to(device)
+
+        self.encode_teacher = encoders(pair.teacher for pair in self._pairs)
+        self.encode_student = encoders(pair.student for pair in self._pairs)
         decoder = GaussianDecoder if self._regression else nn.Linear
         self.decode = decoder(config.dim, outputs).to(device)
 
     def _tell(self, run: RunContext) -> None:
-        for side in (self._teacher, self._student):
-            name = f"{side.role}.{side.module}"
-            run.chose(
-                f"ibmd.projection.{side.role}", f"{name}: {side.width} -> {self.config.dim}", "widths differ"
+        for role, sides in zip(
+            ("teacher", self._role), zip(*map(both, self._pairs), strict=True), strict=True
+        ):
+            made = ", ".join(
+                f"{side.name}: {width_of(side, self._rows)} -> {self.config.dim}" for side in sides
             )
+            run.chose(f"projection.{role}", made, "one space for both")
         if not self._head_teacher:
-            run.chose("ibmd.head", "labels alone", "teacher and student differ in outputs")
+            run.chose("head", "labels alone", "teacher and student differ in outputs")
         self._data = self.config.data or ("labelled" if self._regression else "all")
         if self.config.data is None:
-            run.chose("ibmd.data", self._data, "default")
+            run.chose("data", self._data, "default")
 
     @hookimpl
     def auxiliary_modules(self, run: RunContext) -> dict[str, nn.Module]:
@@ -156,8 +178,7 @@ class IBMD(Method):
 
     @hookimpl
     def stages(self, run: RunContext) -> list[Stage]:
-        shared = (self.encode_teacher, self.encode_student, self.decode)
-        names = tuple(name for name, module in run.models.items() if any(module is own for own in shared))
+        names = ("teacher_encoder", "student_encoder", "decoder")
         first, second = self.config.shares
         trained = (self._role, *names) if self.config.train_student else names
         return [
@@ -169,74 +190,84 @@ class IBMD(Method):
 
     @hookimpl
     def loss_terms(
-        self, student_out: StudentOut, teacher_out: TeacherOut, targets: Targets, batch: Batch, step: StepInfo
+        self, student_out: StudentOut, teacher_out: TeacherOut, targets: Targets, batch: Batch, info: StepInfo
     ) -> dict[str, LossTerm]:
-        config, shared = self.config, step.stage.name == "bottleneck"
+        config, shared = self.config, info.stage.name == "bottleneck"
         weight = 1.0 if shared else config.weight
-        student = self.encode_student(_rows(student_out, self._student))
-        teacher = self.encode_teacher(_rows(teacher_out, self._teacher))
-        terms: dict[str, LossTerm] = {}
-        if shared:
-            terms |= self._side("teacher", self.encode_teacher, teacher, targets, batch, step, 1.0)
-        terms |= self._side("student", self.encode_student, student, targets, batch, step, weight)
-        if config.gamma:
-            tie = step.mean(divergence(teacher, student), batch.mask)
-            terms["match"] = LossTerm(tie, weight * config.gamma)
+        rows = rows_of(student_out.logits, info.kind)
+        losses: dict[str, list[Tensor]] = {}
+        for pair, encode_student, encode_teacher in self._each():
+            student, teacher = (
+                as_rows(value, side, rows, batch)
+                for value, side in zip(
+                    pair.of(student_out, teacher_out), (pair.student, pair.teacher), strict=True
+                )
+            )
+            codes = {"student": encode_student(student), "teacher": encode_teacher(teacher)}
+            for role, encoder in (("teacher", encode_teacher), ("student", encode_student)):
+                if shared or role == "student":
+                    drawn = encoder.code(codes[role])
+                    losses.setdefault(f"distortion_{role}", []).append(
+                        self._distortion(drawn, targets, batch, info)
+                    )
+                    losses.setdefault(f"rate_{role}", []).append(info.mean(rate(codes[role]), batch.mask))
+            if config.gamma:
+                tie = divergence(codes["teacher"], codes["student"])
+                losses.setdefault("match", []).append(info.mean(tie, batch.mask))
+        terms = {
+            name: LossTerm(
+                torch.stack(given).mean(), self._weight(name, 1.0 if "teacher" in name else weight)
+            )
+            for name, given in losses.items()
+        }
         if not shared or config.train_student:
-            terms |= self._head(student_out.logits, targets, batch, step)
+            terms |= self._head(student_out.logits, targets, batch, info)
         return terms
 
-    def _side(
-        self,
-        role: str,
-        encoder: Encoder,
-        code: Gaussian,
-        targets: Targets,
-        batch: Batch,
-        step: StepInfo,
-        weight: float,
-    ) -> dict[str, LossTerm]:
-        """Rate and distortion of one code, both in nats."""
-        temperature = self.config.temperature
-        drawn, scale = encoder.code(code), 1.0
-        if isinstance(self.decode, GaussianDecoder):
-            loss = step.mean(self.decode.distortion(drawn, targets.dense), batch.mask)
-        else:
-            scale = temperature**2
-            logits = self.decode(drawn)
-            loss = (
-                softmax_kl(logits, targets.soft, temperature=temperature, mask=batch.mask, count=step.rows)
-                / scale
-            )
-        return {
-            f"distortion_{role}": LossTerm(loss, weight * scale),
-            f"rate_{role}": LossTerm(step.mean(rate(code), batch.mask), weight * self.config.beta),
-        }
+    def _each(self) -> Iterator[tuple[FeaturePair, Encoder, Encoder]]:
+        encoders = zip(self.encode_student, self.encode_teacher, strict=True)
+        for pair, (own, other) in zip(self._pairs, encoders, strict=True):
+            assert isinstance(own, Encoder)
+            assert isinstance(other, Encoder)
+            yield pair, own, other
 
-    def _head(self, logits: Tensor, targets: Targets, batch: Batch, step: StepInfo) -> dict[str, LossTerm]:
+    def _weight(self, name: str, weight: float) -> float:
+        """Of a term in the loss; distortions are in nats, and the loss has T^2 times them."""
+        config = self.config
+        if name == "match":
+            return weight * config.gamma
+        if name.startswith("rate"):
+            return weight * config.beta
+        return weight * (1.0 if isinstance(self.decode, GaussianDecoder) else config.temperature**2)
+
+    def _distortion(self, drawn: Tensor, targets: Targets, batch: Batch, info: StepInfo) -> Tensor:
+        """What the decoder loses of the teacher's outputs, in nats."""
+        if isinstance(self.decode, GaussianDecoder):
+            return info.mean(self.decode.distortion(drawn, targets.dense), batch.mask)
+        temperature = self.config.temperature
+        kl = softmax_kl(
+            self.decode(drawn), targets.soft, temperature=temperature, mask=batch.mask, count=info.rows
+        )
+        return kl / temperature**2
+
+    def _head(self, logits: Tensor, targets: Targets, batch: Batch, info: StepInfo) -> dict[str, LossTerm]:
         """The student's own outputs against the teacher's and against the labels."""
         alpha = self.config.alpha if self._head_teacher else 0.0
         terms = {}
         if self._head_teacher:
-            if self._regression:
-                soft = regression_loss(logits, targets.dense, step)
-            else:
-                temperature = self.config.temperature
-                soft = softmax_kl(
-                    logits, targets.soft, temperature=temperature, mask=batch.mask, count=step.rows
-                )
-            terms["head"] = LossTerm(soft, alpha if targets.labels is not None else 1.0)
-        if targets.labels is not None and alpha < 1:
-            terms["labels"] = LossTerm(label_loss(logits, targets.labels, step, batch.mask), 1 - alpha)
+            soft = soft_loss(logits, targets, batch, info, temperature=self.config.temperature)
+            terms["head"] = LossTerm(soft, alpha if targets.has_labels else 1.0)
+        if targets.has_labels and alpha < 1:
+            terms["labels"] = LossTerm(label_loss(logits, targets, batch, info), 1 - alpha)
         return terms
 
     # The information plane.
 
     @hookimpl
-    def on_step_end(self, step: StepInfo, metrics: Mapping[str, Tensor]) -> None:
+    def on_update_end(self, info: StepInfo, metrics: Mapping[str, Tensor]) -> None:
         found = {name.rpartition(".")[2]: value for name, value in metrics.items()}
         measured = {name: found[name] for name in COLUMNS if name in found}
-        self.plane.add(step.index, STAGES.index(step.stage.name), measured)
+        self.plane.add(info.index, STAGES.index(info.stage.name), measured)
 
     @hookimpl
     def on_stage_end(self, run: RunContext, stage: Stage) -> None:
@@ -250,13 +281,3 @@ class IBMD(Method):
     @hookimpl
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.plane.load(state["plane"])
-
-
-def _rows(out: StudentOut | TeacherOut, asked: Feature) -> Tensor:
-    logits = out.logits
-    if not isinstance(logits, Tensor) or asked.module not in out.features:
-        raise ConfigError(
-            f"no features of {asked.role}.{asked.module} came with this batch; expected the model to be called: "
-            "IBMD can't read kept soft labels"
-        )
-    return as_rows(out.features[asked.module], logits, asked)

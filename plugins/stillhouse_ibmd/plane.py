@@ -40,7 +40,7 @@ class InformationPlane:
         for step, stage, *values in table.tolist():
             figures = ["" if math.isnan(value) else f"{value:.6g}" for value in values]
             lines.append(",".join([f"{step:.0f}", f"{stage:.0f}", *figures]))
-        (folder / "information_plane.csv").write_text("\n".join(lines) + "\n")
+        (folder / "information_plane.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
         if len(table):
             draw(table, folder / "information_plane.png")
 

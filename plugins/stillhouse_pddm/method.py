@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from stillhouse.api import (
+    CLASS_KINDS,
     Auxiliary,
     Batch,
     ConfigError,
@@ -32,9 +33,8 @@ from stillhouse.api import (
     Targets,
     hookimpl,
     label_loss,
-    regression_loss,
+    soft_loss,
 )
-from stillhouse.kernels import softmax_kl
 from stillhouse_pddm import report
 from stillhouse_pddm.alignment import align, needs_scipy
 from stillhouse_pddm.networks import (
@@ -98,7 +98,8 @@ class PDDM(Method):
     api_version = 1
     Config = PDDMConfig
     requires = frozenset({"logits"})
-    regression = True
+    supports = CLASS_KINDS | {"regression"}
+    writes = ("pddm/path.pt", "pddm/path.json", "pddm/path.png", "pddm/pdnet.pt")
     conformance = Conformance(
         settings={"points": 2, "pdnet_steps": 2}
     )  # the checks stop and resume at each update
@@ -115,11 +116,10 @@ class PDDM(Method):
         assert run.probe is not None
         if self.config.align:
             needs_scipy()
-        labels = run.probe.labels
-        self._regression = labels is not None and labels.is_floating_point()
+        self._regression = run.kind.labels == "numbers"
         if self._regression and self.config.data == "all":
             raise ConfigError(
-                "pddm.data is 'all', and the labels are floats; expected labelled or unlabelled"
+                f"{run.caller}.data is 'all', and the labels are floats; expected labelled or unlabelled"
             )
         self.networks = self._networks(run)
         named = [(self._title(point), network) for point, network in enumerate(self.networks)]
@@ -131,11 +131,11 @@ class PDDM(Method):
         self.together = PathOutputs(anchors, regression=self._regression)
         self._data = config.data or ("labelled" if self._regression else "all")
         if config.data is None:
-            run.chose("pddm.data", self._data, "default")
+            run.chose("data", self._data, "default")
         widths = {name: given for name, given in shapes.items() if len(set(given)) > 1}
         if widths:
             run.chose(
-                "pddm.projections", {name: _arrows(given) for name, given in widths.items()}, "widths differ"
+                "projections", {name: _arrows(given) for name, given in widths.items()}, "widths differ"
             )
 
     def _networks(self, run: RunContext) -> list[nn.Module]:
@@ -143,7 +143,7 @@ class PDDM(Method):
             return [copy.deepcopy(run.target) for _ in range(self.config.points)]
         if run.build is None:
             raise ConfigError(
-                "pddm.networks names models, and this trainer knows models as objects only; expected a path of "
+                f"{run.caller}.networks names models, and this trainer knows models as objects only; expected a path of "
                 "snapshots here: leave networks out"
             )
         return [run.build(spec) for spec in self.config.networks]
@@ -215,33 +215,24 @@ class PDDM(Method):
 
     @hookimpl
     def loss_terms(
-        self, student_out: StudentOut | None, targets: Targets, batch: Batch, step: StepInfo
+        self, student_out: StudentOut | None, targets: Targets, batch: Batch, info: StepInfo
     ) -> dict[str, LossTerm]:
         if student_out is None:
-            return self._pdnet_terms(batch, step)
-        alpha = self.config.target_alpha if step.stage.name == "target" else self.config.alpha
-        return self._against(student_out.logits, alpha, targets, batch, step)
+            return self._pdnet_terms(batch, info)
+        alpha = self.config.target_alpha if info.stage.name == "target" else self.config.alpha
+        return self._against(student_out.logits, alpha, targets, batch, info)
 
     def _against(
-        self, logits: Tensor, alpha: float, targets: Targets, batch: Batch, step: StepInfo
+        self, logits: Tensor, alpha: float, targets: Targets, batch: Batch, info: StepInfo
     ) -> dict[str, LossTerm]:
         """The soft targets, and the labels where there are some."""
-        if self._regression:
-            soft = regression_loss(logits, targets.dense, step)
-        else:
-            soft = softmax_kl(
-                logits,
-                targets.soft,
-                temperature=self.config.temperature,
-                mask=batch.mask,
-                count=step.rows,
-            )
-        if targets.labels is None or alpha == 1:
+        soft = soft_loss(logits, targets, batch, info, temperature=self.config.temperature)
+        if not targets.has_labels or alpha == 1:
             return {"soft": LossTerm(soft)}
-        labels = label_loss(logits, targets.labels, step, batch.mask)
+        labels = label_loss(logits, targets, batch, info)
         return {"soft": LossTerm(soft, alpha), "labels": LossTerm(labels, 1 - alpha)}
 
-    def _pdnet_terms(self, batch: Batch, step: StepInfo) -> dict[str, LossTerm]:
+    def _pdnet_terms(self, batch: Batch, info: StepInfo) -> dict[str, LossTerm]:
         """Parameters, outputs and flows of every generated network against the real one's."""
         config, count = self.config, len(self.networks) - 1
         errors: list[Tensor] = []
@@ -255,28 +246,28 @@ class PDDM(Method):
                 wanted, real_flow = flow(real, batch.inputs)
             given, made_flow = flow(real, batch.inputs, made)
             per_row = output_error(given, wanted, regression=self._regression)
-            outputs.append(step.mean(per_row, batch.mask))
+            outputs.append(info.mean(per_row, batch.mask))
             pairs = zip(made_flow, real_flow, strict=True)
             flows += [(a - b).square().sum() / b.square().sum().clamp_min(1e-12) for a, b in pairs]
         terms = {
             # These two are no sums over rows: each micro-batch counts by its part.
-            "parameters": LossTerm(step.share * torch.stack(errors).mean()),
+            "parameters": LossTerm(info.share * torch.stack(errors).mean()),
             "outputs": LossTerm(torch.stack(outputs).mean(), config.outputs),
         }
         if flows and config.flows:
-            terms["flows"] = LossTerm(step.share * torch.stack(flows).mean(), config.flows)
+            terms["flows"] = LossTerm(info.share * torch.stack(flows).mean(), config.flows)
         return terms
 
     # Along the way.
 
     @hookimpl
-    def on_step_end(self, step: StepInfo) -> None:
+    def on_update_end(self, info: StepInfo) -> None:
         """Keep a snapshot where the path has a point."""
-        if step.stage.name != "path":
+        if info.stage.name != "path":
             return
         last = self.networks[-1].state_dict()
         for point, network in enumerate(self.networks[:-1], 1):
-            if step.stage_index + 1 == max(1, round(step.stage_steps * point / len(self.networks))):
+            if info.stage_index + 1 == max(1, round(info.stage_steps * point / len(self.networks))):
                 network.load_state_dict(last)
 
     @hookimpl

@@ -74,7 +74,7 @@ def write(folder: Path, content: Mapping[str, Any], pdnet: PDNet) -> None:
     """``pddm/path.json``, ``pddm/path.png`` and ``pddm/pdnet.pt`` in the run directory."""
     own = folder / FOLDER
     own.mkdir(exist_ok=True)
-    (own / "path.json").write_text(json.dumps(dict(content), indent=1) + "\n")
+    (own / "path.json").write_text(json.dumps(dict(content), indent=1) + "\n", encoding="utf-8")
     draw(content["points"], own / "path.png")
     pdnet.save(own / "pdnet.pt")
 

@@ -9,27 +9,35 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
+import torch.nn.functional as F
 from pydantic import Field, field_validator
+from torch import Tensor
 
 from stillhouse.api import (
+    CLASS_KINDS,
     IGNORE,
     Batch,
+    ConfigError,
     Conformance,
     LossTerm,
     Method,
     MethodConfig,
     RunContext,
+    Split,
     Stage,
     StepInfo,
     StudentOut,
     Targets,
     cross_entropy,
     hookimpl,
+    soft_loss,
 )
-from stillhouse.kernels import softmax_kl
 
 SHARES = {"distil": 1.0, "relabel": 6.0, "target": 2.0}
 TEMPERATURE = 4.0
+ROWS = 1024
+"""Samples that the teacher reads at a time where rows are chosen."""
 
 
 class SLDConfig(MethodConfig):
@@ -66,6 +74,7 @@ class SLD(Method):
 
     api_version = 1
     Config = SLDConfig
+    supports = CLASS_KINDS | {"different_outputs"}
     requires = frozenset({"logits", "deterministic_teacher"})
     config: SLDConfig
     conformance = Conformance(minimum={"kl": 0.0})
@@ -77,33 +86,73 @@ class SLD(Method):
     @hookimpl
     def on_run_start(self, run: RunContext) -> None:
         if self.config.temperature is None:
-            run.chose("sld.temperature", TEMPERATURE, "default")
+            run.chose("temperature", TEMPERATURE, "default")
         if self.config.shares is None:
-            run.chose("sld.shares", list(SHARES.values()), "default: distil, relabel, target")
+            run.chose("shares", list(SHARES.values()), "default: distil, relabel, target")
         if run.splits is not None and run.splits.unlabelled is None:
-            run.chose("sld.unlabelled", "the labelled split's inputs", "the task has no unlabelled split")
+            run.chose("unlabelled", "the labelled split's inputs", "the task has no unlabelled split")
+
+        if run.splits is None and self.config.top_per_class is not None:
+            raise ConfigError(
+                f"{run.caller}.top_per_class chooses rows of a split, and this trainer hands over batches; leave it out"
+            )
 
     @hookimpl
     def stages(self, run: RunContext) -> list[Stage]:
         distil, relabel, target = self.config.shares or SHARES.values()
         return [
             Stage("distil", distil, data="labelled"),
-            Stage("relabel", relabel, data="unlabelled", top_per_class=self.config.top_per_class),
+            Stage("relabel", relabel, data="unlabelled"),
             Stage("target", target, data="all", model=run.target_name, teacher="student"),
         ]
 
     @hookimpl
+    def stage_rows(self, run: RunContext, stage: Stage, split: Split) -> Tensor | None:
+        if stage.name != "relabel" or self.config.top_per_class is None:
+            return None
+        return surest(run, split, self.config.top_per_class)
+
+    @hookimpl
     def loss_terms(
-        self, student_out: StudentOut, targets: Targets, batch: Batch, step: StepInfo
+        self, student_out: StudentOut, targets: Targets, batch: Batch, info: StepInfo
     ) -> dict[str, LossTerm]:
-        kl = softmax_kl(
-            student_out.logits, targets.soft, temperature=self.temperature, mask=batch.mask, count=step.rows
-        )
-        if step.stage.name != "target" or self.config.labels == "soft":
+        kl = soft_loss(student_out.logits, targets, batch, info, temperature=self.temperature)
+        if info.stage.name != "target" or self.config.labels == "soft":
             return {"kl": LossTerm(kl)}
-        labels = targets.dense.argmax(-1)
-        if self.config.labels == "actual" and targets.labels is not None:
-            labels = targets.labels.where(targets.labels != IGNORE, labels)
-        # Every row has a label here, so the mean is over all valid rows.
-        per_row = cross_entropy(student_out.logits, labels, StepInfo(labelled=step.rows), batch.mask)
-        return {"kl": LossTerm(kl, 0.5), "ce": LossTerm(per_row, 0.5)}
+        # Every row has a label here, so the mean is over all rows that count.
+        # A class that the target has no output for can't be learned: the surest among the others then.
+        labels = named = targets.dense[..., : student_out.logits.shape[-1]].argmax(-1)
+        if self.config.labels == "actual":
+            labels = self._actual(targets, named)
+        ce = cross_entropy(student_out.logits, labels, count=info.rows, mask=batch.mask)
+        return {"kl": LossTerm(kl, 0.5), "ce": LossTerm(ce, 0.5)}
+
+    @staticmethod
+    def _actual(targets: Targets, named: Tensor) -> Tensor:
+        """The true label where there is one, in the form in which it comes, else the class that M names."""
+        if targets.probabilities is not None:
+            known = targets.probabilities.sum(-1, keepdim=True) > 0
+            hot = F.one_hot(named, targets.probabilities.shape[-1]).to(targets.probabilities)
+            return targets.probabilities.where(known, hot)
+        return named if targets.labels is None else targets.labels.where(targets.labels != IGNORE, named)
+
+
+def surest(run: RunContext, split: Split, count: int) -> Tensor:
+    """Sample numbers of the ``count`` rows of each class that the teacher is surest of."""
+    confidence, predicted = [], []
+    device = next(run.student.parameters()).device
+    for start in range(0, len(split), ROWS):
+        batch = split.batch(torch.arange(start, min(start + ROWS, len(split)))).to(device)
+        sure, named = run.outputs("teacher", batch).logits.float().softmax(-1).max(-1)
+        if sure.dim() > 1:
+            raise ConfigError(
+                f"{run.caller}.top_per_class chooses samples, and this task has a class a position; leave it out"
+            )
+        confidence.append(sure.cpu())
+        predicted.append(named.cpu())
+    sure, named = torch.cat(confidence), torch.cat(predicted)
+    chosen = []
+    for label in torch.unique(named):
+        ids = (named == label).nonzero()[:, 0]
+        chosen.append(ids[sure[ids].argsort(descending=True, stable=True)[:count]])
+    return torch.cat(chosen).sort().values

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from stillhouse.api import ConfigError, MissingExtra, Splits, Task, TaskConfig, TensorSplit, regression
+from stillhouse.api import ConfigError, MissingExtra, Splits, Task, TaskConfig, TensorSplit
 from stillhouse_tasks.nets import mlp
 
 MEASUREMENTS = 10
@@ -40,6 +40,7 @@ class Diabetes(Task):
     api_version = 1
     Config = DiabetesConfig
     config: DiabetesConfig
+    kind = "regression"
     metric = "r2"
     teachers = {"mlp": wide_mlp}
     students = {"mlp": small_mlp}
@@ -71,9 +72,6 @@ class Diabetes(Task):
             validation=TensorSplit(x[2], y[2]),
             test=TensorSplit(x[3], y[3]),
         )
-
-    def score(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
-        return regression(outputs, labels)
 
 
 def _standardised(values: Tensor, known: int) -> Tensor:

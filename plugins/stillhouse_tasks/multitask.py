@@ -14,7 +14,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from stillhouse.api import MissingExtra, Splits, Task, TaskConfig, TensorSplit, made_once
+from stillhouse.api import (
+    KINDS,
+    Metrics,
+    MissingExtra,
+    Splits,
+    Task,
+    TaskConfig,
+    TensorSplit,
+    made_once,
+    metrics_named,
+)
 from stillhouse_tasks.mnist1d import LENGTH, generators
 from stillhouse_tasks.multihead import MultiHead, columns
 from stillhouse_tasks.nets import ConvNet, mlp
@@ -95,21 +105,39 @@ class Mnist1dMultitask(Task):
             else None,
         )
 
-    def score(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
-        """Mean ``accuracy`` and ``nll`` over the tasks, then each task's accuracy among its own classes."""
-        accuracy, nll = {}, []
-        for name, own in zip(TASKS, columns(list(TASKS.values())), strict=True):
+    def metrics(self) -> Metrics:
+        return {"": _EachTask()}
+
+
+class _EachTask:
+    """Mean ``accuracy`` and ``nll`` over the tasks, then each task's accuracy among its own classes."""
+
+    def __init__(self) -> None:
+        self._columns = dict(zip(TASKS, columns(list(TASKS.values())), strict=True))
+        self._metrics = {name: metrics_named(("accuracy", "nll"), KINDS["classification"]) for name in TASKS}
+        self._seen: set[str] = set()
+
+    def update(self, outputs: Tensor, labels: Tensor) -> None:
+        """Rows of any task: outputs ``(n, C)`` of all heads, labels ``(n,)`` columns of these."""
+        for name, own in self._columns.items():
             rows = (labels >= own[0]) & (labels <= own[-1])
-            if not rows.any():
-                continue
-            logits, wanted = outputs[rows][:, own].float(), labels[rows] - own[0]
-            accuracy[name] = float((logits.argmax(-1) == wanted).float().mean())
-            nll.append(float(nn.functional.cross_entropy(logits, wanted)))
-        return {
-            "accuracy": sum(accuracy.values()) / len(accuracy),
-            "nll": sum(nll) / len(nll),
-            **{f"accuracy.{name}": value for name, value in accuracy.items()},
+            if rows.any():
+                self._seen.add(name)
+                for metric in self._metrics[name].values():
+                    metric.update(outputs[rows][:, own], labels[rows] - own[0])
+
+    def compute(self) -> dict[str, float]:
+        """The numbers by name, over the tasks that there were rows of."""
+        found = {
+            name: {key: metric.compute() for key, metric in self._metrics[name].items()}
+            for name in self._columns
+            if name in self._seen
         }
+        means = {
+            key: sum(scores[key] for scores in found.values()) / max(1, len(found))
+            for key in ("accuracy", "nll")
+        }
+        return {**means, **{f"accuracy.{name}": scores["accuracy"] for name, scores in found.items()}}
 
 
 def _labelled(parts: list[Made]) -> TensorSplit:

@@ -8,6 +8,7 @@ amalgamation (Shen et al. 2019, arXiv:1811.02796) and UHC (Vongkulbhisal et al. 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -36,7 +37,7 @@ from stillhouse_tcmd.networks import ABSENT, CombinedNetwork, Router, Specialist
 from stillhouse_tcmd.report import write
 from stillhouse_tcmd.setup import built, fresh, task_ids, tasks_of
 
-SPECIALIST, ROUTER, NETWORK = "tcmd.specialist", "tcmd.router", "tcmd.network"
+SPECIALIST, ROUTER, NETWORK = "specialist", "router", "network"
 
 
 class TCMDConfig(MethodConfig):
@@ -98,6 +99,7 @@ class TCMD(Method):
     api_version = 1
     Config = TCMDConfig
     requires = frozenset({"logits"})
+    writes = ("tasks.json",)
     conformance = Conformance(settings={"tasks": [[0, 1], [2, 3, 4]], "shares": [2.0, 1.0, 1.0]})
     config: TCMDConfig
 
@@ -106,12 +108,13 @@ class TCMD(Method):
     @hookimpl
     def on_run_start(self, run: RunContext) -> None:
         assert run.probe is not None
+        self._name = run.caller
         self._exclusive = "task" not in run.probe.extra
         self.outputs = int(run.outputs("teacher").logits.shape[-1])
         self.tasks = tasks_of(run, self.config.tasks, self.outputs, merge=self.config.gate == "merge")
         self._members = membership(self.tasks, self.outputs)
         self._check(run)
-        run.chose("tcmd.network", self.config.network, self._conditioned())
+        run.chose("network", self.config.network, self._conditioned())
 
     def _conditioned(self) -> str:
         if not self._exclusive:
@@ -124,7 +127,7 @@ class TCMD(Method):
         config = self.config
         if config.gate == "merge" and (config.network == "shared" or not self._exclusive):
             raise ConfigError(
-                "tcmd.gate is merge, which joins specialists side by side where no task ids are given; expected "
+                f"{run.caller}.gate is merge, which joins specialists side by side where no task ids are given; expected "
                 "network: side_by_side and data without task ids: use gate: router"
             )
         if self._exclusive:
@@ -182,9 +185,7 @@ class TCMD(Method):
         elif self._router is not None:
             found.append(Stage("combine", combine, data=data, model=NETWORK, train=(ROUTER,)))
         else:
-            run.chose(
-                "tcmd.combine", "no stage", "specialists side by side with nothing between them to learn"
-            )
+            run.chose("combine", "no stage", "specialists side by side with nothing between them to learn")
         return [*found, Stage("refine", refine, data=data, model=NETWORK, train=(NETWORK,))]
 
     @hookimpl
@@ -207,94 +208,91 @@ class TCMD(Method):
 
     @hookimpl
     def loss_terms(
-        self, student_out: StudentOut, targets: Targets, batch: Batch, step: StepInfo
+        self, student_out: StudentOut, targets: Targets, batch: Batch, info: StepInfo
     ) -> dict[str, LossTerm]:
         logits = student_out.logits
-        if step.stage.name.startswith("specialise"):
-            return self._specialise(logits, targets, batch, step)
-        if step.stage.name == "combine":
-            return self._combine(logits, targets, batch, step)
-        return self._refine(logits, targets, batch, step)
+        if info.stage.name.startswith("specialise"):
+            return self._specialise(logits, targets, batch, info)
+        if info.stage.name == "combine":
+            return self._combine(logits, targets, batch, info)
+        return self._refine(logits, targets, batch, info)
 
     def _specialise(
-        self, logits: Tensor, targets: Targets, batch: Batch, step: StepInfo
+        self, logits: Tensor, targets: Targets, batch: Batch, info: StepInfo
     ) -> dict[str, LossTerm]:
-        number, temperature = _number(step.stage), self.config.temperature
+        number, temperature = _number(info.stage), self.config.temperature
         rows = losses.restricted(logits, targets.dense, self.tasks[number], temperature, batch.mask)
         if self._exclusive:
             rows = rows * losses.task_weights(targets.dense, self.tasks, temperature)[..., number]
-        labels = targets.labels
-        if labels is not None and labels.is_floating_point():
-            labels = labels * self._members[number]
+        labels, soft = targets.labels, targets.probabilities
+        if soft is not None:
+            soft = soft * self._members[number]
         elif labels is not None:
             labels = labels.where(self._members[number][labels.clamp(min=0)] & (labels != IGNORE), IGNORE)
-        return self._blend(rows, logits, labels, batch, step, self.config.alpha)
+        own = replace(targets, labels=labels, probabilities=soft)
+        return self._blend(rows, logits, own, batch, info, self.config.alpha)
 
-    def _combine(self, logits: Tensor, targets: Targets, batch: Batch, step: StepInfo) -> dict[str, LossTerm]:
+    def _combine(self, logits: Tensor, targets: Targets, batch: Batch, info: StepInfo) -> dict[str, LossTerm]:
         temperature, mask = self.config.temperature, batch.mask
         if (
             self._router is not None
         ):  # only the router is trained; the specialists' part of the loss is constant
-            return {"kd": LossTerm(step.mean(losses.whole(logits, targets.dense, temperature, mask), mask))}
+            return {"kd": LossTerm(info.mean(losses.whole(logits, targets.dense, temperature, mask), mask))}
         taught = self._taught(batch)
         if not self._exclusive:
-            rows = losses.by_task(logits, taught, self.tasks, self._ids(batch), temperature, mask)
-            return {"kd": LossTerm(step.mean(rows, mask))}
+            rows = losses.by_task(logits, taught, self.tasks, self._ids(batch, info), temperature, mask)
+            return {"kd": LossTerm(info.mean(rows, mask))}
         weights = losses.task_weights(targets.dense, self.tasks, temperature)
         rows = logits.new_zeros(logits.shape[:-1], dtype=torch.float32)
         for number, own in enumerate(self.tasks):
             part = losses.restricted(logits, taught, own, temperature, mask)
             rows = rows + weights[..., number] * part
         route = losses.routing(logits, targets.dense, self.tasks, temperature, mask)
-        return {"kd": LossTerm(step.mean(rows, mask)), "route": LossTerm(step.mean(route, mask))}
+        return {"kd": LossTerm(info.mean(rows, mask)), "route": LossTerm(info.mean(route, mask))}
 
-    def _refine(self, logits: Tensor, targets: Targets, batch: Batch, step: StepInfo) -> dict[str, LossTerm]:
+    def _refine(self, logits: Tensor, targets: Targets, batch: Batch, info: StepInfo) -> dict[str, LossTerm]:
         temperature, alpha = self.config.temperature, self.config.alpha
         if self._exclusive:
             rows = losses.whole(logits, targets.dense, temperature, batch.mask)
         else:
-            ids = self._ids(batch)
+            ids = self._ids(batch, info)
             rows = losses.by_task(logits, targets.dense, self.tasks, ids, temperature, batch.mask)
         if self.config.annealing:
-            alpha = 1 - step.stage_index / max(step.stage_steps - 1, 1)
-        labels = targets.labels
-        if labels is not None and not self._exclusive:
-            logits = self._asked(logits, labels)
-        return self._blend(rows, logits, labels, batch, step, alpha)
+            alpha = 1 - info.stage_index / max(info.stage_steps - 1, 1)
+        if targets.has_labels and not self._exclusive:
+            logits = self._asked(logits, targets, info)
+        return self._blend(rows, logits, targets, batch, info, alpha)
 
     def _blend(
-        self, rows: Tensor, logits: Tensor, labels: Tensor | None, batch: Batch, step: StepInfo, alpha: float
+        self, rows: Tensor, logits: Tensor, targets: Targets, batch: Batch, info: StepInfo, alpha: float
     ) -> dict[str, LossTerm]:
         """``alpha`` of the soft labels and ``1 - alpha`` of the label; rows without one have all of the former."""
+        labels = targets.labels if targets.probabilities is None else targets.probabilities
         if labels is None or alpha == 1:
-            return {"kd": LossTerm(step.mean(rows, batch.mask))}
-        if (
-            labels.is_floating_point()
-        ):  # class probabilities that an earlier plugin made, for the labelled rows' mean
-            labels = labels * (step.labelled / step.rows)
-            weight = 1 - (1 - alpha) * labels.sum(-1)
-        else:
-            weight = torch.where(labels == IGNORE, 1.0, alpha)
+            return {"kd": LossTerm(info.mean(rows, batch.mask))}
+        known = 1.0 * (labels != IGNORE) if targets.probabilities is None else labels.sum(-1)
+        weight = 1 - (1 - alpha) * known
         # Divided by all rows, as the soft part is: a row's two weights then sum to 1.
-        ce = cross_entropy(logits, labels, StepInfo(rows=step.rows, labelled=step.rows), batch.mask)
-        return {"kd": LossTerm(step.mean(rows * weight, batch.mask)), "ce": LossTerm(ce, 1 - alpha)}
+        ce = cross_entropy(logits, labels, count=info.rows, mask=batch.mask)
+        return {"kd": LossTerm(info.mean(rows * weight, batch.mask)), "ce": LossTerm(ce, 1 - alpha)}
 
-    def _asked(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _asked(self, logits: Tensor, targets: Targets, info: StepInfo) -> Tensor:
         """The logits with the classes of other tasks than the label's absent."""
-        if labels.is_floating_point():
+        labels = targets.labels
+        if labels is None:
             raise ConfigError(
-                "tcmd: got class probabilities from an earlier plugin, and tasks with heads of their own; expected "
+                f"{info.caller}: got class probabilities from an earlier plugin, and tasks with heads of their own; expected "
                 "class labels there: leave out mixup and label_smoothing"
             )
         owner = self._members[:-1].int().argmax(0)[labels.clamp(min=0)]
         owner = owner.where(labels != IGNORE, -1)
         return logits.where(self._members[owner], logits.new_full((), ABSENT))
 
-    def _ids(self, batch: Batch) -> Tensor:
+    def _ids(self, batch: Batch, info: StepInfo) -> Tensor:
         ids = batch.extra.get("task")
         if ids is None:
             raise ConfigError(
-                "tcmd: got a batch without extra['task'], and others had it; expected it in each"
+                f"{info.caller}: got a batch without extra['task'], and others had it; expected it in each"
             )
         return ids
 
@@ -323,7 +321,7 @@ class TCMD(Method):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["tasks"] != self.tasks:
             raise ConfigError(
-                f"tcmd: the checkpoint was made with the tasks {state['tasks']}, this run found {self.tasks}; "
+                f"{self._name}: the checkpoint was made with the tasks {state['tasks']}, this run found {self.tasks}; "
                 "expected the same: give them in the config"
             )
 

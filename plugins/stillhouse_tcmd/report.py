@@ -49,14 +49,14 @@ def write(
     logits, labels = [], []
     for start in range(0, len(split), CHUNK):
         batch = split.batch(torch.arange(start, min(start + CHUNK, len(split)))).to(device)
-        logits.append(run.outputs("tcmd.network", batch).logits.cpu())
+        logits.append(run.outputs(f"{run.caller}.network", batch).logits.cpu())
         labels.append(batch.labels.cpu())  # type: ignore[union-attr]
     joined, wanted = torch.cat(logits), torch.cat(labels)
     known = wanted != IGNORE
     found = scores(joined[known], wanted[known], tasks, exclusive=exclusive)
     for entry in found:
-        run.say(f"tcmd task {entry['task']}: {json.dumps(entry)}")
+        run.say(f"{run.caller} task {entry['task']}: {json.dumps(entry)}")
     if run.dir is not None:
         layout = "shared" if len(network.parts) == 1 and len(tasks) > 1 else "side_by_side"
         content = {"outputs": network.outputs, "exclusive": exclusive, "network": layout, "validation": found}
-        (run.dir / "tasks.json").write_text(json.dumps(content, indent=2) + "\n")
+        (run.dir / "tasks.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

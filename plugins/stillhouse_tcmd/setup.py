@@ -31,25 +31,27 @@ def tasks_of(
         own = getattr(run.teacher, "tasks", None)
         if own is None or given is not None:
             raise ConfigError(
-                f"tcmd.tasks is {given}, the data carry task ids, and the classes of each task are not known; "
+                f"{run.caller}.tasks is {given}, the data carry task ids, and the classes of each task are not known; "
                 "expected a list of classes for each task, or a teacher with an attribute 'tasks' that has them"
             )
         found = partition.check(own, outputs)
-        run.chose("tcmd.tasks", found, "the teacher's")
+        run.chose("tasks", found, "the teacher's")
         return found
     if merge:
         raise ConfigError(
-            "tcmd.gate is merge, and no tasks are given; expected tasks: lists that share classes"
+            f"{run.caller}.gate is merge, and no tasks are given; expected tasks: lists that share classes"
         )
     count = given if given is not None else max(2, math.isqrt(outputs))
     found = partition.cluster(_confusion(run), count)
-    run.chose("tcmd.tasks", found, "classes grouped by what the teacher confuses")
+    run.chose("tasks", found, "classes grouped by what the teacher confuses")
     return found
 
 
 def _confusion(run: RunContext) -> Tensor:
     if run.splits is None:
-        raise ConfigError("tcmd.tasks: finding tasks needs the training split, and there is none; list them")
+        raise ConfigError(
+            f"{run.caller}.tasks: finding tasks needs the training split, and there is none; list them"
+        )
     split = run.splits.train
     rows = torch.linspace(0, len(split) - 1, min(ROWS, len(split))).long()
     device = next(run.student.parameters()).device
@@ -77,7 +79,7 @@ def built(run: RunContext, named: dict[str, Any]) -> nn.Module:
     """A further model by name; ConfigError where the surrounding trainer knows none by name."""
     if run.build is None:
         raise ConfigError(
-            f"tcmd.specialist is {named}, and this trainer builds no model by name; expected none: the "
+            f"{run.caller}.specialist is {named}, and this trainer builds no model by name; expected none: the "
             "specialists are then like the student"
         )
     return run.build(named)

@@ -12,6 +12,8 @@ class TensorBoard(Observer):
     """Every number of ``metrics.jsonl`` as a scalar; look with ``tensorboard --logdir runs``."""
 
     api_version = 1
+    writes = ("tensorboard/events.*",)
+    _writer: Any = None
 
     def on_run_start(self, record: RunRecord) -> None:
         try:
@@ -26,4 +28,13 @@ class TensorBoard(Observer):
                 self._writer.add_scalar(name, value, row["step"])
 
     def on_run_end(self, summary: Mapping[str, Any]) -> None:
-        self._writer.close()
+        self._close()
+
+    def on_run_failed(self, error: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        """End the writer's thread."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None

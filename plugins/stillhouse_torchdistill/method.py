@@ -29,8 +29,8 @@ from stillhouse.api import (
     StudentOut,
     Targets,
     TeacherOut,
-    cross_entropy,
     hookimpl,
+    label_loss,
 )
 from stillhouse_torchdistill.heads import Head, HeadConfig
 from stillhouse_torchdistill.views import IDS, ROOT, View, Wanted, feature_name
@@ -73,7 +73,7 @@ class Torchdistill(Method):
     Config = TorchdistillConfig
     config: TorchdistillConfig
     requires = frozenset({"logits"})
-    different_outputs = True
+    supports = frozenset({"classification", "different_outputs"})
     conformance = Conformance(settings={"loss": "KDLoss", "arguments": {"temperature": 4.0, "alpha": 0.5}})
 
     def __init__(self, config: TorchdistillConfig | None = None) -> None:
@@ -97,12 +97,12 @@ class Torchdistill(Method):
 
     @hookimpl
     def loss_terms(
-        self, student_out: StudentOut, teacher_out: TeacherOut, targets: Targets, batch: Batch, step: StepInfo
+        self, student_out: StudentOut, teacher_out: TeacherOut, targets: Targets, batch: Batch, info: StepInfo
     ) -> dict[str, LossTerm]:
         values = self._call(self._loss, student_out, teacher_out, targets, batch)
-        terms = {"loss": LossTerm(values.reshape(()) * step.share, self.config.weight)}
-        if self.config.ce_weight and targets.labels is not None:
-            ce = cross_entropy(student_out.logits, targets.labels, step, batch.mask)
+        terms = {"loss": LossTerm(values.reshape(()) * info.share, self.config.weight)}
+        if self.config.ce_weight and targets.has_labels:
+            ce = label_loss(student_out.logits, targets, batch, info)
             terms["ce"] = LossTerm(ce, self.config.ce_weight)
         return terms
 
@@ -131,7 +131,8 @@ class Torchdistill(Method):
                 value = out.logits if path == ROOT else out.features.get(feature_name(path, side))
             return _needed(value, role, path, side)[rows]
 
-        labels = None if targets.labels is None else targets.labels[rows]
+        labels = targets.labels if targets.probabilities is None else targets.probabilities
+        labels = None if labels is None else labels[rows]
         if labels is not None and len(labels) == 0:
             return student.logits[rows].sum()  # no valid row: zero, with a graph
         if labels is not None:

@@ -9,8 +9,25 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stillhouse.api import Batch, ConfigError, Method, MethodConfig, RunContext, StepInfo, hookimpl
+from stillhouse.api import (
+    CLASS_KINDS,
+    SUPPORTS,
+    Batch,
+    ConfigError,
+    Conformance,
+    Method,
+    MethodConfig,
+    RunContext,
+    StepInfo,
+    hookimpl,
+)
 from stillhouse_transforms.classes import probabilities
+
+_NO_TOKENS = Conformance(
+    expected_failures=dict.fromkeys(
+        ("padding_counts_nowhere", "ragged_micro_batches_do_not_matter"), "token ids are no real numbers"
+    )
+)
 
 
 class MixupConfig(MethodConfig):
@@ -30,15 +47,16 @@ class Mixup(Method):
     api_version = 1
     Config = MixupConfig
     config: MixupConfig
+    conformance = _NO_TOKENS
     requires = frozenset()
-    different_outputs = True
+    supports = CLASS_KINDS | {"different_outputs"}
 
     @hookimpl
     def on_run_start(self, run: RunContext) -> None:
         self._classes = run.outputs(run.target_name).logits.shape[-1]
 
     @hookimpl
-    def batch_transform(self, batch: Batch, step: StepInfo) -> Batch | None:
+    def batch_transform(self, batch: Batch, info: StepInfo) -> Batch | None:
         rows = torch.arange(len(batch))
         if batch.mask is not None:
             rows = rows[batch.mask.reshape(len(batch), -1).all(-1).cpu()]
@@ -51,11 +69,13 @@ class Mixup(Method):
         def mixed(value: Any) -> Any:
             return _each(value, lambda x: _mix(x, partner.to(x.device), share.to(x.device)), "mixup")
 
-        labels = batch.labels
-        if labels is not None:
-            labels = mixed(probabilities(labels, self._classes, step, "mixup"))
+        hot = probabilities(batch.labels, batch.probabilities, self._classes)
         return replace(
-            batch, inputs=mixed(batch.inputs), teacher_inputs=mixed(batch.teacher_inputs), labels=labels
+            batch,
+            inputs=mixed(batch.inputs),
+            teacher_inputs=mixed(batch.teacher_inputs),
+            labels=None,
+            probabilities=None if hot is None else mixed(hot),
         )
 
 
@@ -81,9 +101,9 @@ class Augment(Method):
     api_version = 1
     Config = AugmentConfig
     config: AugmentConfig
+    conformance = _NO_TOKENS
     requires = frozenset()
-    different_outputs = True
-    regression = True
+    supports = SUPPORTS
 
     @hookimpl
     def batch_transform(self, batch: Batch) -> Batch | None:
@@ -103,11 +123,13 @@ class Augment(Method):
 
 
 def _each(value: Any, change: Any, who: str) -> Any:
-    """``change`` of a tensor, or of every tensor of a mapping; None stays."""
-    if value is None:
-        return None
+    """``change`` of every tensor in mappings and tuples; None stays."""
     if isinstance(value, dict):
         return {name: _each(item, change, who) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        return tuple(_each(item, change, who) for item in value)
+    if value is None:
+        return None
     if not value.is_floating_point():
         raise ConfigError(
             f"{who}: got inputs of type {value.dtype}; expected real numbers: leave it out for token ids"

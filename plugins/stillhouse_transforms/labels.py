@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -10,13 +11,13 @@ from pydantic import Field
 from torch import Tensor
 
 from stillhouse.api import (
+    CLASS_KINDS,
     IGNORE,
     Batch,
     ConfigError,
     Method,
     MethodConfig,
     RunContext,
-    StepInfo,
     Targets,
     hookimpl,
 )
@@ -45,19 +46,20 @@ class LabelSmoothing(Method):
     Config = LabelSmoothingConfig
     config: LabelSmoothingConfig
     requires = frozenset()
-    different_outputs = True
+    supports = CLASS_KINDS | {"different_outputs"}
 
     @hookimpl
     def on_run_start(self, run: RunContext) -> None:
         self._classes = run.outputs(run.target_name).logits.shape[-1]
 
     @hookimpl
-    def label_transform(self, targets: Targets, step: StepInfo) -> Targets | None:
-        if targets.labels is None:
+    def label_transform(self, targets: Targets) -> Targets | None:
+        hot = probabilities(targets.labels, targets.probabilities, self._classes)
+        if hot is None:
             return None
-        hot = probabilities(targets.labels, self._classes, step, "label_smoothing")
         amount = self.config.amount
-        return Targets((1 - amount) * hot + amount / self._classes * hot.sum(-1, keepdim=True), targets.soft)
+        smooth = (1 - amount) * hot + amount / self._classes * hot.sum(-1, keepdim=True)
+        return replace(targets, labels=None, probabilities=smooth)
 
 
 class LabelCorrectionConfig(MethodConfig):
@@ -83,7 +85,7 @@ class LabelCorrection(Method):
     Config = LabelCorrectionConfig
     config: LabelCorrectionConfig
     requires = frozenset({"logits"})
-    different_outputs = True
+    supports = CLASS_KINDS | {"different_outputs"}
 
     @hookimpl
     def on_run_start(self, run: RunContext) -> None:
@@ -94,9 +96,7 @@ class LabelCorrection(Method):
                 f"label_correction: got no labelled rows in the {self.config.estimated_on} split; expected some, to "
                 "count the teacher's mistakes on: set estimated_on, or leave it out"
             )
-        run.chose(
-            "label_correction.estimated_on", self.config.estimated_on, "its labels are read before training"
-        )
+        run.chose("estimated_on", self.config.estimated_on, "its labels are read before training")
         counts = torch.zeros(())
         for start in range(0, len(split), ROWS):
             batch = split.batch(torch.arange(start, min(start + ROWS, len(split))))
@@ -132,8 +132,8 @@ class LabelCorrection(Method):
             return None
         logits = targets.dense.float()
         corrected = (logits.softmax(-1) @ self._matrix.to(logits.device)).log()
-        if self.config.rows == "unlabelled" and batch.labels is not None:
-            if batch.labels.is_floating_point():
-                return None  # an earlier plugin gave every row a label
+        if self.config.rows == "unlabelled" and batch.probabilities is not None:
+            corrected = logits.where((batch.probabilities.sum(-1) > 0)[..., None], corrected)
+        elif self.config.rows == "unlabelled" and batch.labels is not None:
             corrected = logits.where((batch.labels != IGNORE)[..., None], corrected)
-        return Targets(targets.labels, corrected)
+        return replace(targets, soft=corrected)

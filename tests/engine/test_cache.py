@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from stillhouse import cache
 from stillhouse.cache import CACHE, made_once
+from stillhouse.errors import StillhouseWarning
+from stillhouse.files.tensors import read_tensors, write_tensors
 
 FROM = {"seed": 1, "library": "2.0"}
 
@@ -56,7 +59,8 @@ def test_a_damaged_file_is_made_anew(damage, folder):
     made_once("data", FROM, make)
     (path,) = folder.rglob("*.safetensors")
     path.write_bytes(damage(path.read_bytes()))
-    assert torch.equal(made_once("data", FROM, make)["y"], torch.tensor([3, 1]))
+    with pytest.warns(StillhouseWarning, match="it is made anew"):
+        assert torch.equal(made_once("data", FROM, make)["y"], torch.tensor([3, 1]))
     made_once("data", FROM, make)
     assert make.asked == 2
 
@@ -65,11 +69,38 @@ def test_a_file_of_another_key_under_the_same_name_is_not_taken(folder):
     make = Maker()
     made_once("data", FROM, make)
     (path,) = folder.rglob("*.safetensors")
-    path.write_bytes(path.read_bytes().replace(b"2.0", b"9.9"))
+    tensors, _ = read_tensors(path)
+    write_tensors(path, tensors, {"made_from": "another"})
     made_once("data", FROM, make)
     assert make.asked == 2
 
 
 def test_a_folder_that_cannot_be_written_costs_only_time(folder):
     folder.write_text("a file stands where the folder would")
-    assert torch.equal(made_once("data", FROM, Maker())["y"], torch.tensor([3, 1]))
+    with pytest.warns(
+        StillhouseWarning, match=r"not kept for the next time: .*\$STILLHOUSE_CACHE names the folder"
+    ):
+        assert torch.equal(made_once("data", FROM, Maker())["y"], torch.tensor([3, 1]))
+
+
+@pytest.mark.parametrize("place", [0, 9, 60, 200, -1])
+def test_a_flipped_bit_is_found(place, folder):
+    made_once("data", FROM, Maker())
+    (path,) = folder.rglob("*.safetensors")
+    changed = bytearray(path.read_bytes())
+    changed[place] ^= 4
+    path.write_bytes(changed)
+    make = Maker()
+    with pytest.warns(StillhouseWarning, match="it is made anew"):
+        made_once("data", FROM, make)
+    assert make.asked == 1
+    made_once("data", FROM, make)
+    assert make.asked == 1
+
+
+def test_versions_of_torch_and_stillhouse_are_part_of_the_key(monkeypatch):
+    make = Maker()
+    made_once("data", FROM, make)
+    monkeypatch.setattr(cache, "version", lambda name: "99")
+    made_once("data", FROM, make)
+    assert make.asked == 2

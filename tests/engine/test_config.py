@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stillhouse.config import (
-    Named,
+    MethodSpec,
     RunConfig,
     Training,
     apply_override,
@@ -96,7 +96,7 @@ class TestOverrides:
         ("override", "expected"),
         [
             ("steps=9", {"steps": 9}),
-            ("optimizer.lr=2e-3", {"optimizer": {"name": "AdamW", "lr": "2e-3"}}),
+            ("optimizer.lr=2e-3", {"optimizer": {"name": "AdamW", "lr": 2e-3}}),
             ("method.temperature=2", {"method": {"name": "kd", "temperature": 2}}),
             ("teacher.train.steps=5", {"teacher": {"train": {"steps": 5}}}),
             ("methods=[kd, sld]", {"methods": ["kd", "sld"]}),
@@ -191,7 +191,7 @@ def test_the_compared_configs_differ_in_the_method_alone():
 
 
 def test_sld_runs_without_a_setting():
-    assert read("mnist1d-sld").method == Named(name="sld")
+    assert read("mnist1d-sld").method == MethodSpec(name="sld")
 
 
 def test_adamw_is_the_default_with_decoupled_weight_decay():

@@ -27,26 +27,26 @@ class Good(Method):
         return {"gain": self.gain}
 
     @hookimpl
-    def loss_terms(self, student_out, targets, batch, step):
+    def loss_terms(self, student_out, targets, batch, info):
         logits = student_out.logits
-        kl = softmax_kl(logits, targets.soft, mask=batch.mask, count=step.rows)
-        pull = (self.gain(torch.ones(1, 1)) - 1).square().mean() * step.share
+        kl = softmax_kl(logits, targets.soft, mask=batch.mask, count=info.rows)
+        pull = (self.gain(torch.ones(1, 1)) - 1).square().mean() * info.share
         return {"kl": LossTerm(kl), "pull": LossTerm(pull)}
 
 
 class Broken(Method):
     api_version = 1
 
-    def term(self, student_out, targets, batch, step):
-        return softmax_kl(student_out.logits, targets.soft, mask=batch.mask, count=step.rows)
+    def term(self, student_out, targets, batch, info):
+        return softmax_kl(student_out.logits, targets.soft, mask=batch.mask, count=info.rows)
 
     @hookimpl
-    def loss_terms(self, student_out, targets, batch, step):
-        return {"kl": LossTerm(self.term(student_out, targets, batch, step))}
+    def loss_terms(self, student_out, targets, batch, info):
+        return {"kl": LossTerm(self.term(student_out, targets, batch, info))}
 
 
 class NoGradient(Broken):
-    def term(self, student_out, targets, batch, step):
+    def term(self, student_out, targets, batch, info):
         return student_out.logits.new_zeros((), requires_grad=True) * 1
 
 
@@ -73,42 +73,87 @@ class WritesToTheTeacher(Broken):
 
 
 class Overflows(Broken):
-    def term(self, student_out, targets, batch, step):
-        return step.mean(student_out.logits.exp().pow(4).sum(-1), batch.mask)
+    def term(self, student_out, targets, batch, info):
+        return info.mean(student_out.logits.exp().pow(4).sum(-1), batch.mask)
 
 
 class OverflowsInBf16(Broken):
-    def term(self, student_out, targets, batch, step):
+    def term(self, student_out, targets, batch, info):
         right = student_out.logits.dtype == torch.float32
-        return super().term(student_out, targets, batch, step) * (1.0 if right else float("nan"))
+        return super().term(student_out, targets, batch, info) * (1.0 if right else float("nan"))
 
 
 class NeedsTwoRows(Broken):
-    def term(self, student_out, targets, batch, step):
-        return super().term(student_out, targets, batch, step) / student_out.logits[:, 0].std().clamp(max=1.0)
+    def term(self, student_out, targets, batch, info):
+        return super().term(student_out, targets, batch, info) / student_out.logits[:, 0].std().clamp(max=1.0)
 
 
 class ForgetsTheMask(Broken):
-    def term(self, student_out, targets, batch, step):
+    def term(self, student_out, targets, batch, info):
         finite = student_out.logits.nan_to_num(posinf=50.0)
-        return softmax_kl(finite, targets.soft.nan_to_num(posinf=50.0), count=step.rows)
+        return softmax_kl(finite, targets.soft.nan_to_num(posinf=50.0), count=info.rows)
 
 
 class MeansOverAllRows(Broken):
-    def term(self, student_out, targets, batch, step):
-        return softmax_kl(student_out.logits, targets.soft, mask=batch.mask, count=len(batch)) / step.micros
+    def term(self, student_out, targets, batch, info):
+        return softmax_kl(student_out.logits, targets.soft, mask=batch.mask, count=len(batch)) / info.micros
 
 
 class MeansOverTheMicroBatch(Broken):
-    def term(self, student_out, targets, batch, step):
+    def term(self, student_out, targets, batch, info):
         return softmax_kl(student_out.logits, targets.soft, mask=batch.mask)
 
 
+class MeanOfTheMicroBatchesMeans(Broken):
+    """Right for micro-batches that are even."""
+
+    def term(self, student_out, targets, batch, info):
+        return softmax_kl(student_out.logits, targets.soft, mask=batch.mask) / info.micros
+
+
+class DrawsNoise(Broken):
+    """Breaks nothing: what it draws differs from row to row."""
+
+    def noisy(self, student_out):
+        return student_out.logits + torch.randn_like(student_out.logits)
+
+    def term(self, student_out, targets, batch, info):
+        return softmax_kl(self.noisy(student_out), targets.soft, mask=batch.mask, count=info.rows)
+
+
+class DrawsNoiseAndMeansOverTheMicroBatch(DrawsNoise):
+    def term(self, student_out, targets, batch, info):
+        return softmax_kl(self.noisy(student_out), targets.soft, mask=batch.mask) / info.micros
+
+
 class OwnRandomNumbers(Broken):
-    def term(self, student_out, targets, batch, step):
+    def term(self, student_out, targets, batch, info):
         generator = torch.Generator()
         generator.seed()
-        return super().term(student_out, targets, batch, step) * (1 + torch.rand((), generator=generator))
+        return super().term(student_out, targets, batch, info) * (1 + torch.rand((), generator=generator))
+
+
+class ComparesPadding(Broken):
+    """Takes padding for rows, where the batch has positions."""
+
+    def term(self, student_out, targets, batch, info):
+        if student_out.logits.dim() == 2:
+            return super().term(student_out, targets, batch, info)
+        return info.mean(student_out.logits.nan_to_num(posinf=5.0).square().mean(-1))
+
+
+class ComparesTheSentencesMiddle(Broken):
+    """Its place depends on the padding."""
+
+    @hookimpl
+    def on_run_start(self, run):
+        self.place = run.probe.mask.shape[1] // 2 if run.kind.positions else None
+
+    def term(self, student_out, targets, batch, info):
+        if self.place is None:
+            return super().term(student_out, targets, batch, info)
+        kept = torch.arange(batch.mask.shape[1]) >= self.place
+        return softmax_kl(student_out.logits, targets.soft, mask=batch.mask & kept, count=info.rows)
 
 
 class WrongMinimum(Broken):
@@ -118,8 +163,8 @@ class WrongMinimum(Broken):
 class NotAMinimum(Broken):
     conformance = Conformance(minimum={"kl": 0.0})
 
-    def term(self, student_out, targets, batch, step):
-        return -super().term(student_out, targets, batch, step)
+    def term(self, student_out, targets, batch, info):
+        return -super().term(student_out, targets, batch, info)
 
 
 class DeclaresAnotherTerm(Broken):
@@ -127,36 +172,36 @@ class DeclaresAnotherTerm(Broken):
 
 
 class WritesToTheBatch(Broken):
-    def term(self, student_out, targets, batch, step):
+    def term(self, student_out, targets, batch, info):
         batch.inputs.data.mul_(1.5)  # past the version counter
-        return super().term(student_out, targets, batch, step)
+        return super().term(student_out, targets, batch, info)
 
 
 class AddsToTheBatch(Broken):
-    def term(self, student_out, targets, batch, step):
+    def term(self, student_out, targets, batch, info):
         batch.extra["mine"] = torch.zeros(1)
-        return super().term(student_out, targets, batch, step)
+        return super().term(student_out, targets, batch, info)
 
 
 KEPT: list = []
 
 
 class KeepsTheGraphElsewhere(Broken):
-    def term(self, student_out, targets, batch, step):
+    def term(self, student_out, targets, batch, info):
         KEPT.append(student_out.logits)
-        return super().term(student_out, targets, batch, step)
+        return super().term(student_out, targets, batch, info)
 
 
 class NeedsLabelsInSecret(Broken):
-    def term(self, student_out, targets, batch, step):
-        return F.cross_entropy(student_out.logits, targets.labels.clamp(min=0)) * step.share
+    def term(self, student_out, targets, batch, info):
+        return F.cross_entropy(student_out.logits, targets.labels.clamp(min=0)) * info.share
 
 
 class ReadsIgnoredLabels(Broken):
-    def term(self, student_out, targets, batch, step):
+    def term(self, student_out, targets, batch, info):
         if targets.labels is None:
-            return super().term(student_out, targets, batch, step)
-        return student_out.logits.gather(1, targets.labels[:, None]).mean() * step.share
+            return super().term(student_out, targets, batch, info)
+        return student_out.logits.gather(1, targets.labels[:, None]).mean() * info.share
 
 
 class NeedsFeaturesInSecret(Broken):
@@ -167,7 +212,7 @@ class NeedsFeaturesInSecret(Broken):
 
 class UpdatesInSecret(Broken):
     @hookimpl
-    def student_update(self, student, optimizer, loss, step):
+    def student_update(self, student, optimizer, loss, info):
         return False
 
 
@@ -180,8 +225,8 @@ class NeedsNoFeatures(Broken):
 
 
 class NeedsNoLogits(Broken):
-    def term(self, student_out, targets, batch, step):
-        return step.mean(student_out.logits.square().mean(-1), batch.mask)
+    def term(self, student_out, targets, batch, info):
+        return info.mean(student_out.logits.square().mean(-1), batch.mask)
 
 
 class NeedsNoLogitsBesideFeatures(NeedsNoLogits):
@@ -222,9 +267,15 @@ class Forgets(Broken):
 
     seen = 0
 
-    def term(self, student_out, targets, batch, step):
+    def term(self, student_out, targets, batch, info):
         self.seen += 1
-        return super().term(student_out, targets, batch, step) * self.seen
+        return super().term(student_out, targets, batch, info) * self.seen
+
+
+class NeedsTheData(Broken):
+    @hookimpl
+    def on_run_start(self, run):
+        self.rows = len(run.splits.train)
 
 
 class SavesAnObject(Broken):
@@ -266,8 +317,20 @@ BREAKS = [
     (OverflowsInBf16, "finite_in_bf16", "in bf16 with logits around 60: "),
     (NeedsTwoRows, "takes_a_batch_of_one", "with one sample in a batch: .* = nan"),
     (ForgetsTheMask, "masked_rows_are_ignored", "use batch.mask"),
-    (MeansOverAllRows, "masked_rows_are_ignored", "divide by step.rows"),
-    (MeansOverTheMicroBatch, "micro_batches_do_not_matter", "multiply by step.share"),
+    (MeansOverAllRows, "masked_rows_are_ignored", "divide by info.rows"),
+    (MeansOverTheMicroBatch, "micro_batches_do_not_matter", "multiply by info.share"),
+    (MeanOfTheMicroBatchesMeans, "micro_batches_do_not_matter", "gradient of 3 uneven micro-batches"),
+    (
+        DrawsNoiseAndMeansOverTheMicroBatch,
+        "micro_batches_do_not_matter",
+        "gradient of 3 uneven micro-batches",
+    ),
+    (ComparesPadding, "padding_counts_nowhere", "with 3 pads more .*use batch.mask"),
+    (ComparesTheSentencesMiddle, "padding_counts_nowhere", "with pads on the left"),
+    (MeansOverTheMicroBatch, "ragged_micro_batches_do_not_matter", "1 and 3 sentences, 6 and 5 tokens long"),
+    (NeedsTheData, "works_in_another_loop", "AttributeError: 'NoneType' object has no attribute 'train'"),
+    (Forgets, "works_in_another_loop", "saved after update 1 .* give what lasts"),
+    (ModuleThatIsNotTrained, "works_in_another_loop", "what is trained beside it \\(broken.idle\\) was not"),
     (OwnRandomNumbers, "same_seed_same_bits", "expected the same bits"),
     (WrongMinimum, "student_equal_to_teacher_gives_the_minimum", "it declares 0.5"),
     (NotAMinimum, "student_equal_to_teacher_gives_the_minimum", "for another student; it declares 0 as"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from breaking import BREAKS, Good, in_process, outcome
+from breaking import BREAKS, DrawsNoise, Good, in_process, outcome
 
 from stillhouse.testing import checks_for, outcomes, subject_of
 
@@ -30,3 +30,7 @@ def test_a_good_plugin_passes_them_all():
     assert [(one.check.name, one.message) for one in found if one.status != "passed"] == [
         ("listing_imports_nothing", "no installed entry point names it")
     ]
+
+
+def test_a_plugin_that_draws_for_each_row_passes_them_too():
+    assert [(one.check.name, one.message) for one in outcomes(in_process(DrawsNoise)) if one.bad] == []

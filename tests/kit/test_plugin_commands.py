@@ -44,8 +44,8 @@ def test_every_plugin_of_ours_is_described_in_full(entry):
 
 def test_show_gives_hooks_order_settings_and_origin(cli):
     facts = json.loads(cli("plugins", "show", "sld", "--json").out)
-    assert [hook["name"] for hook in facts["hooks"]] == ["loss_terms", "on_run_start", "stages"]
-    assert facts["hooks"][0]["arguments"] == ["student_out", "targets", "batch", "step"]
+    assert [hook["name"] for hook in facts["hooks"]] == ["loss_terms", "on_run_start", "stages", "stage_rows"]
+    assert facts["hooks"][0]["arguments"] == ["student_out", "targets", "batch", "info"]
     assert facts["hooks"][0]["order"] == "config order"
     assert facts["hooks"][2]["order"].startswith("first result")
     (labels,) = [field for field in facts["config"] if field["name"] == "labels"]
@@ -64,7 +64,10 @@ def test_show_gives_hooks_order_settings_and_origin(cli):
 @pytest.mark.parametrize(
     ("name", "calls"),
     [
-        ("tensorboard", ["on_run_start(record)", "on_metrics(row)", "on_run_end(summary)"]),
+        (
+            "tensorboard",
+            ["on_run_start(record)", "on_metrics(row)", "on_run_end(summary)", "on_run_failed(error)"],
+        ),
         ("digits", ["splits()"]),
     ],
 )

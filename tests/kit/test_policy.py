@@ -12,7 +12,7 @@ import pytest
 from stillhouse.api import LossTerm, Method, Observer, Task, hookimpl
 from stillhouse.contract import hooks
 from stillhouse.errors import PluginError
-from stillhouse.plugin import dispatch
+from stillhouse.plugin import dispatch, validate
 from stillhouse.plugin.dispatch import Plugin, Plugins
 
 SOURCE = """
@@ -43,19 +43,20 @@ def specify(monkeypatch):
     """Put another specification in the place of the step's hooks."""
 
     def do(specs: type) -> None:
-        monkeypatch.setattr(dispatch, "StepHooks", specs)
-        dispatch.hook_arguments.cache_clear()
+        for module in (dispatch, validate):
+            monkeypatch.setattr(module, "StepHooks", specs)
+        validate.hook_arguments.cache_clear()
 
     yield do
     monkeypatch.undo()
-    dispatch.hook_arguments.cache_clear()
+    validate.hook_arguments.cache_clear()
 
 
 @pytest.mark.parametrize(
     ("version", "runs"), [(1, False), (2, True), (3, True), (4, False), ("3", False), (None, False)]
 )
 def test_the_engine_runs_n_and_n_minus_1(monkeypatch, version, runs):
-    monkeypatch.setattr(dispatch, "API_VERSION", 3)
+    monkeypatch.setattr(validate, "API_VERSION", 3)
     kind = type("Mine", (Old,), {"api_version": version})
     if runs:
         plugins(kind)
@@ -77,7 +78,7 @@ def test_every_kind_of_plugin_is_held_to_its_version(install, cli, base, kind):
 def test_a_new_argument_leaves_old_plugins_as_they_are(specify):
     class Wider(hooks.StepHooks):
         @hooks.hookspec
-        def loss_terms(self, student_out, teacher_out, targets, batch, step, weather):
+        def loss_terms(self, student_out, teacher_out, targets, batch, info, weather):
             """One more argument."""
 
     specify(Wider)
@@ -87,11 +88,11 @@ def test_a_new_argument_leaves_old_plugins_as_they_are(specify):
 def test_a_new_hook_leaves_an_older_plugins_own_method_of_that_name_alone(specify, monkeypatch):
     class More(hooks.StepHooks):
         @hooks.hookspec
-        def on_weather(self, step):
+        def on_weather(self, info):
             """A hook of version 2."""
 
     specify(More)
-    monkeypatch.setattr(dispatch, "API_VERSION", 2)
+    monkeypatch.setattr(validate, "API_VERSION", 2)
     monkeypatch.setitem(hooks.SINCE, "on_weather", 2)
     helper = {"on_weather": lambda self: "rain"}
     plugins(type("Mine", (Old,), helper))
@@ -116,7 +117,7 @@ def line_of(text: str) -> int:
 def test_a_deprecated_argument_warns_at_the_authors_own_file_and_line(specify):
     class Deprecating(hooks.StepHooks):
         @hooks.hookspec(warn_on_impl_args={"targets": DeprecationWarning("targets: removed in 4; use goal")})
-        def loss_terms(self, student_out, teacher_out, targets, goal, batch, step):
+        def loss_terms(self, student_out, teacher_out, targets, goal, batch, info):
             """``targets`` goes."""
 
     specify(Deprecating)
@@ -131,7 +132,7 @@ def test_a_deprecated_argument_warns_at_the_authors_own_file_and_line(specify):
 def test_a_plugin_that_does_not_take_the_deprecated_argument_is_left_in_peace(specify):
     class Deprecating(hooks.StepHooks):
         @hooks.hookspec(warn_on_impl_args={"teacher_out": DeprecationWarning("gone")})
-        def loss_terms(self, student_out, teacher_out, targets, batch, step):
+        def loss_terms(self, student_out, teacher_out, targets, batch, info):
             """``teacher_out`` goes."""
 
     specify(Deprecating)
@@ -143,7 +144,7 @@ def test_a_plugin_that_does_not_take_the_deprecated_argument_is_left_in_peace(sp
 def test_a_deprecated_hook_warns_at_the_authors_own_file_and_line(specify):
     class Deprecating(hooks.StepHooks):
         @hooks.hookspec(warn_on_impl=DeprecationWarning("loss_terms: removed in 4"))
-        def loss_terms(self, student_out, teacher_out, targets, batch, step):
+        def loss_terms(self, student_out, teacher_out, targets, batch, info):
             """All of it goes."""
 
     specify(Deprecating)
@@ -155,12 +156,12 @@ def test_a_deprecated_hook_warns_at_the_authors_own_file_and_line(specify):
 def test_a_removed_argument_is_refused_with_those_that_there_are(specify):
     class Narrower(hooks.StepHooks):
         @hooks.hookspec
-        def loss_terms(self, student_out, goal, batch, step):
+        def loss_terms(self, student_out, goal, batch, info):
             """``targets`` is gone."""
 
     specify(Narrower)
     with pytest.raises(
-        PluginError, match=r"no argument 'targets'.*it takes a subset of: student_out, goal, batch, step"
+        PluginError, match=r"no argument 'targets'.*it takes a subset of: student_out, goal, batch, info"
     ):
         plugins(Old)
 

@@ -51,9 +51,3 @@ def test_installed_listed_run_checked_uninstalled_and_gone(clean, tmp_path):
     assert "wttm" not in env("stillhouse", "plugins")
     refused = env.sh("stillhouse plugins show wttm 2>&1 || true", cwd=env.work)
     assert "no plugin is called 'wttm'" in refused
-
-
-def test_ci_runs_what_needs_a_clean_environment():
-    assert "make test-kit" in (ROOT / ".ci" / "run").read_text().splitlines()
-    recipe = (ROOT / "Makefile").read_text().partition("\ntest-kit:")[2].splitlines()[1]
-    assert "-m 'slow and not gpu' tests/kit tests/packaging" in recipe

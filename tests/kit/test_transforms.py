@@ -9,14 +9,13 @@ import torch
 import torch.nn.functional as F
 import toys
 
-from stillhouse.api import Batch, LossTerm, Method, StepInfo, Targets, hookimpl
+from stillhouse.api import SUPPORTS, Batch, LossTerm, Method, Targets, hookimpl
 from stillhouse.errors import ConfigError
 from stillhouse.plugin import catalog
 from stillhouse.plugin.load import loaded
 from stillhouse.training.loop import Loop
 from stillhouse.training.step import DistillStep
 from stillhouse_tcmd import TCMD
-from stillhouse_transforms import LabelSmoothing
 
 
 class Seen(Method):
@@ -24,10 +23,10 @@ class Seen(Method):
 
     api_version = 1
     requires = frozenset()
-    different_outputs = True
+    supports = SUPPORTS
 
     @hookimpl
-    def loss_terms(self, student_out, teacher_out, targets, batch, step):
+    def loss_terms(self, student_out, teacher_out, targets, batch, info):
         self.targets, self.batch = targets, batch
         return {"zero": LossTerm(student_out.logits.sum() * 0)}
 
@@ -49,9 +48,10 @@ def seen(*methods: object, batch: Batch | None = None, teacher: object = None, d
 
 
 def test_smoothing_shares_out_its_amount():
-    labels = seen({"name": "label_smoothing", "amount": 0.2}).targets.labels
+    targets = seen({"name": "label_smoothing", "amount": 0.2}).targets
     expected = 0.8 * F.one_hot(toys.splits().train.labels[:8], toys.CLASSES) + 0.2 / toys.CLASSES
-    torch.testing.assert_close(labels, expected)
+    torch.testing.assert_close(targets.probabilities, expected)
+    assert targets.labels is None, "one form, not both"
 
 
 def test_the_loss_on_smoothed_labels_is_torchs_own():
@@ -134,8 +134,9 @@ def test_mixup_mixes_inputs_and_labels_with_one_share_and_asks_the_teacher_anew(
                 share * inputs[row] + (1 - share) * inputs[other], found.batch.inputs[row], atol=1e-4
             )
             label = share * labels[row] + (1 - share) * labels[other]
-            fits.append(same and torch.allclose(label, found.batch.labels[row], atol=1e-3))
+            fits.append(same and torch.allclose(label, found.batch.probabilities[row], atol=1e-3))
         assert any(fits)
+    assert found.batch.labels is None
     assert not torch.equal(found.batch.inputs, inputs)
     torch.testing.assert_close(found.targets.soft, toys.net(16, seed=2)(found.batch.inputs).detach())
 
@@ -220,12 +221,12 @@ def test_a_transform_of_nothing_leaves_any_method_as_it_is(entry):
 def test_class_probabilities_are_refused_by_tasks_with_heads_of_their_own():
     method = TCMD()
     with pytest.raises(ConfigError, match="leave out mixup and label_smoothing"):
-        method._asked(torch.zeros(2, 4), torch.full((2, 4), 0.25))
+        method._asked(torch.zeros(2, 4), Targets(probabilities=torch.full((2, 4), 0.25)))
 
 
 def test_order_is_the_configs():
     smooth, mix = {"name": "label_smoothing", "amount": 0.3}, {"name": "mixup", "alpha": 1.0}
-    one, other = seen(smooth, mix).targets.labels, seen(mix, smooth).targets.labels
+    one, other = (seen(*order).targets.probabilities for order in ((smooth, mix), (mix, smooth)))
     torch.testing.assert_close(
         one, other
     )  # batch hooks come before label hooks, in whatever order they are named
@@ -233,19 +234,21 @@ def test_order_is_the_configs():
     class Sharpen(Method):
         api_version = 1
         requires = frozenset()
-        different_outputs = True
+        supports = SUPPORTS
 
         @hookimpl
         def label_transform(self, targets):
-            return Targets(targets.labels.argmax(-1), targets.soft)
+            return Targets(targets.probabilities.argmax(-1), targets.soft)
 
-    after, before = seen(smooth, Sharpen()).targets.labels, seen(mix, Sharpen(), smooth).targets.labels
-    assert after.dtype == torch.long
-    assert before.is_floating_point()
+    after, before = seen(smooth, Sharpen()).targets, seen(mix, Sharpen(), smooth).targets
+    assert (after.labels.dtype, after.probabilities) == (torch.long, None)
+    assert (before.labels, before.probabilities.dtype) == (None, torch.float32)
 
 
-def test_float_targets_have_no_smoothing():
-    method = LabelSmoothing()
-    method._classes = toys.CLASSES
-    with pytest.raises(ConfigError, match="regression"):
-        method.label_transform(Targets(torch.randn(8)), StepInfo())
+@pytest.mark.parametrize("name", ["label_smoothing", "label_correction", "mixup"])
+def test_numbers_as_labels_have_no_classes_to_share_out(name):
+    inputs = toys.rows(8)[0]
+    with pytest.raises(ConfigError, match=rf"'{name}' .* has no meaning for regression"):
+        DistillStep(
+            [name, Seen()], student=toys.net(), teacher=toys.net(16, seed=2), probe=(inputs, inputs[:, :4])
+        )

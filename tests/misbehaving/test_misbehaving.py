@@ -31,7 +31,7 @@ ON_RESOLVING = {
     "raises_on_import": r"can't be loaded.*no licence found.*misbehaving_mine\.py:1.*uninstall acme",
     "needs_a_missing_package": r"No module named 'surely_not_installed'.*install 'surely_not_installed'",
     "wrong_argument_name": r"no argument 'student_logits'.*takes a subset of: student_out",
-    "keyword_only_argument": r"argument 'step' is keyword-only, which would never be filled",
+    "keyword_only_argument": r"argument 'info' is keyword-only, which would never be filled",
     "partial_implementation": r"hook 'loss_terms' is a partial, which would be ignored.*plain method",
     "cached_implementation": r"hook 'loss_terms' is a _lru_cache_wrapper, which would be ignored",
     "misspelt_hook": r"'loss_term' is no hook; did you mean 'loss_terms'",
@@ -45,7 +45,7 @@ ON_RUNNING = {
     "returns_nan": (1, r"loss is not finite after update 1: mine\.mine = nan of"),
     "trains_the_teacher": (
         1,
-        r"the teacher's weights or buffers were written to, by one of:.*copy it to train it",
+        r"the teacher's weights or buffers were written to, by the trainer or one of.*copy it to train it",
     ),
     "moves_tensors_to_another_device": (0, r"on meta; expected 'mine' on the student's device, cpu"),
     "unfreezes_the_teacher": (0, r"unfroze the teacher's '0\.weight'; a teacher stays frozen"),

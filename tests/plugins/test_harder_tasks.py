@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import toys
 
 from stillhouse.errors import ConfigError
 from stillhouse_tasks.diabetes import Diabetes, DiabetesConfig
@@ -29,9 +30,9 @@ def test_diabetes_leaves_some_to_test_on():
 
 
 def test_diabetes_scores_the_share_of_variance():
-    labels = torch.tensor([[0.0], [1.0], [2.0]])
-    assert Diabetes().score(labels, labels) == {"r2": 1.0, "mse": 0.0}
-    assert Diabetes().score(torch.ones(3, 1), labels)["r2"] == pytest.approx(0.0)
+    labels = torch.tensor([0.0, 1.0, 2.0])
+    assert toys.scores(Diabetes(), labels, labels) == {"r2": 1.0, "mse": 0.0}
+    assert toys.scores(Diabetes(), torch.ones(3), labels)["r2"] == pytest.approx(0.0)
 
 
 @pytest.mark.parametrize("part", [0.0, 0.25, 1.0])
@@ -79,7 +80,7 @@ def test_methods_without_one_are_refused_before_anything_is_trained(method, cli,
     (tmp_path / "run.yaml").write_text(json.dumps(config))
     said = cli("run", "run.yaml", "steps=2")
     assert said.code != 0
-    assert "this task's labels are floats (regression)" in said.err
+    assert f"plugin '{method}' (stillhouse 0.1.0) has no meaning for regression" in said.err
     assert "update" not in said.out, "neither the teacher nor the student was trained"
     assert not list(tmp_path.glob("runs/*/checkpoints/*"))
     assert "Traceback" not in said.err

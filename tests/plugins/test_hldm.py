@@ -15,7 +15,7 @@ from torch import nn
 from toys import loop, net, rows, same_bits, splits, weights
 
 from stillhouse.api import ConfigError, Diverged, LossTerm, Method, Splits, StepInfo, TensorSplit, hookimpl
-from stillhouse.config import dump, validate
+from stillhouse.config import validate
 from stillhouse.plugin.dispatch import PluginError
 from stillhouse.runs.checkpoint import newest, read, step_of
 from stillhouse.runs.resolve import resolve
@@ -161,7 +161,7 @@ class Extra(Method):
     value = 1.0
 
     @hookimpl
-    def loss_terms(self, student_out, step):
+    def loss_terms(self, student_out, info):
         return {"term": LossTerm(self.value * student_out.logits.square().mean())}
 
 
@@ -197,45 +197,24 @@ def test_a_methods_own_weight_counts_as_part_of_its_term():
     assert row["loss"] == pytest.approx(0.25 * row["kd.kl"] + 0.75 * row["kd.ce"])
 
 
-def seeded(method):
-    """A loop whose auxiliary modules start alike each time."""
-    torch.manual_seed(0)
-    return loop(method)
+def test_two_of_one_name_are_balanced_apart():
+    """Each T^2 is that of the one whose term it is."""
+    twice = [
+        {"name": "hldm", "terms": ["ce"]},
+        {"name": "hldm", "as": "cold", "terms": ["kd"], "temperature": 3.0},
+    ]
+    made = loop(twice)
+    made.run(2)
+    assert {"hldm.ce", "cold.kd", "hldm.weight.hldm.ce", "cold.weight.cold.kd"} <= set(
+        made.watcher.metrics[-1]
+    )
+    first, second = (plugin.method.weighting.scales for plugin in made.step.plugins.plugins)
+    assert (first, second) == ({"hldm.kd": 16.0}, {"cold.kd": 9.0})
 
 
-UNDER = {"name": "hldm", "methods": ["kd", {"name": "fitnets", "weight": 2.0}]}
-BESIDE = ["kd", {"name": "fitnets", "weight": 2.0}, "hldm"]
-
-
-def test_methods_may_be_listed_under_it():
-    handed = HLDM(HLDMConfig(methods=("kd", {"name": "fitnets", "weight": 2.0})))
-    under, beside, handed = (seeded(method) for method in (UNDER, BESIDE, handed))
-    assert [plugin.name for plugin in under.step.plugins.plugins] == ["kd", "fitnets", "hldm"]
-    under.run(), beside.run(), handed.run()
-    assert same_bits(under.step.run.student, beside.step.run.student)
-    assert under.watcher.metrics == beside.watcher.metrics
-    assert same_bits(handed.step.run.student, beside.step.run.student)
-
-
-def test_in_a_config_both_ways_to_name_them_resolve_to_one():
-    under = resolve(validate({"task": "digits", "method": UNDER})).config
-    assert dump(under) == dump(resolve(validate({"task": "digits", "methods": BESIDE})).config)
-    assert dump(resolve(under).config) == dump(under), "a run directory's config is read again"
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({"name": "hldm", "methods": [{"name": "kd", "temprature": 2}]}, r"method.methods.0.temprature: .*did you mean"),
-        ({"name": "hldm", "methods": ["kd", "fitnet"]}, "no method.*'fitnet'.*did you mean 'fitnets'"),
-        ({"name": "hldm", "methods": [3]}, r"method.methods.0"),
-        ({"name": "hldm", "methods": 3}, r"method.methods: got 3; expected a list of methods"),
-        ({"name": "kd", "methods": ["sld"]}, r"method.methods: unknown"),
-    ],
-)  # fmt: skip
-def test_a_mistake_under_it_is_told_with_its_path(given, said):
-    with pytest.raises((ConfigError, PluginError), match=said):
-        resolve(validate({"task": "digits", "method": given}))
+def test_methods_under_it_are_no_setting():
+    with pytest.raises(ConfigError, match=r"methods: unknown"):
+        resolve(validate({"task": "digits", "method": {"name": "hldm", "methods": ["kd"]}}))
 
 
 # Bad input.
@@ -293,7 +272,7 @@ def test_data_beside_other_methods_is_refused():
 
 def test_two_methods_with_stages_are_still_refused():
     with pytest.raises(PluginError, match="hook 'stages' is claimed by"):
-        loop(["sld", {"name": "tcmd", "tasks": [[0, 1], [2, 3]]}])
+        loop(["sld", "pddm"])
 
 
 def test_more_terms_than_slots_are_refused():
@@ -357,5 +336,11 @@ def test_a_run_that_diverges_names_what_did_and_keeps_its_last_good_checkpoint(
     assert cli("run", "run.yaml", "--resume").err == first.err, "taken up, it ends alike"
 
 
-def test_the_plot_has_a_few_hundred_points_however_long_the_run():
-    assert method.POINTS == 400
+@pytest.mark.parametrize(("steps", "shown"), [(3, [0, 1, 2]), (30, [0, 7, 14, 21, 28]), (8, [0, 2, 4, 6])])
+def test_the_plot_has_as_many_points_however_long_the_run(monkeypatch, steps, shown):
+    monkeypatch.setattr(method, "POINTS", 4)
+    made = loop("hldm", steps=steps)
+    made.run()
+    rows = made.step.plugins.plugins[0].method.history.rows
+    assert [row["step"] for row in rows] == shown
+    assert all(row["weights"].keys() == {"hldm.ce", "hldm.kd"} for row in rows)

@@ -162,9 +162,11 @@ def test_t_squared_does_not_turn_the_distillation_term_down():
         loss.backward()
         optimizer.step()
     assert weigh.s[0].item() == pytest.approx(math.log(kd), abs=0.02)
-    made = HLDM(HLDMConfig(temperature=3.0)).weighting
-    assert made.scales == {"hldm.kd": 9.0}
-    assert HLDM(HLDMConfig(scales={"hldm.kd": 1.0})).weighting.scales == {"hldm.kd": 1.0}
+    for settings, scale in (({}, 9.0), ({"scales": {"hldm.kd": 1.0}}, 1.0)):
+        made = HLDM(HLDMConfig(temperature=3.0, **settings))
+        loop(made)
+        assert made.weighting.scales == {"hldm.kd": scale}
+        assert made.config.scales == settings.get("scales", {}), "what was set stays as it was set"
 
 
 def test_a_loss_that_goes_to_0_stops_at_the_bound_and_can_come_back():

@@ -138,8 +138,8 @@ def terms_of(config: IBMDConfig, student_features, teacher_features):
     teacher_logits = torch.randn(len(student_features), toys.CLASSES)
     step = StepInfo(stage=made.step.stages[0], rows=float(len(student_features)))
     terms = method.loss_terms(
-        StudentOut(logits, {method._student.module: student_features}),
-        TeacherOut(teacher_logits, {method._teacher.module: teacher_features}),
+        StudentOut(logits, {method._pairs[0].student.name: student_features}),
+        TeacherOut(teacher_logits, {method._pairs[0].teacher.name: teacher_features}),
         Targets(None, teacher_logits),
         Batch(torch.zeros(len(student_features), toys.FEATURES)),
         step,
@@ -156,15 +156,15 @@ def test_without_noise_and_without_beta_it_is_feature_distillation():
     gradient = torch.autograd.grad(terms["match"].value, student, retain_graph=True)[0]
     projected = [
         side.net(given)
-        for side, given in ((method.encode_student, student), (method.encode_teacher, teacher))
+        for side, given in ((method.encode_student[0], student), (method.encode_teacher[0], teacher))
     ]
     hint = 0.5 * (projected[0] - projected[1]).square().sum(-1).mean()
     torch.testing.assert_close(terms["match"].value, hint)
     torch.testing.assert_close(gradient, torch.autograd.grad(hint, student)[0])
     assert all(terms[f"rate_{side}"].weight == 0 for side in ("teacher", "student"))
     assert terms["match"].weight == 1.0
-    code = method.encode_student(student)
-    assert torch.equal(method.encode_student.code(code), code.mean), "no noise"
+    code = method.encode_student[0](student)
+    assert torch.equal(method.encode_student[0].code(code), code.mean), "no noise"
 
 
 def test_rate_and_distortion_are_logged_in_nats_whatever_the_temperature():
@@ -173,11 +173,11 @@ def test_rate_and_distortion_are_logged_in_nats_whatever_the_temperature():
     method, terms = terms_of(config, student, teacher)
     torch.manual_seed(0)
     p = F.softmax(torch.randn(6, toys.CLASSES) / 3, -1)
-    log_q = F.log_softmax(method.decode(method.encode_student(student).mean) / 3, -1)
+    log_q = F.log_softmax(method.decode(method.encode_student[0](student).mean) / 3, -1)
     expected = (p * (p.log() - log_q)).sum(-1).mean()
     torch.testing.assert_close(terms["distortion_student"].value, expected, rtol=1e-4, atol=1e-6)
     assert terms["distortion_student"].weight == 9.0, "the objective holds T^2 times it"
-    torch.testing.assert_close(terms["rate_student"].value, rate(method.encode_student(student)).mean())
+    torch.testing.assert_close(terms["rate_student"].value, rate(method.encode_student[0](student)).mean())
 
 
 # What is trained, what is frozen.
@@ -298,7 +298,7 @@ class Convolutional(nn.Module):
 def test_features_of_any_shape_with_a_row_for_each_output_are_flattened():
     made = loop(teacher=Convolutional())
     made.run()
-    assert made.step.run.chosen["ibmd.teacher_features"]["value"] == "convolution, 15 wide"
+    assert made.step.run.chosen["ibmd.projection.teacher"]["value"] == "convolution: 15 -> 4"
 
 
 def regression_data() -> Splits:
@@ -333,7 +333,7 @@ def test_micro_batches_give_the_same_loss_where_nothing_is_drawn():
 
 def test_a_module_that_does_not_exist_is_refused_with_the_nearest_names(cli, tmp_path):
     (tmp_path / "run.yaml").write_text(
-        json.dumps({**CONFIG, "method": {"name": "ibmd", "teacher_features": "11"}})
+        json.dumps({**CONFIG, "method": {"name": "ibmd", "layers": {"2": "11"}}})
     )
     said = cli("run", "run.yaml", "teacher.train.steps=1")
     assert said.code != 0
@@ -354,10 +354,9 @@ class OtherRows(nn.Module):
 
 def test_a_shape_that_cannot_be_projected_is_refused():
     with pytest.raises(
-        ConfigError, match=r"student.mix gives shape \(24,\).*expected \(4, '...'\)"
-    ) as refused:
-        loop({**QUICK, "student_features": "mix"}, student=OtherRows())
-    assert "student_features" in str(refused.value)
+        ConfigError, match=r"student.mix gives torch.float32 of shape \(24,\); expected floats \(B, ...\)"
+    ):
+        loop({**QUICK, "layers": {"mix": "1"}}, student=OtherRows())
 
 
 def test_a_model_without_a_layer_before_its_head_is_refused():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import toys
 
 from stillhouse.api import DataError
 from stillhouse_tasks import multitask
@@ -29,7 +30,7 @@ def test_each_sample_has_the_label_of_its_task():
         assert low <= own.min()
         assert own.max() <= high
     outputs = torch.full((18, 16), -1e4).scatter(1, made.validation.labels[:, None], 5.0)
-    found = task.score(outputs, made.validation.labels)
+    found = toys.scores(task, outputs, made.validation.labels)
     assert found["accuracy"] == found["accuracy.digit"] == found["accuracy.position"] == 1
     assert made.unlabelled.extra["task"].unique().tolist() == [-1]
     with pytest.raises(DataError, match="got task id 3; expected -1"):

@@ -25,7 +25,7 @@ from stillhouse.api import (
 from stillhouse.errors import ConfigError
 from stillhouse.kernels import softmax_kl
 from stillhouse.training.labels import keep
-from stillhouse.training.loop import stage_lengths
+from stillhouse.training.stages import stage_lengths
 from stillhouse.training.step import DistillStep
 from stillhouse_sld import SLD, SLDConfig
 
@@ -181,9 +181,9 @@ class TestStages:
         assert (loop.at.stage, loop.at.stage_step) == (2, 0)
         small = copy.deepcopy(loop.model).eval()
         terms = loop.step.plugins.loss_terms
-        loop.step.plugins.loss_terms = lambda student_out, teacher_out, targets, batch, step: (
+        loop.step.plugins.loss_terms = lambda student_out, teacher_out, targets, batch, info: (
             seen.append((batch, teacher_out.logits)),
-            terms(student_out, teacher_out, targets, batch, step),
+            terms(student_out, teacher_out, targets, batch, info),
         )[1]
         loop.run()
         assert teacher.calls == before, "not once"
@@ -204,9 +204,9 @@ class TestLabels:
     def terms(self, labels: str, given: torch.Tensor | None, stage: str = "target", mask=None):
         student, teacher = logits(6, 0).float(), logits(6, 1).float()
         method = SLD(SLDConfig(labels=labels, temperature=1.0))
-        step = StepInfo(rows=6 if mask is None else float(mask.sum()), stage=Stage(stage))
+        info = StepInfo(rows=6 if mask is None else float(mask.sum()), stage=Stage(stage))
         made = method.loss_terms(
-            StudentOut(student), Targets(given, teacher), Batch(student, given, mask=mask), step
+            StudentOut(student), Targets(given, teacher), Batch(student, given, mask=mask), info
         )
         return {name: float(term.weight * term.value) for name, term in made.items()}, student, teacher
 
@@ -227,6 +227,18 @@ class TestLabels:
         got, student, teacher = self.terms("actual", true)
         mixed = torch.where(true == IGNORE, teacher.argmax(-1), true)
         assert got["ce"] == pytest.approx(0.5 * F.cross_entropy(student, mixed).item())
+
+    def test_actual_takes_probabilities_where_an_earlier_plugin_made_some(self):
+        soft = torch.eye(5)[torch.tensor([4, 0, 3, 0, 0, 1])] * torch.tensor([1, 0, 1, 0, 1, 1])[:, None]
+        student, teacher = logits(6, 0).float(), logits(6, 1).float()
+        made = SLD(SLDConfig(labels="actual")).loss_terms(
+            StudentOut(student),
+            Targets(None, teacher, soft),
+            Batch(student, probabilities=soft),
+            StepInfo(rows=6, stage=Stage("target")),
+        )
+        mixed = torch.where(soft.sum(-1) > 0, soft.argmax(-1), teacher.argmax(-1))
+        torch.testing.assert_close(made["ce"].value, F.cross_entropy(student, mixed))
 
     def test_actual_without_any_label_is_hard(self):
         assert self.terms("actual", None)[0] == self.terms("hard", None)[0]
@@ -293,9 +305,7 @@ class TestData:
         seen = {"distil": set(), "relabel": set(), "target": set()}
         data = toys.splits(20, 30)
         loop = toys.loop(EVEN, data=data, keep=keep, steps=60)
-        loop.watcher.updated = lambda loop, metrics: seen[loop.step.info.stage.name].update(
-            loop.order.batch(loop.at.stage_step - 1).tolist()
-        )
+        toys.watch_ids(loop, lambda stage, ids: seen[stage].update(ids))
         loop.run()
         assert {name: len(rows) for name, rows in seen.items()} == {"distil": 20, "relabel": 30, "target": 50}
 
@@ -304,18 +314,19 @@ class TestData:
         data = Splits(TensorSplit(x, None, teacher_inputs=other))
         loop = toys.loop(EVEN, data=data, keep=keep, steps=300)
         loop.run(1)
-        torch.testing.assert_close(loop.step._kept.logits, loop.step.teacher(other), rtol=1e-5, atol=1e-6)
-        read = []
+        torch.testing.assert_close(
+            loop.step.answers._kept.logits, loop.step.teacher(other), rtol=1e-5, atol=1e-6
+        )
+        read, ids = [], []
         loop.step.run.student.register_forward_pre_hook(lambda module, given: read.append(given[0]))
+        toys.watch_ids(loop, lambda stage, given: ids.append(given))
         loop.run(1)
-        assert torch.equal(read[0], x[loop.order.batch(1)])
+        assert torch.equal(read[0], x[ids[0]])
 
     def test_per_class_choice_of_unlabelled_rows(self):
         used = set()
         loop = toys.loop({**EVEN, "top_per_class": 3}, keep=keep, steps=60)
-        loop.watcher.updated = lambda loop, metrics: (
-            used.update(loop.rows.tolist()) if loop.step.info.stage.name == "relabel" else None
-        )
+        toys.watch_ids(loop, lambda stage, ids: used.update(ids if stage == "relabel" else ()))
         loop.run()
         teacher, x = loop.step.teacher, loop.splits.unlabelled.inputs
         confidence, named = teacher(x).softmax(-1).max(-1)
@@ -341,7 +352,7 @@ class TestChecks:
 
     def test_needs_no_setting_and_says_what_it_chose(self):
         assert SLDConfig() == SLD().config
-        run = RunContext({"student": toys.net()}, splits=toys.splits())
+        run = RunContext({"student": toys.net()}, splits=toys.splits(), caller="sld")
         SLD().on_run_start(run)
         assert run.chosen["sld.temperature"] == {"value": 4.0, "why": "default"}
         assert run.chosen["sld.shares"]["value"] == [1.0, 6.0, 2.0]
@@ -350,6 +361,31 @@ class TestChecks:
         run = RunContext({"student": toys.net()}, splits=toys.splits())
         SLD(SLDConfig(temperature=2.0, shares=(1, 1, 1))).on_run_start(run)
         assert run.chosen == {}
+
+    def test_rows_of_a_split_can_not_be_chosen_where_there_are_only_batches(self):
+        with pytest.raises(ConfigError, match=r"sld\.top_per_class chooses rows of a split"):
+            DistillStep(
+                {**EVEN, "top_per_class": 3},
+                student=toys.net(),
+                teacher=toys.net(16, seed=2),
+                probe=toys.rows(4),
+            )
+
+    def test_positions_can_not_be_chosen_per_class(self):
+        class Tokens(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net = toys.net()
+
+            def forward(self, inputs):
+                return self.net(inputs)
+
+        x = torch.randn(12, 5, toys.FEATURES)
+        loop = toys.loop(
+            {**EVEN, "top_per_class": 3}, student=Tokens(), teacher=Tokens(), data=Splits(TensorSplit(x))
+        )
+        with pytest.raises(ConfigError, match=r"chooses samples, and this task has a class a position"):
+            loop.run()
 
     @pytest.mark.parametrize(
         "settings",

@@ -124,7 +124,8 @@ def main(args: argparse.Namespace) -> int:
         _print(results[-1])
     if args.json:
         args.json.write_text(
-            json.dumps({"backend": backend, "torch": torch.__version__, "results": results}, indent=1)
+            json.dumps({"backend": backend, "torch": torch.__version__, "results": results}, indent=1),
+            encoding="utf-8",
         )
     if args.plot:
         _plot(results, args.plot)

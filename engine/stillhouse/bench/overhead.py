@@ -72,9 +72,9 @@ class KLOnly(Method):
 
     @hookimpl
     def loss_terms(
-        self, student_out: StudentOut, targets: Targets, batch: Batch, step: StepInfo
+        self, student_out: StudentOut, targets: Targets, batch: Batch, info: StepInfo
     ) -> dict[str, LossTerm]:
-        kl = softmax_kl(student_out.logits, targets.soft, temperature=TEMPERATURE, count=step.rows)
+        kl = softmax_kl(student_out.logits, targets.soft, temperature=TEMPERATURE, count=info.rows)
         return {"kl": LossTerm(kl)}
 
 
@@ -117,19 +117,19 @@ class _Hooked(Method):
     zero: ClassVar[Tensor] = torch.zeros(())
 
     @hookimpl
-    def batch_transform(self, batch: Batch, step: StepInfo) -> None:
+    def batch_transform(self, batch: Batch, info: StepInfo) -> None:
         return None
 
     @hookimpl
-    def label_transform(self, targets: Targets, batch: Batch, step: StepInfo) -> None:
+    def label_transform(self, targets: Targets, batch: Batch, info: StepInfo) -> None:
         return None
 
     @hookimpl
-    def loss_terms(self, student_out: StudentOut, targets: Targets, step: StepInfo) -> dict[str, LossTerm]:
+    def loss_terms(self, student_out: StudentOut, targets: Targets, info: StepInfo) -> dict[str, LossTerm]:
         return {"zero": LossTerm(self.zero)}
 
     @hookimpl
-    def on_step_end(self, step: StepInfo) -> None:
+    def on_update_end(self, info: StepInfo) -> None:
         return None
 
 
@@ -145,7 +145,7 @@ def dispatch_seconds(plugins: int = 5, calls: int = 2000) -> float:
         loaded.teacher_forward(None, batch, step)
         loaded.label_transform(targets, batch, None, step)
         loaded.combine_terms(loaded.loss_terms(out, None, targets, batch, step), step)
-        loaded.on_step_end(step, {})
+        loaded.on_update_end(step, {})
         times.append(time.perf_counter() - start)
     return median(times)
 

@@ -17,13 +17,14 @@ def run(options: argparse.Namespace) -> int:
     from stillhouse.config import read
     from stillhouse.runs.display import display, numbers
     from stillhouse.runs.train import run as make
+    from stillhouse.terminal import show
 
     config = read(options.config, options.overrides)
     summary = make(config, resume=options.resume, overwrite=options.overwrite, display=display())
     for split, scores in summary["scores"].items():
-        print(f"{split}: {numbers(scores)}")
+        show(f"{split}: {numbers(scores)}")
     for warning in summary["warnings"]:
-        print(f"note: {warning}")
+        show(f"note: {warning}")
     print(f"{summary['steps']} updates, {summary['teacher_calls']} teacher calls, {summary['seconds']:.1f} s")
     print(f"see {Path(summary['dir']) / 'README.md'}")
     return 0
@@ -45,7 +46,7 @@ def config_list(options: argparse.Namespace) -> int:
     known = shipped()
     width = max(map(len, known))
     for name, path in known.items():
-        first = path.read_text().splitlines()[0]
+        first = path.read_text(encoding="utf-8").splitlines()[0]
         print(f"{name.ljust(width)}  {first.removeprefix('#').strip()}")
     return 0
 
@@ -65,13 +66,20 @@ def bench_overhead(options: argparse.Namespace) -> int:
     return main(options)
 
 
+def bench_trainers(options: argparse.Namespace) -> int:
+    """Measure an update of a language model beside one written by hand."""
+    from stillhouse.bench.trainers import main
+
+    return main(options)
+
+
 def doctor(options: argparse.Namespace) -> int:
     """Say what is there, what is in use, and what is missing."""
     import torch
 
     from stillhouse.cache import cache_dir
     from stillhouse.kernels import check, explain
-    from stillhouse.runs.directory import machine
+    from stillhouse.runs.machine import machine
 
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", number) for number in range(torch.cuda.device_count())]

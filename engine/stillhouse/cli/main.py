@@ -6,12 +6,15 @@ stillhouse run CONFIG|NAME [a.b=c ...] [--resume]
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from stillhouse.errors import PluginWarning, StillhouseError
+from stillhouse.cli.signals import handled
+from stillhouse.errors import StillhouseError, StillhouseWarning, printable
+from stillhouse.terminal import steady_streams
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,6 +41,13 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--workers", type=int, metavar="N", help="runs at once, default as many as fit")
     _keeping(compare)
     study, report = _study(commands)
+
+    verify = commands.add_parser("verify", help="check every file of a run against its digest")
+    verify.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
+    verify.add_argument("--json", action="store_true", help="as JSON")
+    runs = commands.add_parser("runs", help="what runs there are: finished, running, damaged, and how far")
+    runs.add_argument("dir", nargs="?", default="runs", metavar="DIR", help="default runs")
+    runs.add_argument("--json", action="store_true", help="as JSON")
 
     plugins = commands.add_parser("plugins", help="list what is installed, without importing it; and more")
     plugins.add_argument("--json", action="store_true", help="as JSON")
@@ -66,13 +76,19 @@ def parser() -> argparse.ArgumentParser:
     overhead.add_argument("--steps", type=int, default=200, help="updates in a block, default 200")
     overhead.add_argument("--blocks", type=int, default=15, help="interleaved blocks of each, default 15")
     overhead.add_argument("--json", action="store_true", help="as JSON")
+    trainers = bench.add_parser(
+        "trainers", help="an update of a language model beside one by hand, and TRL's"
+    )
+    trainers.add_argument("--rounds", type=int, default=15, help="updates of each, taking turns, default 15")
+    trainers.add_argument("--no-memory", action="store_true", help="leave out the peaks of memory")
+    trainers.add_argument("--json", action="store_true", help="as JSON")
     kernels = bench.add_parser(
         "kernels", help="softmax-KL beside torch, and beside the memory floor", add_help=False
     )
     kernels.add_argument("rest", nargs=argparse.REMAINDER)
 
     main.add_argument("--debug", action="store_true", help="show tracebacks")
-    for command in (run, compare, study, report, plugins, show, doctor, overhead):
+    for command in (run, compare, study, report, verify, runs, plugins, show, doctor, overhead, trainers):
         # SUPPRESS: a default here would undo a --debug before the command.
         command.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks"
@@ -126,8 +142,20 @@ def _keeping(command: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 when it worked, 2 for a mistake that the user can mend, 130 after Ctrl-C."""
-    words = sys.argv[1:] if argv is None else list(argv)
+    """Run a command; its exit status.
+
+    0 when it worked; 1 where a check found something, and for a fault of ours; 2 for a mistake that the user can mend;
+    128 + N where signal N ended it (130 Ctrl-C, 143 SIGTERM, 129 SIGHUP).
+    """
+    with handled(restore=argv is not None), steady_streams():
+        try:
+            return _main(sys.argv[1:] if argv is None else list(argv))
+        except KeyboardInterrupt as ended:
+            print("interrupted", file=sys.stderr)
+            return 128 + int(getattr(ended, "number", signal.SIGINT))
+
+
+def _main(words: Sequence[str]) -> int:
     options = _parsed(words)
     if options.version:
         from stillhouse import __version__
@@ -140,11 +168,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.showwarning = _show_warning(warnings.showwarning)
     try:
         return _dispatch(options)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        return 0
     except Exception as error:
         if getattr(options, "debug", False):
             raise
@@ -191,6 +214,10 @@ def _dispatch(options: argparse.Namespace) -> int:
         from stillhouse.cli import study_commands
 
         return int(getattr(study_commands, {"report": "write_report"}.get(command, command))(options))
+    if command in ("verify", "runs"):
+        from stillhouse.cli import run_commands
+
+        return int(getattr(run_commands, command)(options))
     if command in ("bench", "config"):
         command += f"_{getattr(options, f'{command}_command')}"
     return int(getattr(commands, command)(options))
@@ -198,8 +225,8 @@ def _dispatch(options: argparse.Namespace) -> int:
 
 def _show_warning(otherwise: Callable[..., None]) -> Callable[..., None]:
     def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
-        if issubclass(category, PluginWarning):
-            print(f"note: {message}", file=sys.stderr)
+        if issubclass(category, StillhouseWarning):
+            print(printable(f"note: {message}"), file=sys.stderr)
         else:
             otherwise(message, category, *rest, **more)
 
@@ -212,19 +239,20 @@ def _report(error: Exception) -> int:
     if isinstance(error, StillhouseError):
         print(f"error: {error}", file=sys.stderr)
         for note in notes:
-            print(f"  {note}", file=sys.stderr)
-        return 130 if type(error).__name__ in ("Interrupted", "Stopped") else 2
+            print(printable(f"  {note}"), file=sys.stderr)
+        number = getattr(error, "number", None)  # of the signal that a run was ended by
+        return 2 if number is None else 128 + int(number)
     import traceback
 
     if notes:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        print(printable(f"error: {type(error).__name__}: {error}"), file=sys.stderr)
         for note in notes:
-            print(f"  {note}", file=sys.stderr)
+            print(printable(f"  {note}"), file=sys.stderr)
         print(f"  at {frame.filename}:{frame.lineno} (--debug shows all of it)", file=sys.stderr)
         return 2
     if isinstance(error, OSError):
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2
     traceback.print_exception(error)
     print("error: this is a fault of stillhouse; please report it with the lines above", file=sys.stderr)

@@ -1,13 +1,15 @@
-"""What flows through a step: the batch, what the models give, the targets, the loss terms."""
+"""Rows of one split, as models read them and losses count them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from stillhouse.errors import DataError
 
 IGNORE = -100
 """The label of a row that has none (the ``ignore_index`` of torch's cross-entropy)."""
@@ -15,21 +17,28 @@ IGNORE = -100
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows of one split.
+    """Rows of one split. ``labels[i]`` and ``mask[i]`` belong to ``logits[i]``: nothing is shifted any more.
+
+    A *row* is what the loss averages over: a sample, or a position (token, pixel) where the models' outputs have
+    positions. Batches of other shapes (a transformers mapping, a pair) become this by ``TaskKind.read``.
 
     inputs
-        What the student reads: a tensor ``(B, ...)`` or a mapping of tensors (keyword arguments).
+        What the student reads: a tensor ``(B, ...)``, a mapping (keyword arguments) or a tuple (arguments) of such.
     labels
-        Class indices ``(B,)`` or ``(B, L)`` with ``-100`` where there is none, float targets for
-        regression, or None.
+        Class numbers of the rows' shape with ``-100`` where there is none; floats ``(B,)`` or ``(B, D)`` for
+        regression; flags ``(B, C)`` for several labels at once; or None.
     ids
-        Row numbers in the split ``(B,)``; soft labels on disk are found by them.
+        Sample numbers in the split ``(B,)``; kept soft labels are found by them.
     teacher_inputs
         What the teacher reads when that is something else (another view, modality, tokenisation).
     mask
-        Bool, the shape of the logits without their last axis; False rows count nowhere.
+        Bool, of the rows' shape; False rows count nowhere. None: every sample counts.
     extra
         Whatever else the data carries, by name (for example ``task``).
+    probabilities
+        Class probabilities ``(..., C)`` in place of ``labels``, made by a batch transform; a row of zeros has none.
+
+    Raises DataError for a mask that is not bool.
     """
 
     inputs: Any
@@ -38,13 +47,16 @@ class Batch:
     teacher_inputs: Any = None
     mask: Tensor | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    probabilities: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.mask is not None and (not isinstance(self.mask, Tensor) or self.mask.dtype != torch.bool):
+            got = getattr(self.mask, "dtype", type(self.mask).__name__)
+            raise DataError(f"mask is {got}; expected torch.bool, True where a row counts: mask.bool()")
 
     def __len__(self) -> int:
         """Number of samples (not of tokens)."""
-        if isinstance(self.inputs, Tensor):
-            return self.inputs.shape[0]
-        first = next(iter(self.inputs.values())) if isinstance(self.inputs, Mapping) else self.inputs
-        return len(first)
+        return samples(self.inputs)
 
     @property
     def for_teacher(self) -> Any:
@@ -52,57 +64,58 @@ class Batch:
         return self.inputs if self.teacher_inputs is None else self.teacher_inputs
 
     @property
-    def rows(self) -> float:
-        """Number of valid rows: what a mean over rows divides by."""
-        if self.mask is not None:
-            return float(self.mask.sum())
-        if self.labels is not None and not self.labels.is_floating_point():
-            return float(self.labels.numel())
-        return float(len(self))
-
-    @property
-    def labelled(self) -> float:
-        """Number of valid rows that have a label."""
-        if self.labels is None:
-            return 0.0
-        if self.labels.is_floating_point():
-            return self.rows
-        known = self.labels != IGNORE
-        return float((known if self.mask is None else known & self.mask).sum())
+    def has_labels(self) -> bool:
+        """Whether it carries labels in either form; single rows may still have none."""
+        return self.labels is not None or self.probabilities is not None
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on ``device``."""
-        return replace(
-            self,
-            inputs=_to(self.inputs, device),
-            labels=_to(self.labels, device),
-            ids=_to(self.ids, device),
-            teacher_inputs=_to(self.teacher_inputs, device),
-            mask=_to(self.mask, device),
-            extra=_to(self.extra, device),
-        )
+        """The same batch on ``device``; itself where all of it is there."""
+        first = self.inputs if isinstance(self.inputs, Tensor) else tensors_in(self.inputs)[0][1]
+        held = (first, self.labels, self.mask, self.probabilities)
+        if all(tensor is None or tensor.device == device for tensor in held):
+            return self
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def part(self, rows: slice) -> Batch:
-        """The samples in ``rows``: a micro-batch."""
-        return Batch(
-            _part(self.inputs, rows),
-            _part(self.labels, rows),
-            _part(self.ids, rows),
-            _part(self.teacher_inputs, rows),
-            _part(self.mask, rows),
-            _part(self.extra, rows),
-        )
+    def part(self, rows: slice | Tensor) -> Batch:
+        """The samples in ``rows``, a slice or their numbers: a micro-batch."""
+        return self._each(lambda tensor: tensor[rows])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(self, **{name: mapped(getattr(self, name), change) for name in _FIELDS})
 
 
-def _to(value: Any, device: torch.device) -> Any:
+_FIELDS = ("inputs", "labels", "ids", "teacher_inputs", "mask", "extra", "probabilities")
+
+
+def mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """``change`` of every tensor in nested mappings and tuples; everything else stays."""
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return change(value)
     if isinstance(value, Mapping):
-        return {name: _to(item, device) for name, item in value.items()}
+        return {name: mapped(item, change) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        return tuple(mapped(item, change) for item in value)
     return value
 
 
-def _part(value: Any, rows: slice) -> Any:
+def tensors_in(value: Any, where: str = "inputs") -> list[tuple[str, Tensor]]:
+    """Every tensor in nested mappings and tuples, with its path."""
+    if isinstance(value, Tensor):
+        return [(where, value)]
     if isinstance(value, Mapping):
-        return {name: _part(item, rows) for name, item in value.items()}
-    return None if value is None else value[rows]
+        return [found for name, item in value.items() for found in tensors_in(item, f"{where}.{name}")]
+    if isinstance(value, tuple | list):
+        return [found for number, item in enumerate(value) for found in tensors_in(item, f"{where}.{number}")]
+    return []
+
+
+def samples(inputs: Any) -> int:
+    """Number of samples: the first axis of the first tensor."""
+    if isinstance(inputs, Tensor) and inputs.dim():
+        return inputs.shape[0]
+    found = [tensor for _, tensor in tensors_in(inputs) if tensor.dim()]
+    if not found:
+        raise DataError(
+            f"inputs are {type(inputs).__name__} without a tensor; expected a tensor (B, ...), or tensors by name"
+        )
+    return found[0].shape[0]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
 class Conformance:
     """Read by ``stillhouse plugins check`` and ``parametrize_with_checks``, never by a run.
 
+    task
+        The kind of task that the checks run on: ``classification`` (a vector a sample), or ``token_classification``
+        (tokens with padding) for a method that has no meaning without positions.
     settings
         The config that is checked; default: the defaults.
     minimum
@@ -23,3 +26,4 @@ class Conformance:
     settings: Mapping[str, Any] = field(default_factory=dict)
     minimum: Mapping[str, float] = field(default_factory=dict)
     expected_failures: Mapping[str, str] = field(default_factory=dict)
+    task: Literal["classification", "token_classification"] = "classification"

@@ -27,26 +27,33 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
 class StepHooks:
-    """The four hook points, and the change of inputs before them."""
+    """The four hook points, the change of inputs before them, and the student's own forward pass."""
 
     @hookspec
-    def batch_transform(self, batch: Batch, step: StepInfo) -> Batch | None:
+    def batch_transform(self, batch: Batch, info: StepInfo) -> Batch | None:
         """Change the batch before any model sees it (mixup, augmentation); None leaves it.
 
-        Folded in config order. A run with such a plugin calls the teacher on what comes out, and
-        never reads kept soft labels.
+        Folded in config order. Rows are counted on what comes out, which may be more or fewer. A run with such
+        a plugin calls the teacher on it, and never reads kept soft labels.
         """
 
     @hookspec(firstresult=True)
-    def teacher_forward(self, teacher: nn.Module | None, batch: Batch, step: StepInfo) -> TeacherOut | None:
+    def teacher_forward(self, teacher: nn.Module | None, batch: Batch, info: StepInfo) -> TeacherOut | None:
         """Give the teacher's outputs for the batch. Default: read kept soft labels, else call the teacher.
 
         Runs without a graph and with the teacher in eval mode.
         """
 
+    @hookspec(firstresult=True)
+    def student_forward(self, student: nn.Module, batch: Batch, info: StepInfo) -> StudentOut | None:
+        """Give the student's outputs for the batch, with a graph. Default: call the student on ``batch.inputs``.
+
+        ``student`` is what the trainer calls: the stage's model, or a wrapper of it.
+        """
+
     @hookspec
     def label_transform(
-        self, targets: Targets, batch: Batch, teacher_out: TeacherOut | None, step: StepInfo
+        self, targets: Targets, batch: Batch, teacher_out: TeacherOut | None, info: StepInfo
     ) -> Targets | None:
         """Change what the losses compare with; None leaves it. Folded in config order."""
 
@@ -57,19 +64,19 @@ class StepHooks:
         teacher_out: TeacherOut | None,
         targets: Targets,
         batch: Batch,
-        step: StepInfo,
+        info: StepInfo,
     ) -> Mapping[str, LossTerm] | None:
         """Give named loss terms; the loss is the sum of ``weight * value`` over every plugin's terms."""
 
     @hookspec
-    def combine_terms(self, terms: dict[str, LossTerm], step: StepInfo) -> Mapping[str, LossTerm] | None:
+    def combine_terms(self, terms: dict[str, LossTerm], info: StepInfo) -> Mapping[str, LossTerm] | None:
         """Re-weight or replace the terms of all plugins before they are summed. Folded in config order."""
 
     @hookspec(firstresult=True)
     def student_update(
-        self, student: nn.Module, optimizer: Optimizer, loss: Tensor, step: StepInfo
+        self, student: nn.Module, optimizer: Optimizer, loss: Tensor, info: StepInfo
     ) -> bool | None:
-        """Use the loss of one micro-batch: backward, and at ``step.last`` clip and step. True when done.
+        """Use the loss of one micro-batch: backward, and at ``info.last`` clip and info. True when done.
 
         Needs the capability ``student_update``. Default: ``loss.backward()``; at the update's last
         micro-batch clip the gradients, step the optimizer, clear the gradients.
@@ -96,7 +103,7 @@ class LifeHooks:
 
     @hookspec(firstresult=True)
     def stage_rows(self, run: RunContext, stage: Stage, split: Split) -> Tensor | None:
-        """Give the row numbers ``(n,)`` of the split that the stage trains on. Default: each row once.
+        """Give the sample numbers ``(n,)`` of the split that the stage trains on. Default: each sample once.
 
         A row that stands twice is drawn twice as often. Asked when a stage begins and again on a resume,
         so the answer may depend on the arguments (and ``run.seed``) alone.
@@ -107,8 +114,8 @@ class LifeHooks:
         """Called once, when a stage begins; not again on a resume: what lasts goes into ``state_dict``."""
 
     @hookspec
-    def on_step_end(self, step: StepInfo, metrics: Mapping[str, Tensor]) -> None:
-        """Called after each student update, with that update's detached metrics."""
+    def on_update_end(self, info: StepInfo, metrics: Mapping[str, Tensor]) -> None:
+        """Called once after each student update, with its detached metrics: terms, ``loss``, and what was logged."""
 
     @hookspec
     def on_stage_end(self, run: RunContext, stage: Stage) -> None:
@@ -133,5 +140,5 @@ SINCE: dict[str, int] = {}
 An older plugin may use such a name for a method of its own.
 """
 
-FIRST_RESULT = ("teacher_forward", "student_update", "stages", "stage_rows")
+FIRST_RESULT = ("teacher_forward", "student_forward", "student_update", "stages", "stage_rows")
 """Hooks of which one run may have one implementation."""

@@ -30,6 +30,8 @@ class Observer:
     """Base of observers; found by entry point in ``stillhouse.observers``. Every method may be left out."""
 
     api_version: ClassVar[int]
+    writes: ClassVar[tuple[str, ...]] = ()
+    """Files that it writes to the run directory, as in ``("tensorboard/events.*",)``: ``--overwrite`` removes these."""
     Config: ClassVar[type[ObserverConfig]] = ObserverConfig
 
     config: Any
@@ -45,3 +47,6 @@ class Observer:
 
     def on_run_end(self, summary: Mapping[str, Any]) -> None:
         """After the final evaluation, with ``summary.json``'s content."""
+
+    def on_run_failed(self, error: BaseException) -> None:
+        """In place of ``on_run_end`` where the run ends early (an error, Ctrl-C): let go of threads and files."""

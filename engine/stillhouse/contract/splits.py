@@ -1,22 +1,40 @@
-"""A task: data with train, validation, test and unlabelled splits, models by name, and a metric."""
+"""The data of a task: train, validation, test and unlabelled splits, and those that are tensors."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
 
-from stillhouse.contract.batch import IGNORE, Batch
+from stillhouse.contract.batch import Batch, mapped, tensors_in
+from stillhouse.contract.joined import JoinedSplit
+from stillhouse.contract.loader import LoaderBatches
+from stillhouse.contract.reading import AS_IS, NO_LOADER, Loading, Reading, in_order
 from stillhouse.errors import ConfigError, DataError
 
 
 class Split(Protocol):
     """Rows with ids 0 to len - 1."""
+
+    @property
+    def numbered(self) -> bool:
+        """Whether rows have numbers. An iterable's have none: no length, no ids, nothing kept."""
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether rows are there at once, so that no worker needs to read them."""
+
+    @property
+    def loading(self) -> Loading:
+        """How a loader that was given reads."""
+
+    @property
+    def batches(self) -> LoaderBatches | None:
+        """The batches of a loader that was given; None: rows come at random, each once an epoch."""
 
     @property
     def fixed(self) -> bool:
@@ -30,6 +48,15 @@ class Split(Protocol):
 
     def batch(self, index: Tensor) -> Batch:
         """The rows of ``index`` (long, 1-D), in that order, with ``ids`` set."""
+
+    def stream(self, indices: Iterable[Tensor], reading: Reading = AS_IS) -> Iterator[Batch]:
+        """The batches of these row numbers, one after the other; an iterable's next ones, as many as there are."""
+
+    def every(self, batch_size: int, reading: Reading = AS_IS) -> Iterator[Batch]:
+        """Every row once, in order, in batches of ``batch_size`` (an iterable's: as they come)."""
+
+    def probe(self, rows: int) -> Batch:
+        """The first rows, at most so many: to look at shapes. The random generators stay as they are."""
 
     def without_labels(self) -> Split:
         """The same inputs with no labels."""
@@ -52,6 +79,10 @@ class TensorSplit:
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     fixed: bool = True
 
+    numbered, in_memory = True, True
+    loading = NO_LOADER
+    batches = None
+
     def __len__(self) -> int:
         return len(_tensors("inputs", self.inputs)[0][1])
 
@@ -68,6 +99,15 @@ class TensorSplit:
             _rows(self.mask, index),
             _rows(self.extra, index),
         )
+
+    def stream(self, indices: Iterable[Tensor], reading: Reading = AS_IS) -> Iterator[Batch]:
+        return map(self.batch, indices)
+
+    def every(self, batch_size: int, reading: Reading = AS_IS) -> Iterator[Batch]:
+        return map(self.batch, in_order(len(self), batch_size))
+
+    def probe(self, rows: int) -> Batch:
+        return self.batch(torch.arange(min(rows, len(self))))
 
     def named(self) -> list[tuple[str, Tensor]]:
         """Every tensor of the split with its name."""
@@ -113,138 +153,13 @@ class TensorSplit:
 
 
 def _tensors(name: str, value: Any) -> list[tuple[str, Tensor]]:
-    if isinstance(value, Mapping):
-        return [(f"{name}.{key}", item) for key, item in value.items()]
-    return [] if value is None else [(name, value)]
+    return [] if value is None else tensors_in(value, name)
 
 
 def _rows(value: Any, index: Tensor) -> Any:
-    if value is None:
-        return None
-    if isinstance(value, Tensor):
-        return value[index]
-    return {name: item[index] for name, item in value.items()}
-
-
-@dataclass
-class DatasetSplit:
-    """A map-style torch Dataset whose items are ``(inputs, label)``, ``(inputs,)`` or inputs alone.
-
-    ``fixed`` says that an item is the same at every reading (no random augmentation), so that a
-    teacher's outputs may be kept. ``collate`` joins items as a DataLoader's ``collate_fn`` does.
-    """
-
-    dataset: Dataset[Any]
-    labelled: bool = True
-    fixed: bool = False
-    collate: Callable[[list[Any]], Any] = default_collate
-
-    def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
-
-    def batch(self, index: Tensor) -> Batch:
-        joined = self.collate([self.dataset[int(row)] for row in index])
-        if isinstance(joined, Batch):
-            return joined
-        labels = None
-        if isinstance(joined, Sequence):
-            labels = joined[1] if self.labelled and len(joined) > 1 else None
-            joined = joined[0]
-        elif isinstance(joined, Mapping) and "labels" in joined:
-            labels = joined["labels"] if self.labelled else None
-            joined = {name: value for name, value in joined.items() if name != "labels"}
-        return Batch(joined, labels, index)
-
-    def _sample(self, rows: int) -> Tensor:
-        return torch.linspace(0, len(self) - 1, min(len(self), rows)).long()
-
-    def validate(self, name: str) -> None:
-        if len(self) == 0:
-            raise DataError(f"the {name} split is empty; expected at least one row")
-        sample = self.batch(self._sample(64))
-        TensorSplit(sample.inputs, sample.labels).validate(name)
-
-    def fingerprint(self) -> str:
-        """A digest of the length and of 64 rows spread over the split."""
-        sample = self.batch(self._sample(64))
-        return f"{len(self)}-{TensorSplit(sample.inputs, sample.labels).fingerprint()}"
-
-    def without_labels(self) -> DatasetSplit:
-        """The same inputs with no labels."""
-        return DatasetSplit(self.dataset, False, self.fixed, self.collate)
-
-
-class JoinedSplit:
-    """A labelled split followed by an unlabelled one; labels of the second are ``-100``."""
-
-    labelled = True
-
-    def __init__(self, first: Split, second: Split) -> None:
-        self.first, self.second = first, second
-        self.fixed = first.fixed and second.fixed
-
-    def __len__(self) -> int:
-        return len(self.first) + len(self.second)
-
-    def batch(self, index: Tensor) -> Batch:
-        late = index >= len(self.first)
-        # A Dataset can't collate no rows at all: where a split has none here, its row 0 is read and left out.
-        early, rest = index[~late], index[late] - len(self.first)
-        parts = [
-            self.first.batch(early if len(early) else index.new_zeros(1)),
-            self.second.batch(rest if len(rest) else index.new_zeros(1)),
-        ]
-        order = torch.where(late, len(parts[0]) + late.cumsum(0), (~late).cumsum(0)) - 1
-        labels = [_or_ignored(part, parts[0]) for part in parts]
-        return Batch(
-            _join([part.inputs for part in parts], order),
-            None if labels[0] is None else torch.cat(labels)[order],  # type: ignore[arg-type]
-            index,
-            _join(_views(parts), order),
-            _join(_masks(parts), order),
-            _join([part.extra for part in parts], order),
-        )
-
-    def without_labels(self) -> JoinedSplit:
-        """The same inputs with no labels."""
-        return JoinedSplit(self.first.without_labels(), self.second)
-
-    def validate(self, name: str) -> None:
-        self.first.validate(name)
-        self.second.validate(name)
-
-    def fingerprint(self) -> str:
-        return f"{self.first.fingerprint()}+{self.second.fingerprint()}"
-
-
-def _or_ignored(part: Batch, like: Batch) -> Tensor | None:
-    if part.labels is not None or like.labels is None:
-        return part.labels
-    if like.labels.is_floating_point():
-        raise ConfigError(
-            "a stage on all data needs class labels, got float ones (regression); use labelled or unlabelled"
-        )
-    return like.labels.new_full((len(part), *like.labels.shape[1:]), IGNORE)
-
-
-def _views(parts: list[Batch]) -> list[Any]:
-    own = any(part.teacher_inputs is not None for part in parts)
-    return [part.for_teacher if own else None for part in parts]
-
-
-def _masks(parts: list[Batch]) -> list[Tensor | None]:
-    like = next((part.mask for part in parts if part.mask is not None), None)
-    if like is None:
-        return [None, None]
-    return [like.new_ones((len(part), *like.shape[1:])) if part.mask is None else part.mask for part in parts]
-
-
-def _join(parts: list[Any], order: Tensor) -> Any:
-    if isinstance(parts[0], Mapping):
-        return {
-            name: torch.cat([part[name] for part in parts])[order] for name in parts[0] if name in parts[1]
-        }
-    return None if parts[0] is None or parts[1] is None else torch.cat(parts)[order]
+    if value is None or isinstance(value, Tensor):  # as most are
+        return None if value is None else value[index]
+    return mapped(value, lambda tensor: tensor[index])
 
 
 @dataclass
@@ -266,7 +181,7 @@ class Splits:
         for name, split in self.items():
             split.validate(name)
             scored = name in ("validation", "test")
-            if scored and split.batch(torch.zeros(1, dtype=torch.long)).labels is None:
+            if scored and split.probe(1).labels is None:
                 raise DataError(
                     f"the {name} split has no labels; expected some, since it is there to be scored: give it labels, or "
                     "leave it out"
@@ -285,5 +200,10 @@ class Splits:
                 return self.unlabelled
             return self.train.without_labels()
         if data == "all":
-            return self.train if self.unlabelled is None else JoinedSplit(self.train, self.unlabelled)
+            if self.unlabelled is None:
+                return self.train
+            for split in (self.train, self.unlabelled):
+                if not split.numbered:
+                    len(split)  # says why there is none
+            return JoinedSplit(self.train, self.unlabelled)
         raise ConfigError(f"stage data is '{data}'; expected labelled, unlabelled or all")

@@ -1,17 +1,16 @@
-"""A task: data, models by name, and a metric."""
+"""A task: data, models by name, and what they are scored by."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor, nn
+from torch import nn
 
-from stillhouse.contract.batch import IGNORE
+from stillhouse.contract.kinds import KINDS
+from stillhouse.contract.metrics import Metrics, default_metrics
 from stillhouse.contract.splits import Splits
-from stillhouse.errors import DataError
 
 Builder = Callable[..., nn.Module]
 """Makes a model from typed keyword arguments; a config's keys beside ``name`` are these arguments."""
@@ -28,8 +27,10 @@ class Task:
 
     api_version
         The API_VERSION that the task was written for.
+    kind
+        What a batch means: a name of ``stillhouse.api.KINDS``.
     metric
-        The key of ``score`` that tables show; higher is better.
+        The score that tables show; higher is better. ``""``: the first that is scored.
     teachers, students
         Model builders by name. A builder takes typed keyword arguments with defaults.
     teacher_training
@@ -38,6 +39,7 @@ class Task:
 
     api_version: ClassVar[int]
     Config: ClassVar[type[TaskConfig]] = TaskConfig
+    kind: ClassVar[str] = "classification"
     metric: ClassVar[str] = "accuracy"
     teachers: ClassVar[Mapping[str, Builder]] = {}
     students: ClassVar[Mapping[str, Builder]] = {}
@@ -52,29 +54,11 @@ class Task:
         """Load or make the data. No network unless the config asks for it."""
         raise NotImplementedError(f"{type(self).__name__}.splits is abstract: return a Splits")
 
-    def score(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
-        """Metrics of a whole split from its outputs ``(N, C)`` and labels ``(N,)``; default: accuracy, nll."""
-        return classification(outputs, labels)
+    def metrics(self) -> Metrics:
+        """What models are scored by: new metrics by name, each an object with ``update`` and ``compute``.
 
-
-def classification(outputs: Tensor, labels: Tensor) -> dict[str, float]:
-    """``accuracy`` (part right) and ``nll`` (nats a row) over the rows that have a label."""
-    known = labels != IGNORE
-    outputs, labels = outputs[known].float(), labels[known]
-    classes = outputs.shape[-1]
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise DataError(
-            f"labels to be scored go from {int(labels.min())} to {int(labels.max())}; expected 0 to {classes - 1}, as the "
-            f"model has {classes} outputs, or {IGNORE} for no label"
-        )
-    return {
-        "accuracy": float((outputs.argmax(-1) == labels).float().mean()),
-        "nll": float(F.cross_entropy(outputs, labels)),
-    }
-
-
-def regression(outputs: Tensor, labels: Tensor) -> dict[str, float]:
-    """``r2`` (share of variance explained) and ``mse``."""
-    outputs, labels = outputs.float().reshape(len(labels), -1), labels.float().reshape(len(labels), -1)
-    mse = (outputs - labels).square().mean()
-    return {"r2": float(1 - mse / (labels - labels.mean(0)).square().mean()), "mse": float(mse)}
+        Default: those of the task's kind. ``metrics_named`` makes some by name, torchmetrics' objects are taken as
+        they are, ``WholeSplit(function)`` gives a function all outputs at once. One that computes numbers by name
+        may be called ``""``: they then keep their own.
+        """
+        return default_metrics(KINDS[self.kind])

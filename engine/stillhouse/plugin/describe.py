@@ -30,9 +30,7 @@ def describe(entry: Entry) -> dict[str, Any]:
         facts |= {
             "hooks": hooks(kind),
             "requires": sorted(kind.requires),
-            "different_outputs": kind.different_outputs,
-            "composes": kind.composes,
-            "regression": kind.regression,
+            "supports": sorted(kind.supports),
             "expected_failures": dict(kind.conformance.expected_failures),
         }
     elif issubclass(kind, Task):

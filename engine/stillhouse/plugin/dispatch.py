@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import pluggy
@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from stillhouse.api import Method
 from stillhouse.contract.batch import Batch
-from stillhouse.contract.context import Auxiliary, RunContext, Stage, StepInfo
+from stillhouse.contract.context import TEACHER, Auxiliary, RunContext, Stage, StepInfo
 from stillhouse.contract.hooks import FIRST_RESULT, PROJECT, LifeHooks, StepHooks
 from stillhouse.contract.outputs import LossTerm, StudentOut, Targets, TeacherOut
 from stillhouse.contract.splits import Split
@@ -100,12 +100,14 @@ class Plugins:
         # pluggy calls the last registered first; registered backwards, it keeps the config's order.
         for plugin in reversed(self.plugins):
             if self._manager.has_plugin(plugin.name):
-                raise PluginError(f"{plugin} is named twice; name each method once")
+                raise PluginError(
+                    f"{plugin} is named twice; give the second a name of its own: {{name: {plugin.name}, as: another}}"
+                )
             self._manager.register(plugin.method, plugin.name)
         self._all = {name: self._implementations(name) for name in hook_arguments()}
         self._calls = self._all
         for name in FIRST_RESULT:
-            if name != "stages":  # a method may leave these to another by its answer: see stages()
+            if name not in ("stages", "stage_rows"):  # a method may leave these to another by its answer
                 _one_claim(name, self._calls[name])
 
     def _implementations(self, hook: str) -> tuple[Implementation, ...]:
@@ -141,22 +143,32 @@ class Plugins:
 
     # The hooks of a step.
 
-    def batch_transform(self, batch: Batch, step: StepInfo) -> Batch:
+    def batch_transform(self, batch: Batch, info: StepInfo) -> Batch:
         for call in self._calls["batch_transform"]:
-            batch = _kept(call, call(batch, step), batch, Batch)
+            info.caller = call.plugin.name
+            batch = _kept(call, call(batch, info), batch, Batch)
         return batch
 
-    def teacher_forward(self, teacher: nn.Module | None, batch: Batch, step: StepInfo) -> TeacherOut | None:
+    def teacher_forward(self, teacher: nn.Module | None, batch: Batch, info: StepInfo) -> TeacherOut | None:
         for call in self._calls["teacher_forward"]:
-            given = call(teacher, batch, step)
+            info.caller = call.plugin.name
+            given = call(teacher, batch, info)
             return None if given is None else _kept(call, given, given, TeacherOut)
         return None
 
+    def student_forward(self, student: nn.Module, batch: Batch, info: StepInfo) -> StudentOut | None:
+        for call in self._calls["student_forward"]:
+            info.caller = call.plugin.name
+            given = call(student, batch, info)
+            return None if given is None else _kept(call, given, given, StudentOut)
+        return None
+
     def label_transform(
-        self, targets: Targets, batch: Batch, teacher_out: TeacherOut | None, step: StepInfo
+        self, targets: Targets, batch: Batch, teacher_out: TeacherOut | None, info: StepInfo
     ) -> Targets:
         for call in self._calls["label_transform"]:
-            given = call(targets, batch, teacher_out, step)
+            info.caller = call.plugin.name
+            given = call(targets, batch, teacher_out, info)
             targets = _kept(call, given, targets, Targets)
         return targets
 
@@ -166,62 +178,80 @@ class Plugins:
         teacher_out: TeacherOut | None,
         targets: Targets,
         batch: Batch,
-        step: StepInfo,
+        info: StepInfo,
     ) -> dict[str, LossTerm]:
         terms: dict[str, LossTerm] = {}
         device = None if student_out is None else student_out.logits.device
         for call in self._calls["loss_terms"]:
-            given = call(student_out, teacher_out, targets, batch, step)
+            info.caller = call.plugin.name
+            given = call(student_out, teacher_out, targets, batch, info)
             for name, term in _terms(call, given).items():
                 if device is not None and term.value.device != device:
                     raise call.wrong(term.value, f"'{name}' on the student's device, {device}: {_MOVE}")
                 terms[f"{call.plugin.name}.{name}"] = term
         return terms
 
-    def combine_terms(self, terms: dict[str, LossTerm], step: StepInfo) -> dict[str, LossTerm]:
+    def combine_terms(self, terms: dict[str, LossTerm], info: StepInfo) -> dict[str, LossTerm]:
         for call in self._calls["combine_terms"]:
-            given = call(terms, step)
+            info.caller = call.plugin.name
+            given = call(terms, info)
             if given is not None:
                 terms = _terms(call, given)
         return terms
 
-    def student_update(self, student: nn.Module, optimizer: Optimizer, loss: Tensor, step: StepInfo) -> bool:
+    def student_update(self, student: nn.Module, optimizer: Optimizer, loss: Tensor, info: StepInfo) -> bool:
         for call in self._calls["student_update"]:
-            return bool(call(student, optimizer, loss, step))
+            info.caller = call.plugin.name
+            return bool(call(student, optimizer, loss, info))
         return False
 
-    def on_step_end(self, step: StepInfo, metrics: Mapping[str, Tensor]) -> None:
-        for call in self._calls["on_step_end"]:
-            call(step, metrics)
+    def on_update_end(self, info: StepInfo, metrics: Mapping[str, Tensor]) -> None:
+        for call in self._calls["on_update_end"]:
+            info.caller = call.plugin.name
+            call(info, metrics)
 
     # The life of a run.
 
-    def notify(self, hook: str, **given: Any) -> None:
+    def notify(self, hook: str, run: RunContext, **given: Any) -> None:
         """Call a hook that gives nothing: on_run_start, on_stage_start, on_stage_end, on_run_end."""
+        given["run"] = run
         for call in self._calls[hook]:
+            run.caller = call.plugin.name
             call(*(given[name] for name in hook_arguments()[hook]))
+        run.caller = ""
 
-    def stages(self, run: RunContext) -> tuple[Stage, ...]:
-        """The stages that a plugin gives, else one on the labelled data; PluginError where two give some."""
-        answers = [(call, given) for call in self._calls["stages"] if (given := call(run)) is not None]
+    def stages(self, run: RunContext) -> tuple[tuple[Stage, ...], str | None]:
+        """The stages that a plugin gives and its name, else one on the labelled data; PluginError where two give some."""
+        answers = []
+        for call in self._calls["stages"]:
+            run.caller = call.plugin.name
+            if (given := call(run)) is not None:
+                answers.append((call, given))
+        run.caller = ""
         _one_claim("stages", [call for call, _ in answers])
         for call, given in answers:
             whole = isinstance(given, Sequence) and all(isinstance(stage, Stage) for stage in given)
             if not given or not whole:
                 raise call.wrong(given, "a list of Stage")
-            return tuple(given)
-        return (Stage("train", teacher="teacher" if run.teacher is not None else None),)
+            return tuple(_in_full(stage, call.plugin.name, run) for stage in given), call.plugin.name
+        teacher = TEACHER if run.teacher is not None or self.requires & {"logits"} else None
+        several = tuple(name for name in run.teachers if name != TEACHER)
+        return (Stage("train", teacher=several if len(several) > 1 else teacher),), None
 
     def stage_rows(self, run: RunContext, stage: Stage, split: Split) -> Tensor | None:
-        """The row numbers that a plugin chose for the stage, checked; None for all of them."""
+        """The sample numbers that a plugin chose for the stage, checked; None for all of them."""
+        answers = []
         for call in self._calls["stage_rows"]:
-            given = call(run, stage, split)
-            if given is None:
-                return None
+            run.caller = call.plugin.name
+            if (given := call(run, stage, split)) is not None:
+                answers.append((call, given))
+        run.caller = ""
+        _one_claim("stage_rows", [call for call, _ in answers])
+        for call, given in answers:
             if not isinstance(given, Tensor) or given.dtype != torch.long or given.dim() != 1:
-                raise call.wrong(given, "row numbers: a long tensor of one axis, or None")
+                raise call.wrong(given, "sample numbers: a long tensor of one axis, or None")
             if not len(given) or int(given.min()) < 0 or int(given.max()) >= len(split):
-                raise call.wrong(given, f"at least one row number, each from 0 to {len(split) - 1}")
+                raise call.wrong(given, f"at least one sample number, each from 0 to {len(split) - 1}")
             return given
         return None
 
@@ -229,6 +259,7 @@ class Plugins:
         """Every plugin's auxiliary modules, under ``plugin.name``."""
         modules: dict[str, Auxiliary] = {}
         for call in self._calls["auxiliary_modules"]:
+            run.caller = call.plugin.name
             given = call(run) or {}
             if not isinstance(given, Mapping):
                 raise call.wrong(given, "a mapping from name to nn.Module or Auxiliary")
@@ -237,6 +268,7 @@ class Plugins:
                 if not isinstance(item, Auxiliary):
                     raise call.wrong(item, f"an nn.Module or Auxiliary under '{name}'")
                 modules[f"{call.plugin.name}.{name}"] = item
+        run.caller = ""
         return modules
 
     def state_dict(self) -> dict[str, Any]:
@@ -248,6 +280,17 @@ class Plugins:
         for call in self._calls["load_state_dict"]:
             if call.plugin.name in state:
                 call(state[call.plugin.name])
+
+
+def _in_full(stage: Stage, plugin: str, run: RunContext) -> Stage:
+    """The stage with the plugin's own modules under their full names."""
+
+    def full(name: str | None) -> str | None:
+        return f"{plugin}.{name}" if f"{plugin}.{name}" in run.models and name not in run.models else name
+
+    teacher = full(stage.teacher) if isinstance(stage.teacher, str | None) else stage.teacher
+    train = None if stage.train is None else tuple(str(full(name)) for name in stage.train)
+    return replace(stage, model=full(stage.model), teacher=teacher, train=train)
 
 
 def _one_claim(hook: str, claims: Sequence[Implementation]) -> None:
@@ -275,9 +318,6 @@ def _terms(call: Implementation, given: Any) -> dict[str, LossTerm]:
             raise call.wrong(term, f"a LossTerm under '{name}'")
         if not isinstance(term.value, Tensor) or term.value.dim() != 0:
             raise call.wrong(
-                term.value, f"a scalar tensor as value of '{name}' (step.mean makes one of a value a row)"
+                term.value, f"a scalar tensor as value of '{name}' (info.mean makes one of a value a row)"
             )
     return dict(given)
-
-
-# Checks at loading: what pluggy would pass over in silence.

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from stillhouse.api import Method, Observer, Task, TaskConfig
-from stillhouse.config import Named, explain
+from stillhouse.config import MethodSpec, Named, explain
 from stillhouse.contract.observers import ObserverConfig
 from stillhouse.errors import ConfigError, PluginError
 from stillhouse.plugin import catalog
@@ -37,6 +37,11 @@ def loaded(entry: catalog.Entry) -> Any:
     else:
         check_version(entry, kind)
         check_config(entry, kind.Config, _CONFIGS[entry.kind])
+    if entry.kind == "task" and hasattr(kind, "score"):
+        raise PluginError(
+            f"{entry}: the task has a method 'score', which nothing calls; expected 'metrics': a function of a whole "
+            "split's outputs is a metric by metrics() -> {'': WholeSplit(function)}"
+        )
     return kind
 
 
@@ -64,42 +69,19 @@ def settings_of(kind: type[BaseModel], given: Mapping[str, Any], path: str) -> B
         raise ConfigError(explain(error, kind, path)) from None
 
 
-def lifted(specs: Sequence[tuple[str, Named]]) -> list[tuple[str, Named]]:
-    """The methods of a config, those that stand under one that composes set beside it, before it.
-
-    ``{name: hldm, methods: [kd, fitnets]}`` and ``[kd, fitnets, hldm]`` are one run: both come to the latter.
-    """
-    flat = []
-    for path, spec in specs:
-        under = spec.settings.get("methods")
-        if not under or not loaded(catalog.find("method", spec.name)).composes:
-            flat.append((path, spec))
-            continue
-        items = [under] if isinstance(under, str | Mapping) else under
-        if not isinstance(items, list | tuple):
-            raise ConfigError(
-                f"{path}.methods: got {under!r}; expected a list of methods, as in [kd, fitnets]"
-            )
-        for number, item in enumerate(items):
-            flat += lifted([_named(f"{path}.methods.{number}", item)])
-        rest = {name: value for name, value in spec.settings.items() if name != "methods"}
-        flat.append((path, Named.model_validate({"name": spec.name, **rest})))
-    return flat
-
-
-def _named(path: str, given: Any) -> tuple[str, Named]:
+def _named(path: str, given: Any) -> tuple[str, MethodSpec]:
     try:
-        return path, Named.model_validate(given)
+        return path, MethodSpec.model_validate(given)
     except ValidationError as error:
-        raise ConfigError(explain(error, Named, path)) from None
+        raise ConfigError(explain(error, MethodSpec, path)) from None
 
 
-def load_methods(specs: Sequence[tuple[str, Named]]) -> list[Plugin]:
-    """The methods of a config, in its order; what stands under a method is lifted before."""
+def load_methods(specs: Sequence[tuple[str, MethodSpec]]) -> list[Plugin]:
+    """The methods of a config, in its order, each under its own name or the one that ``as`` gives it."""
     plugins = []
     for path, spec in specs:
         entry, method = configured("method", spec, path)
-        plugins.append(Plugin(entry.name, f"{entry.distribution} {entry.version}", method))
+        plugins.append(Plugin(spec.alias or entry.name, f"{entry.distribution} {entry.version}", method))
     return plugins
 
 
@@ -113,12 +95,10 @@ def as_plugins(method: MethodLike | Sequence[MethodLike]) -> list[Plugin]:
     plugins = []
     for number, item in enumerate(given):
         if isinstance(item, Method):
-            if item.composes and item.config.methods:
-                plugins += as_plugins(item.config.methods)
             plugins.append(Plugin(_name(item), _distribution(item), item))
             continue
         path = "method" if len(given) == 1 else f"methods.{number}"
-        plugins += load_methods(lifted([_named(path, item)]))
+        plugins += load_methods([_named(path, item)])
     return plugins
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from stillhouse.api import API_VERSION, CAPABILITIES, Method, MethodConfig
+from stillhouse.api import API_VERSION, CAPABILITIES, SUPPORTS, Method, MethodConfig
 from stillhouse.contract.hooks import PROJECT, SINCE, LifeHooks, StepHooks
 from stillhouse.errors import PluginError, nearest
 
@@ -40,6 +40,12 @@ def check(who: object, kind: type[Method]) -> None:
         )
     for name in sorted(kind.requires - CAPABILITIES):
         raise PluginError(f"{who}: requires '{name}': no such capability{nearest(name, CAPABILITIES)}")
+    if not isinstance(kind.supports, frozenset | set):
+        raise PluginError(
+            f"{who}: supports is {kind.supports!r}; expected a set, as in CLASS_KINDS | {{'regression'}}"
+        )
+    for name in sorted(kind.supports - SUPPORTS):
+        raise PluginError(f"{who}: supports '{name}': no such kind of task{nearest(name, SUPPORTS)}")
     for name, value in _attributes(kind):
         _check_attribute(who, kind, name, value)
 

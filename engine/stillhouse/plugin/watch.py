@@ -18,7 +18,7 @@ from stillhouse.contract.context import RunContext
 from stillhouse.contract.outputs import StudentOut, Targets, TeacherOut
 from stillhouse.contract.splits import TensorSplit
 from stillhouse.errors import PluginError
-from stillhouse.models.integrity import versions
+from stillhouse.models.integrity import version, versions
 from stillhouse.plugin.dispatch import Implementation, Plugin
 
 UPDATES = 2
@@ -35,11 +35,11 @@ def watched(call: Implementation, teacher: nn.Module | None) -> Implementation:
             if isinstance(value, Batch | StudentOut | TeacherOut | Targets)
             for where, tensor in tensors(value)
         ]
-        before = [tensor._version for _, tensor in given]  # noqa: SLF001
+        before = [version(tensor) for _, tensor in given]
         frozen = 0 if teacher is None else versions(teacher)
         answer = call.function(*values)
-        for (name, tensor), version in zip(given, before, strict=True):
-            if tensor._version != version:  # noqa: SLF001
+        for (name, tensor), count in zip(given, before, strict=True):
+            if version(tensor) != count:
                 raise PluginError(
                     f"{call.plugin}: hook '{call.hook}' wrote to {name} in place, which other plugins and the next "
                     f"epoch read too; expected it untouched: work on {name}.clone()"
@@ -70,8 +70,8 @@ def guarded(call: Implementation, run: RunContext) -> Implementation:
                     f"{call.plugin}: hook '{call.hook}' moved the {name} from {before[name]} to {device}; expected "
                     "models left where they are: move what is the plugin's own"
                 )
-        for name, version in _data(run).items():
-            if version != data[name]:
+        for name, count in _data(run).items():
+            if count != data[name]:
                 raise PluginError(
                     f"{call.plugin}: hook '{call.hook}' wrote to the {name} in place, which other runs may read too; "
                     "expected them untouched: give a new Batch from batch_transform"
@@ -91,7 +91,7 @@ def _data(run: RunContext) -> dict[str, int]:
     """How often the tensors of the run's data were written to."""
     splits = () if run.splits is None else run.splits.items()
     return {
-        f"{what} of the {name} split": tensor._version  # noqa: SLF001
+        f"{what} of the {name} split": version(tensor)
         for name, split in splits
         if isinstance(split, TensorSplit)
         for what, tensor in split.named()

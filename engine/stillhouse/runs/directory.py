@@ -1,110 +1,293 @@
-"""The run directory: what is in it, whose it is, and the manifest that explains it."""
+"""The run directory: whose it is, whether a run may be made there, and the manifest that explains it.
+
+A run's directory is known by a manifest of ours: JSON with a digest of itself and a ``stillhouse`` entry.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import platform
-import shutil
-import subprocess
-from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from stillhouse.config import RunConfig, dump, to_yaml
-from stillhouse.errors import CheckpointError
-from stillhouse.files import write_text
+from stillhouse.errors import CheckpointError, DamagedFile
+from stillhouse.files import digest, read_json, sweep, write_json, write_text
 from stillhouse.kernels import explain
 from stillhouse.plugin.dispatch import Plugins
+from stillhouse.runs import checkpoint, contents
+from stillhouse.runs.contents import (
+    CHECKPOINTS,
+    CONFIG,
+    CURVE,
+    MANIFEST,
+    METRICS,
+    REPORT,
+    SOFT_LABELS,
+    STUDENT,
+    SUMMARY,
+)
+from stillhouse.runs.lock import holder, in_use
+from stillhouse.runs.machine import git_state, machine, versions
 
-CONFIG, MANIFEST, METRICS, SUMMARY = "config.yaml", "manifest.json", "metrics.jsonl", "summary.json"
-STUDENT, CURVE, REPORT = "student.safetensors", "curve.png", "README.md"
-CHECKPOINTS, SOFT_LABELS = "checkpoints", "soft-labels"
+__all__ = [
+    "CHECKPOINTS",
+    "CONFIG",
+    "CURVE",
+    "MANIFEST",
+    "METRICS",
+    "REPORT",
+    "SOFT_LABELS",
+    "STUDENT",
+    "SUMMARY",
+]
+
+FORMAT = 1
 IN_PYTHON = " (in Python: resume=True, overwrite=True, dir=DIR)"
-FREE = ("out", "name", "observers", "threads", "log_every", "checkpoint_every", "device")
+FREE = (
+    "out",
+    "name",
+    "observers",
+    "threads",
+    "log_every",
+    "checkpoint_every",
+    "device",
+    "workers",
+    "evaluate_batch_size",
+)
 """Config keys that a resumed run may change: they don't enter the weights."""
+AFTER_DIVERGENCE = ("optimizer.lr", "clip")
+"""What a run that diverged may change besides, to go on: it is written down in the manifest's history."""
 
 
-def look(config: RunConfig, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+def look(
+    config: RunConfig, *, resume: bool, overwrite: bool, say: Callable[[str], None] = lambda message: None
+) -> dict[str, Any] | None:
     """The summary of a run that has already finished, else None. Nothing is written.
 
     Raises CheckpointError where the directory can't be this run's: it holds another config, or an unfinished
-    run and ``resume`` is False, or no file can be written there.
+    run and ``resume`` is False, or something that is no run, or no file can be written there; DamagedFile where a file
+    of it is not as it was written.
     """
     folder = config.run_dir
-    if (folder / CONFIG).is_file():
-        if not overwrite:
-            _same_config(config, folder)
-            if (folder / SUMMARY).is_file():
-                finished: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
-                return finished
-            if not resume:
-                raise CheckpointError(
-                    f"{folder} holds an unfinished run of this config; --resume goes on with it, --overwrite starts "
-                    f"over, out=DIR puts this one elsewhere{IN_PYTHON}"
-                )
-    # A name with a dot: a file that a kill cut short, or the file manager's.
-    elif folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir()):
-        raise CheckpointError(f"{folder} is not empty and holds no run; choose another with out=DIR")
+    if not holds_run(folder):
+        _refuse_foreign(folder)
+        _writable(folder)
+        return None
+    try:
+        kept = read_manifest(folder)
+    except DamagedFile as error:
+        _go_on_without(folder, error, resume=resume, say=say)
+        return None
+    if kept["stillhouse"].get("clearing"):
+        say(f"{folder}: starting over was cut short there; it is done now")
+        contents.refuse_others(folder, kept["stillhouse"]["writes"])
+    elif overwrite:
+        contents.refuse_others(folder, kept["stillhouse"]["writes"])
+        _refuse_edited(folder)
+    else:
+        same_config(kept["config"], config, folder, diverged=resume and diverged(kept))
+        if (folder / SUMMARY).exists():
+            return _finished(folder, resume=resume, say=say)
+        if not resume:
+            if (who := holder(folder)) is not None:
+                raise in_use(folder, who)
+            raise CheckpointError(
+                f"{folder} holds an unfinished run of this config; --resume goes on with it, --overwrite starts "
+                f"over, out=DIR puts this one elsewhere{IN_PYTHON}"
+            )
     _writable(folder)
     return None
 
 
-def claim(config: RunConfig, *, overwrite: bool) -> None:
-    """Make the directory this run's, once nothing can be refused any more: what was there stays until then."""
-    folder = config.run_dir
-    if overwrite and (folder / CONFIG).is_file():
-        shutil.rmtree(folder)
-    if not (folder / CONFIG).is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / CONFIG, to_yaml(dump(config)))
+def holds_run(folder: Path) -> bool:
+    """Whether a run of ours lies there, be its manifest damaged or not."""
+    try:
+        return b'"stillhouse"' in (folder / MANIFEST).read_bytes() if (folder / MANIFEST).is_file() else False
+    except OSError:
+        return False
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest as it was written; DamagedFile otherwise."""
+    found = read_json(folder / MANIFEST, what="manifest", sealed=True)
+    if found.get("stillhouse", {}).get("format") != FORMAT:
+        raise DamagedFile(
+            f"{folder / MANIFEST} is of format {found.get('stillhouse', {}).get('format')}, this version reads {FORMAT}; "
+            "use the version that wrote it, or choose another directory with out=DIR"
+        )
+    return found
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The summary of a finished run, whose files are all as they were written; DamagedFile otherwise."""
+    found = read_json(folder / SUMMARY, what="summary", sealed=True)
+    for name in (STUDENT, METRICS):
+        if name in found["files"] and digest(folder / name) != found["files"][name]:
+            raise DamagedFile(f"{folder / name} was changed or damaged since it was written")
+    found["dir"] = str(folder)
+    return found
+
+
+def _finished(folder: Path, *, resume: bool, say: Callable[[str], None]) -> dict[str, Any] | None:
+    try:
+        return read_summary(folder)
+    except DamagedFile as error:
+        if resume:
+            say(f"{error}; made again from the last checkpoint")
+            return None
+        raise DamagedFile(
+            f"{folder} holds this run, finished, but {error}; --resume makes it again from the last checkpoint, "
+            f"--overwrite starts over{IN_PYTHON}"
+        ) from None
+
+
+def _go_on_without(folder: Path, error: DamagedFile, *, resume: bool, say: Callable[[str], None]) -> None:
+    """A run whose manifest is damaged is taken up by its checkpoint, which holds the config too; else refused."""
+    if resume and checkpoint.newest(folder / CHECKPOINTS) is not None:
+        say(f"{error}; it is written anew, and the checkpoint says whose run it is")
+        return
+    raise DamagedFile(
+        f"{error}; --resume goes on from the last checkpoint where there is one; to start over, move the directory away "
+        "(it can't be told any more what in it may be removed), or choose another with out=DIR"
+    )
+
+
+def _refuse_foreign(folder: Path) -> None:
+    # A name with a dot: a lock, a file that a kill cut short, or the file manager's.
+    if folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir()):
+        raise CheckpointError(
+            f"{folder} is not empty and holds no run of this version of stillhouse; choose another with out=DIR"
+        )
+
+
+def _refuse_edited(folder: Path) -> None:
+    """A page that someone wrote into is theirs."""
+    try:
+        written = read_json(folder / SUMMARY, sealed=True).get("files", {}).get(REPORT)
+    except DamagedFile:
+        return
+    if written is not None and (folder / REPORT).is_file() and digest(folder / REPORT) != written:
+        raise CheckpointError(
+            f"{folder / REPORT} was changed since the run wrote it; move it elsewhere, or choose another directory with "
+            "out=DIR"
+        )
 
 
 def _writable(folder: Path) -> None:
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    except OSError as error:  # a name that is too long
+        raise CheckpointError(
+            f"{folder} can't be made ({error.strerror}); choose another with out=DIR"
+        ) from None
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         problem = "is no folder" if not there.is_dir() else "is not writable"
         raise CheckpointError(f"{folder} can't be made, {there} {problem}; choose another with out=DIR")
 
 
-def _same_config(config: RunConfig, folder: Path) -> None:
-    if found := differing(yaml.safe_load((folder / CONFIG).read_text()) or {}, config):
+def kept(folder: Path) -> dict[str, Any] | None:
+    """The manifest of the run that lies there; None where there is none, or none that can be read."""
+    try:
+        return read_manifest(folder) if holds_run(folder) else None
+    except DamagedFile:
+        return None
+
+
+def claim(config: RunConfig, manifest: dict[str, Any], *, overwrite: bool) -> dict[str, Any] | None:
+    """Make the directory this run's, once nothing can be refused any more: what was there stays until then.
+
+    Returns the manifest of the run that goes on there; None where one begins. ``manifest`` gets its history.
+
+    The caller holds the directory's lock. Killed at any moment in here, the directory can be claimed again.
+    """
+    folder = config.run_dir
+    before = kept(folder)
+    if before is not None and (overwrite or before["stillhouse"].get("clearing")):
+        ours = before["stillhouse"]
+        # From here on whatever a kill leaves is neither the old run nor the new one, and says so.
+        write_json(folder / MANIFEST, {**before, "stillhouse": {**ours, "clearing": True}}, sealed=True)
+        contents.clear(folder, ours["writes"])
+        before = None
+    elif before is not None:
+        manifest["history"] = [*before.get("history", []), *manifest["history"]]
+    for place in (folder, folder / CHECKPOINTS, folder / SOFT_LABELS):
+        sweep(place)
+    write_json(folder / MANIFEST, manifest, sealed=True)
+    # Without ``out``: a run that was moved is where it is.
+    write_text(folder / CONFIG, to_yaml({key: value for key, value in dump(config).items() if key != "out"}))
+    return before
+
+
+Changes = dict[str, list[Any]]
+"""By path, what it was and what it is."""
+
+
+def changes(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> tuple[Changes, Changes]:
+    """What of the config that may, and what of the versions, has changed since a manifest was written."""
+    if before is None:
+        return {}, {}
+    config = differences(before["config"], now["config"])
+    versions_ = differences(before["versions"], now["versions"])
+    return (
+        {path: [old, new] for path, old, new in config if path in AFTER_DIVERGENCE},
+        {path: [old, new] for path, old, new in versions_},
+    )
+
+
+def retreat(manifest: Mapping[str, Any]) -> tuple[tuple[str, ...], float]:
+    """For a run that diverged: what may change, and the update of the last good checkpoint (-1 where there is none)."""
+    sound = manifest["history"][-1]["sound"]
+    return AFTER_DIVERGENCE, -1 if sound is None else sound
+
+
+def same_config(kept: Mapping[str, Any], config: RunConfig, folder: Path, *, diverged: bool) -> None:
+    """Raise CheckpointError where a directory's config differs from this one in what enters the weights."""
+    if found := differing(kept, config, AFTER_DIVERGENCE if diverged else ()):
         raise CheckpointError(
             f"{folder} holds a run of another config ({found}); "
             f"out=DIR puts this one elsewhere, --overwrite replaces it{IN_PYTHON}"
         )
 
 
-def differing(kept: Mapping[str, Any], config: RunConfig) -> str:
+def diverged(manifest: Mapping[str, Any]) -> bool:
+    """Whether the run's last part ended because its loss was not finite."""
+    history = manifest.get("history", [])
+    return bool(history) and history[-1]["event"] == "diverged"
+
+
+def differing(kept: Mapping[str, Any], config: RunConfig, free: Collection[str] = ()) -> str:
     """Where a kept config differs from this one in what enters the weights; empty where it does not."""
     found = [
         f"{path}: {old!r} there, {new!r} here"
         for path, old, new in differences(kept, dump(config))
-        if path.partition(".")[0] not in FREE
+        if path.partition(".")[0] not in FREE and path not in free
     ]
     return "; ".join(found[:5])
 
 
-def same_origin(folder: Path, data: Mapping[str, str], teacher: str | None) -> None:
+def same_origin(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise CheckpointError where the directory's run was made from other data or another teacher.
 
-    A config names both; objects that were handed over, and files that a config names, may change under it.
+    before, now
+        As ``origin`` gives them. A config names both; objects that were handed over, and files that a config names,
+        may change under it.
     """
-    if not (folder / MANIFEST).is_file():
-        return
-    kept = json.loads((folder / MANIFEST).read_text())
-    before = {**kept["data"], "teacher": kept["teacher"].get("digest")}
-    for name, new in {**data, "teacher": teacher}.items():
+    for name, new in now.items():
         if before.get(name) != new:
             what = name if name == "teacher" else f"{name} split"
             raise CheckpointError(
                 f"{folder} holds a run with another {what} (digest {before.get(name)} there, {new} here); "
                 f"out=DIR puts this one elsewhere, --overwrite replaces it{IN_PYTHON}"
             )
+
+
+def origin(data: Mapping[str, str], teacher: str | None) -> dict[str, Any]:
+    """What a run is made from besides its config: digests of the splits and of the teacher's weights."""
+    return {**data, "teacher": teacher}
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
@@ -117,50 +300,27 @@ def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]
     return [] if old == new else [(path, old, new)]
 
 
-def manifest(config: RunConfig, plugins: Plugins, device: torch.device, **facts: Any) -> dict[str, Any]:
-    """What made the run: versions, plugins, seeds, fingerprints, git state, machine, defaults chosen."""
+def manifest(
+    config: RunConfig, plugins: Plugins, device: torch.device, writes: Collection[str] = (), **facts: Any
+) -> dict[str, Any]:
+    """What made the run: versions, plugins, seeds, fingerprints, git state, machine, defaults chosen.
+
+    writes
+        The files that plugins say they write; see ``contents.declared``.
+    """
     backend, why = explain(device)
-    return {
+    made = {
+        "stillhouse": {"kind": "run", "format": FORMAT, "writes": list(writes)},
         "name": config.name,
         "seed": config.seed,
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": versions(),
         "plugins": {plugin.name: plugin.distribution for plugin in plugins.plugins},
         "git": git_state(),
         "machine": machine(device),
         "kernel": {"backend": backend, "why": why},
+        "config": dump(config),
+        "history": [],
         **facts,
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("stillhouse", "torch", "numpy", "numba", "pluggy", "pydantic", "safetensors"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """The machine as far as results and times depend on it."""
-    return {
-        "system": platform.system(),
-        "processor": platform.machine(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-    }
-
-
-def git_state() -> dict[str, Any]:
-    """Commit of the working directory's repository, and whether it had changes; empty outside of one."""
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
-        return {}
+    # As it will be read back: tuples are lists there.
+    return dict(json.loads(json.dumps(made, default=str)))

@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TextIO, cast
+
+from stillhouse.errors import printable
+from stillhouse.terminal import Steady, show
 
 
 class Display:
@@ -38,7 +41,7 @@ class Lines(Display):
         self._started = time.perf_counter()
 
     def say(self, message: str) -> None:
-        print(f"{self._prefix}{message}", flush=True)
+        show(f"{self._prefix}{message}")
 
     def stage(self, name: str, start: int, end: int) -> None:
         self._stage, self._end = name, end
@@ -64,12 +67,15 @@ class Bars(Display):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._prefix = prefix
+        from rich.console import Console
+
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(24),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[terms]}"),
+            console=Console(file=cast("TextIO", Steady(sys.stdout))),
         )
         self._bar.start()
         self._task: Any = None
@@ -77,7 +83,7 @@ class Bars(Display):
         self._drawn = 0.0
 
     def say(self, message: str) -> None:
-        self._bar.console.print(f"{self._prefix}{message}", highlight=False, markup=False)
+        self._bar.console.print(printable(f"{self._prefix}{message}"), highlight=False, markup=False)
 
     def stage(self, name: str, start: int, end: int) -> None:
         if self._task is not None:

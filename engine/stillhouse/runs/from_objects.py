@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from stillhouse.api import Task
-from stillhouse.config import validate
+from stillhouse.config import dump, validate
 from stillhouse.contract.context import STUDENT, TARGET
-from stillhouse.contract.splits import DatasetSplit, Split, Splits, TensorSplit
-from stillhouse.contract.task import classification, regression
-from stillhouse.errors import DataError, nearest
-from stillhouse.models.integrity import digest
+from stillhouse.contract.kinds import TaskKind, kind_of
+from stillhouse.contract.metrics import (
+    KNOWN,
+    Metric,
+    Metrics,
+    WholeSplit,
+    default_metrics,
+    higher_is_better,
+    metrics_named,
+)
+from stillhouse.errors import ConfigError
+from stillhouse.models.integrity import digest, prepare_to_train
 from stillhouse.plugin.load import MethodLike, as_plugins
 from stillhouse.runs import directory
+from stillhouse.runs.data import as_splits, batch_size_of, sample
 from stillhouse.runs.display import Display
 from stillhouse.runs.display import display as default_display
 from stillhouse.runs.resolve import Parts, pick_device
-from stillhouse.runs.train import Summary, cpu_threads, train
+from stillhouse.runs.train import Summary, make
+from stillhouse.runs.weights import load
 from stillhouse.training import optim
-from stillhouse.training.random_state import RandomState
 
-Score = Callable[[Tensor, Tensor], dict[str, float]]
-SPLITS = ("train", "validation", "test", "unlabelled")
+Score = str | Sequence[str] | Metric | Metrics | Callable[[Tensor, Tensor], Mapping[str, Any]]
+"""What ``distill`` scores by: names, an object with update and compute, several by name, or a function."""
 
 
 @dataclass
@@ -46,6 +54,7 @@ def distill(
     *,
     method: MethodLike | Sequence[MethodLike] = "sld",
     target: nn.Module | None = None,
+    task: str | None = None,
     score: Score | None = None,
     dir: str | Path | None = None,
     resume: bool = False,
@@ -59,13 +68,20 @@ def distill(
         Modules whose forward takes a batch's inputs and gives logits. The teacher is frozen: no
         gradient, eval mode. ``target``: another model to end with; it is the one returned.
     data
-        ``(inputs, labels)`` or inputs as tensors, a map-style Dataset, a DataLoader of one (its order
-        and batch size are not used), or a mapping with some of train, validation, test, unlabelled.
+        ``(inputs, labels)`` or inputs as tensors, anything with ``__len__`` and ``__getitem__`` (a Dataset, one of the
+        library ``datasets``), a DataLoader, an IterableDataset, or a mapping with some of train, validation, test,
+        unlabelled. A DataLoader's collate_fn, workers and pinned memory are used; its sampler's batches too, drawn
+        anew each epoch under the run's seed (of a plain ``shuffle=True`` the batch size, with every batch full). A
+        stage over labelled and unlabelled rows mixes the two at random. An iterable's batches come as they are.
     method
         A name, ``{"name": ..., setting: ...}``, a Method object, or a list of these.
+    task
+        What a batch means, see Distillation. Without it labels are classes, or numbers where they are floats.
     score
-        From outputs and labels of a split to metrics by name, the first being the one shown; default
-        accuracy and nll, or r2 and mse where labels are floats.
+        Names of metrics (accuracy, f1, nll, perplexity, miou; r2, mse, spearman), an object with ``update`` and
+        ``compute`` as torchmetrics' are, several of these by name, or a function of a whole split's outputs and
+        labels to numbers by name, where the outputs take 512 MiB at most. Rows that count are scored. The first that is
+        better when higher is the one shown. Default: those of the kind of task (accuracy and nll; r2 and mse).
     dir, resume, overwrite
         A run directory to keep; without it nothing is written. ``resume`` goes on with an unfinished run there,
         ``overwrite`` starts over.
@@ -75,100 +91,84 @@ def distill(
 
     Raises ConfigError, DataError or PluginError before any training where something doesn't fit.
     """
-    splits = as_splits(data)
+    kind = kind_of(task, sample(data))
+    splits = as_splits(data, kind, training.get("batch_size"), training.get("workers"))
     splits.validate()
-    task = _ObjectTask(splits, score)
+    described = _HandedOver(kind, score)
+    if "batch_size" not in training and (own := batch_size_of(data)) is not None:
+        training["batch_size"] = own
     config = validate({"name": "distill", "task": "objects", "method": "objects", **training, "out": dir})
     optim.check(config.optimizer, config.scheduler)
     plugins = as_plugins(method)
     specs = [{"name": plugin.name, **plugin.method.config.model_dump(mode="json")} for plugin in plugins]
-    config = validate({**config.model_dump(mode="json"), "method": None, "methods": specs})
+    config = validate({**dump(config), "method": None, "methods": specs})
+    for model in (student, target):
+        if model is not None:
+            prepare_to_train(model)
     builders: dict[str, Callable[[], nn.Module]] = {STUDENT: lambda: student}
     if target is not None:
         builders[TARGET] = lambda: target
-    folder = None if dir is None else Path(dir)
-    parts = Parts(config, task, plugins, [], builders, teacher, folder)
-    if folder is not None:
-        finished = directory.look(config, resume=resume, overwrite=overwrite)
-        if finished is not None:
-            from stillhouse.runs.teachers import load
-
-            made_from = replace(splits, test=None).fingerprint()
-            directory.same_origin(folder, made_from, None if teacher is None else digest(teacher))
-            load(target or student, folder / directory.STUDENT)
-            return Distilled(target or student, finished["scores"], finished)
+    parts = Parts(config, described, plugins, [], builders, teacher, config.out, rebuilt=False)
+    final = target or student
     shown = display or default_display()
-    outside = RandomState.capture()
-    try:
-        with cpu_threads(config.threads):
-            summary = train(
-                parts, splits, pick_device(config.device), shown, resume=resume, overwrite=overwrite
-            )
-    finally:
-        shown.close()
-        outside.restore()
-    return Distilled(target or student, summary["scores"], summary)
+    summary, found = make(
+        parts, splits, pick_device(config.device), shown, resume=resume, overwrite=overwrite
+    )
+    if found:
+        folder = config.run_dir
+        kept = directory.read_manifest(folder)
+        before = directory.origin(kept["data"], kept["teacher"].get("digest"))
+        made_from = replace(splits, test=None).fingerprint()
+        directory.same_origin(
+            folder, before, directory.origin(made_from, None if teacher is None else digest(teacher))
+        )
+        load(final, folder / directory.STUDENT)
+    return Distilled(final, summary["scores"], summary)
 
 
-class _ObjectTask(Task):
+class _HandedOver(Task):
     """The task behind data that were handed over."""
 
     api_version: ClassVar[int] = 1
 
-    def __init__(self, splits: Splits, score: Score | None) -> None:
+    def __init__(self, kind: TaskKind, score: Score | None) -> None:
         super().__init__()
-        labels = splits.train.batch(_first_row()).labels
-        floats = labels is not None and labels.is_floating_point()
-        self._score = score or (regression if floats else classification)
-        self.metric = "r2" if floats else "accuracy"  # type: ignore[misc]
+        self.kind = kind.name  # type: ignore[misc]
+        self._metrics = _metrics(score, kind)
+        shown = next(
+            (name for name, metric in self._metrics().items() if higher_is_better(name, metric)), None
+        )
+        self.metric = next(iter(self._metrics()), "") if shown is None else shown  # type: ignore[misc]
 
-    def score(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
-        scores = self._score(outputs, labels)
-        self.metric = next(iter(scores))  # type: ignore[misc]
-        return scores
-
-
-def _first_row() -> Tensor:
-    import torch
-
-    return torch.zeros(1, dtype=torch.long)
+    def metrics(self) -> Metrics:
+        return self._metrics()
 
 
-def as_splits(data: Any) -> Splits:
-    """Splits from what a user has; DataError for what can't be read."""
-    if isinstance(data, Splits):
-        return replace(data)
-    if isinstance(data, Mapping):
-        unknown = [name for name in data if name not in SPLITS]
-        if unknown:
-            raise DataError(f"data has a split '{unknown[0]}'{nearest(str(unknown[0]), SPLITS)}")
-        if data.get("train") is None:
-            raise DataError(f"data has the splits {', '.join(data) or 'none'}; expected 'train' among them")
-        return Splits(**{name: as_split(value, name) for name, value in data.items() if value is not None})
-    return Splits(as_split(data, "train"))
-
-
-def as_split(data: Any, name: str) -> Split:
-    """One split from tensors, a Dataset or a DataLoader."""
-    if isinstance(data, TensorSplit | DatasetSplit):
-        return data
-    if isinstance(data, Tensor):
-        return TensorSplit(data)
-    if (
-        isinstance(data, tuple | list)
-        and len(data) in (1, 2)
-        and all(isinstance(item, Tensor) for item in data)
-    ):
-        return TensorSplit(*data)
-    labelled = name != "unlabelled"
-    if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
-        return DatasetSplit(data.dataset, labelled, collate=data.collate_fn)
-    if isinstance(data, Dataset) and hasattr(data, "__len__") and not isinstance(data, IterableDataset):
-        return DatasetSplit(data, labelled)
-    what = type(data).__name__
-    if isinstance(data, tuple | list) and data:
-        what += f" of {', '.join(type(item).__name__ for item in data[:3])}"
-    raise DataError(
-        f"the {name} split is {what}; expected tensors (torch.as_tensor makes one of an array), (inputs, labels), "
-        "a map-style Dataset or a DataLoader of one (an iterable has no sample ids, and can't be resumed)"
-    )
+def _metrics(score: Score | None, kind: TaskKind) -> Callable[[], Metrics]:
+    """What makes the metrics that ``score`` stands for."""
+    if score is None:
+        return lambda: default_metrics(kind)
+    if isinstance(score, Metric):
+        name = (
+            "" if isinstance(score, Iterable) else type(score).__name__
+        )  # a collection has names of its own
+        return lambda: {name: score}
+    if isinstance(score, Mapping):
+        for name, metric in score.items():
+            if not isinstance(metric, Metric):
+                raise ConfigError(
+                    f"score: '{name}' is {type(metric).__name__}; expected an object with update and compute, as "
+                    "torchmetrics' are"
+                )
+        return lambda: score
+    if callable(score):
+        return lambda: {"": WholeSplit(score)}
+    names = [score] if isinstance(score, str) else score
+    if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(
+            f"score is {score!r:.60}; expected names ({', '.join(KNOWN)}), metrics by name, or a function of outputs "
+            "and labels"
+        )
+    names = list(names)
+    metrics_named(names, kind)
+    return lambda: metrics_named(names, kind)

@@ -8,6 +8,7 @@ from typing import Any
 
 from stillhouse.files import write_text
 from stillhouse.runs import directory
+from stillhouse.runs.contents import REPORT_MARK
 
 
 def curve(rows: Sequence[Mapping[str, Any]], metric: str, path: Path, title: str) -> None:
@@ -89,5 +90,7 @@ Chosen by default:
 - `{directory.METRICS}`: a row every logged update and every look at the validation split.
 - `{directory.SUMMARY}`: the figures above.
 - `{directory.STUDENT}`: the trained weights.
+
+{REPORT_MARK}
 """,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from stillhouse.api import Observer, Task
-from stillhouse.config import Named, RunConfig, StudentConfig, TeacherConfig, dump
+from stillhouse.config import Named, RunConfig, StudentConfig, TeacherConfig, dump, validate
 from stillhouse.contract.context import STUDENT, TARGET
 from stillhouse.contract.task import Builder
 from stillhouse.errors import ConfigError, nearest
@@ -19,7 +20,7 @@ from stillhouse.plugin.builders import arguments
 from stillhouse.plugin.catalog import entries, find
 from stillhouse.plugin.catalog import load as load_plugin
 from stillhouse.plugin.dispatch import Plugin, Plugins
-from stillhouse.plugin.load import configured, lifted, load_methods
+from stillhouse.plugin.load import configured, load_methods
 from stillhouse.runs import teachers
 from stillhouse.training import optim
 
@@ -39,6 +40,8 @@ class Parts:
     """A teacher handed over as an object, in place of a builder."""
     folder: Path | None = None
     """The run directory; None keeps nothing."""
+    rebuilt: bool = True
+    """Whether ``builders`` make new models at each call: not where models were handed over."""
 
 
 def resolve(config: RunConfig) -> Parts:
@@ -47,7 +50,7 @@ def resolve(config: RunConfig) -> Parts:
     Raises PluginError or ConfigError; nothing is trained or written before this has passed.
     """
     _, task = configured("task", config.task, "task")
-    named = lifted(config.named_methods)
+    named = config.named_methods
     methods = load_methods(named)
     observers = [
         configured("observer", spec, f"observers.{number}")[1] for number, spec in enumerate(config.observers)
@@ -73,11 +76,12 @@ def resolve(config: RunConfig) -> Parts:
             builders[role], given = builder_of(named_spec, task.students, role)
             chosen[role] = _full(named_spec, given)
     specs = [
-        _full(spec, dump(plugin.method.config)) for (_, spec), plugin in zip(named, methods, strict=True)
+        {**_full(spec, dump(plugin.method.config)), **({"as": spec.alias} if spec.alias else {})}
+        for (_, spec), plugin in zip(named, methods, strict=True)
     ]
     alone = config.method is not None and len(specs) == 1
     chosen |= {"method": specs[0]} if alone else {"method": None, "methods": specs}
-    resolved = RunConfig.model_validate({**config.model_dump(exclude=set(chosen)), **chosen})
+    resolved = validate({**config.model_dump(exclude=set(chosen)), **chosen})
     return Parts(resolved, task, methods, observers, builders, folder=resolved.run_dir)
 
 
@@ -115,12 +119,13 @@ def pick_device(name: str) -> torch.device:
     """The device that ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` means here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device: got '{name}'; expected auto, cpu, cuda or cuda:N") from None
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise ConfigError(f"device: got '{name}'; expected auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "device: cuda is not available here; expected auto or cpu ('stillhouse doctor' says why)"
         )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device: got '{name}', and this machine has {torch.cuda.device_count()}")
     return device

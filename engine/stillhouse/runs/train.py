@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import nn
 
 from stillhouse.api import Task
 from stillhouse.config import Named, RunConfig, dump
 from stillhouse.contract.batch import Batch
 from stillhouse.contract.context import STUDENT, TARGET
+from stillhouse.contract.metrics import higher_is_better
 from stillhouse.contract.observers import RunRecord
 from stillhouse.contract.splits import Splits
-from stillhouse.errors import ConfigError
+from stillhouse.errors import ConfigError, Diverged, WriteFailed
+from stillhouse.files import digest as file_digest
 from stillhouse.files import write_bytes, write_json
-from stillhouse.models.integrity import digest, freeze
-from stillhouse.plugin.dispatch import Plugins
-from stillhouse.runs import directory, page, teachers
+from stillhouse.files.tensors import tensor_bytes
+from stillhouse.models.integrity import digest
+from stillhouse.runs import contents, directory, page, teachers, weights
 from stillhouse.runs.display import Display
-from stillhouse.runs.evaluate import Sealed, score
-from stillhouse.runs.recorder import Interrupted, Recorder
+from stillhouse.runs.evaluate import Sealed, check_score, score
+from stillhouse.runs.interrupts import Interrupted
+from stillhouse.runs.lock import Lock
+from stillhouse.runs.recorder import Recorder
+from stillhouse.runs.rehearsal import offers, rehearse
 from stillhouse.runs.resolve import Parts, builder_of, pick_device, resolve
-from stillhouse.training.compatibility import OFFERED, check_fit
 from stillhouse.training.loop import Loop
 from stillhouse.training.random_state import RandomState
 from stillhouse.training.step import DistillStep
@@ -64,18 +69,47 @@ def run(
     device = pick_device(config.device)
     data = splits(parts.task)
     data.validate()
-    finished = directory.look(parts.config, resume=resume, overwrite=overwrite)
-    if finished is not None:
+    summary, found = make(parts, data, device, display, resume=resume, overwrite=overwrite)
+    if found:
         display.say(
             f"{config.run_dir} holds this run, finished; its figures are shown (--overwrite makes it again)"
         )
-        return finished
+    return summary
+
+
+def make(
+    parts: Parts, data: Splits, device: torch.device, display: Display, *, resume: bool, overwrite: bool
+) -> tuple[Summary, bool]:
+    """Train while holding the directory's lock, or find the run finished there.
+
+    Returns its summary, and whether it was there. The caller's random generators and threads are as they were.
+    """
     outside = RandomState.capture()
     try:
-        with cpu_threads(config.threads):
-            return train(parts, data, device, display, resume=resume, overwrite=overwrite)
-    except KeyboardInterrupt:  # between updates: a teacher is trained, labels are taken, or it came twice
-        raise Interrupted("interrupted; what was written before is whole: go on with --resume") from None
+        with cpu_threads(parts.config.threads):
+            if parts.folder is None:
+                return train(parts, data, device, display, resume=resume), False
+            finished = directory.look(parts.config, resume=resume, overwrite=overwrite)
+            if finished is not None:
+                return finished, True
+            with Lock(parts.folder):  # and look again: it may have been another's until now
+                finished = directory.look(parts.config, resume=resume, overwrite=overwrite, say=display.say)
+                if finished is not None:
+                    return finished, True
+                if parts.rebuilt:
+                    rehearse(parts, data, device)
+                return train(parts, data, device, display, resume=resume, overwrite=overwrite), False
+    except (
+        KeyboardInterrupt
+    ) as ended:  # between updates: a teacher is trained, labels are taken, or it came twice
+        raise Interrupted(
+            "interrupted; what was written before is whole: go on with --resume",
+            getattr(ended, "number", signal.SIGINT),
+        ) from None
+    except WriteFailed as error:
+        if parts.folder is not None and "--resume" not in str(error):
+            raise WriteFailed(f"{error}: then go on with --resume", error.errno) from error
+        raise
     finally:
         display.close()
         outside.restore()
@@ -87,7 +121,7 @@ def train(
     device: torch.device,
     display: Display,
     *,
-    resume: bool,
+    resume: bool = False,
     overwrite: bool = False,
 ) -> Summary:
     """Teacher, models, stages, final scores: everything after the config and the data are known."""
@@ -103,12 +137,13 @@ def train(
         target=models.get(TARGET),
         teacher=teacher,
         probe=_probe(data, device),
+        task=parts.task.kind,
         splits=data,
         steps=config.steps,
         batch_size=config.batch_size,
         seed=config.seed,
         dir=folder,
-        offers=_offers(data),
+        offers=offers(data),
         say=display.say,
         build=lambda spec: builder_of(Named.model_validate(dict(spec)), parts.task.students, "network")[
             0
@@ -116,38 +151,95 @@ def train(
     )
     with closing(step):  # after an error too: nothing stays frozen, no hook stays on the caller's models
         for name, auxiliary in step.auxiliary.items():
-            auxiliary.module.to(device)
             display.say(f"auxiliary module {name}: {_size(auxiliary.module):,} parameters")
-        recorder = Recorder(config, parts.task, data.validation, device, display, folder, parts.observers)
+        final = step.model(step.stages[-1])
+        if folder is not None:
+            weights.check_saveable(final)
+        check_score(parts.task, final, data, device)
+        fingerprints = data.fingerprint()
+        origin = directory.origin(fingerprints, teacher_facts.get("digest"))
+        recorder = Recorder(
+            config, parts.task, data.validation, device, display, folder, parts.observers, origin
+        )
         loop = Loop(step, data, config, device, recorder)
         manifest = directory.manifest(
             config,
             step.plugins,
             device,
+            writes=contents.declared([*(plugin.method for plugin in parts.methods), *parts.observers]),
             task=dump(config.task),
-            data=data.fingerprint(),
+            data=fingerprints,
             teacher=teacher_facts,
             stages=_stages(loop),
             parameters={name: _size(model) for name, model in step.run.models.items()},
             chosen=step.run.chosen,
         )
-        if folder is not None:
-            directory.claim(config, overwrite=overwrite)
-            if resume:
-                directory.same_origin(folder, manifest["data"], teacher_facts.get("digest"))
-            write_json(folder / directory.MANIFEST, manifest)
+        with _told(parts, manifest) as failing:
+            if folder is not None:
+                _begin(folder, parts, manifest, recorder, loop, resume=resume, overwrite=overwrite)
+            try:
+                with recorder.interrupts.caught():
+                    loop.run()
+            except Diverged as error:
+                failing(recorder.diverged(loop, error))
+                raise recorder.advised(error) from error
+            step.plugins.notify("on_run_end", run=step.run)
+            summary = _finish(parts, loop, recorder, sealed, manifest)
             for observer in parts.observers:
-                observer.on_run_start(RunRecord(config.name, folder, dump(config), manifest))
-        if resume:
-            at = recorder.resume(loop)
-            display.say("no checkpoint yet: from the start" if at is None else f"resumed after update {at}")
-        with recorder.interruptible():
-            loop.run()
-        step.plugins.notify("on_run_end", run=step.run)
-        summary = _finish(parts, loop, recorder, sealed, manifest)
-        for observer in parts.observers:
-            observer.on_run_end(summary)
+                observer.on_run_end(summary)
         return summary
+
+
+def _begin(
+    folder: Path,
+    parts: Parts,
+    manifest: dict[str, Any],
+    recorder: Recorder,
+    loop: Loop,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> None:
+    """Claim the directory, tell the observers, and take up the last checkpoint where there is one."""
+    config, say = parts.config, recorder.display.say
+    if resume and (before := directory.kept(folder)) is not None:
+        origin = directory.origin(before["data"], before["teacher"].get("digest"))
+        directory.same_origin(folder, origin, recorder.origin)
+    kept = directory.claim(config, manifest, overwrite=overwrite)
+    for observer in parts.observers:
+        observer.on_run_start(RunRecord(config.name, folder, dump(config), manifest))
+    if not resume:
+        return
+    changed, versions = directory.changes(kept, manifest)
+    again = kept is not None and directory.diverged(kept) and bool(changed)
+    free, upto = directory.retreat(kept) if again and kept is not None else ((), float("inf"))
+    at = recorder.resume(loop, free=free, upto=upto)
+    say("no checkpoint yet: from the start" if at is None else f"resumed after update {at}")
+    for name, (old, new) in {**changed, **versions}.items():
+        say(
+            f"not as before: {name} was {old}, is {new}{' (the last bits may differ)' if name in versions else ''}"
+        )
+    manifest["history"].append({"event": "resumed", "at": at or 0, "changed": changed, "versions": versions})
+    write_json(folder / directory.MANIFEST, manifest, sealed=True)
+
+
+@contextmanager
+def _told(parts: Parts, manifest: dict[str, Any]) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Tell the observers where the run fails; the yielded function writes an event down in the manifest's history."""
+
+    def write(event: dict[str, Any]) -> None:
+        manifest["history"].append(event)
+        if parts.folder is not None:
+            with suppress(WriteFailed):  # the error that is being raised says more
+                write_json(parts.folder / directory.MANIFEST, manifest, sealed=True)
+
+    try:
+        yield write
+    except BaseException as error:
+        for observer in parts.observers:
+            with suppress(Exception):  # one that fails here too would hide the error
+                observer.on_run_failed(error)
+        raise
 
 
 @dataclass
@@ -172,7 +264,7 @@ class Prepared:
 
 
 def prepare(config: RunConfig, say: Callable[[str], None] = lambda message: None) -> Prepared:
-    """Make the data and the teacher that runs of this config will find kept, and check that all of it fits.
+    """Make the data and the teacher that runs of this config will find kept, and rehearse one.
 
     Raises what a run would raise before its first update, but for a misfit, which is told in ``refused``. No score of
     the test split is taken.
@@ -185,26 +277,16 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda message: None
             data = parts.task.splits()
             data.validate()
             found, data = data.fingerprint(), replace(data, test=None)
-            models = {
-                role: parts.builders[role]().to(device)
-                for role in (STUDENT, TARGET)
-                if role in parts.builders
-            }
             metrics: list[str] = []
             if data.validation is not None and data.validation.labelled:
-                metrics = list(score(parts.task, models[STUDENT], data.validation, device))
-            untrained = parts.builders["teacher"]().to(device) if "teacher" in parts.builders else None
+                student = parts.builders[STUDENT]().to(device)
+                metrics = list(score(parts.task, student, data.validation, device, config=config))
             try:
-                check_fit(
-                    Plugins(parts.methods),
-                    models,
-                    untrained,
-                    _probe(data, device),
-                    splits=data,
-                    offers=_offers(data),
-                )
+                rehearse(parts, data, device)
             except ConfigError as error:
                 return Prepared(found, {}, parts.task.metric, metrics, str(error))
+            except Diverged as error:  # with these settings: the cell will tell, others may do better
+                say(str(error))
             teacher = _teacher(parts, data, device, say)[1]
             return Prepared(found, teacher, parts.task.metric, metrics)
     finally:
@@ -222,7 +304,7 @@ def _teacher(
         return None, {}
     elif spec.checkpoint is not None:
         model = parts.builders["teacher"]().to(device)
-        teachers.load(model, spec.checkpoint)
+        weights.load(model, spec.checkpoint)
         facts = {"found": str(spec.checkpoint), "digest": digest(model)}
     else:
         settings = teachers.training(spec.train, parts.task).model_copy(
@@ -236,30 +318,18 @@ def _teacher(
             settings,
             device,
             say,
-            before=lambda untrained: _check_models(parts, data, device, untrained),
+            kind=parts.task.kind,
         )
         facts = dict(made)
     if data.validation is not None and data.validation.labelled:
-        facts["validation"] = score(parts.task, model, data.validation, device, teacher=True)
-    return freeze(model), facts
-
-
-def _check_models(parts: Parts, data: Splits, device: torch.device, teacher: nn.Module) -> None:
-    """Refuse what doesn't fit before a teacher is trained for it."""
-    with torch.random.fork_rng():
-        models = {
-            role: parts.builders[role]().to(device) for role in (STUDENT, TARGET) if role in parts.builders
-        }
-    plugins = Plugins(parts.methods)
-    check_fit(plugins, models, teacher, _probe(data, device), splits=data, offers=_offers(data))
+        facts["validation"] = score(
+            parts.task, model, data.validation, device, teacher=True, config=parts.config
+        )
+    return model, facts
 
 
 def _probe(data: Splits, device: torch.device) -> Batch:
-    return data.train.batch(torch.arange(min(4, len(data.train)))).to(device)
-
-
-def _offers(data: Splits) -> frozenset[str]:
-    return OFFERED if data.train.labelled else OFFERED - {"labels"}
+    return data.train.probe(4).to(device)
 
 
 def _stages(loop: Loop) -> list[dict[str, Any]]:
@@ -294,7 +364,7 @@ def _finish(
     scores, test = {}, sealed.open()
     for name, split in (("validation", loop.splits.validation), ("test", test)):
         if split is not None:
-            scores[name] = score(parts.task, model, split, device)
+            scores[name] = score(parts.task, model, split, device, config=config)
     summary: Summary = {
         "name": config.name,
         "methods": [plugin.name for plugin in parts.methods],
@@ -314,13 +384,22 @@ def _finish(
     }
     if folder is None:
         return summary
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_bytes(folder / directory.STUDENT, save(weights))
+    write_bytes(folder / directory.STUDENT, tensor_bytes(weights.plain_state(model)))
     page.curve(
-        recorder.rows, parts.task.metric, folder / directory.CURVE, f"{config.name}, seed {config.seed}"
+        recorder.metrics.rows,
+        parts.task.metric,
+        folder / directory.CURVE,
+        f"{config.name}, seed {config.seed}",
     )
-    page.page(summary, manifest, folder / directory.REPORT)
-    write_json(folder / directory.SUMMARY, summary)  # last: its presence says that the run is finished
+    if contents.is_our_page(folder / directory.REPORT):
+        page.page(summary, manifest, folder / directory.REPORT)
+    else:
+        recorder.display.say(f"{folder / directory.REPORT} is somebody's, and is left as it is")
+    names = (directory.STUDENT, directory.METRICS, directory.CURVE, directory.REPORT)
+    summary["files"] = {name: file_digest(folder / name) for name in names if (folder / name).is_file()}
+    write_json(
+        folder / directory.SUMMARY, summary, sealed=True
+    )  # last: its presence says that the run is finished
     return summary
 
 
@@ -331,7 +410,7 @@ def _warnings(
     if not teacher or "validation" not in scores:
         return []
     source, own = teacher[task.metric], scores["validation"][task.metric]
-    if source > own:
+    if (source > own) == higher_is_better(task.metric) and source != own:
         return []
     return [
         f"the teacher's validation {task.metric} ({source:.4f}) is no better than the trained model's "

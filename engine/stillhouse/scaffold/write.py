@@ -68,7 +68,7 @@ class Names:
 
 def _used(kind: str) -> set[str]:
     """The names in the code of a kind's module, which a class of that name would hide."""
-    source = Template((resources.files(__package__) / kind / "MODULE.py.tmpl").read_text())
+    source = Template((resources.files(__package__) / kind / "MODULE.py.tmpl").read_text(encoding="utf-8"))
     tree = ast.parse(source.substitute(title="_", name="_", module="_"))
     return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
 
@@ -85,6 +85,7 @@ def write(names: Names, folder: Path) -> list[Path]:
     for source in ("common", names.kind):
         for template in sorted((resources.files(__package__) / source).iterdir(), key=lambda path: path.name):
             path = folder / template.name.removesuffix(".tmpl").replace("MODULE", names.module)
-            path.write_text(Template(template.read_text()).substitute(asdict(names)))
+            text = template.read_text(encoding="utf-8")
+            path.write_text(Template(text).substitute(asdict(names)), encoding="utf-8")
             written.append(path)
     return sorted(written)

@@ -11,14 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
+from stillhouse.contract.kinds import TaskKind
 from stillhouse.contract.splits import Split
 from stillhouse.errors import CheckpointError
-from stillhouse.files import write_bytes
-from stillhouse.models.calling import evaluating, forward
+from stillhouse.files.tensors import read_tensors, write_tensors
+from stillhouse.models.calling import DEFAULT, evaluating, forward
 
 
 class SoftLabels:
@@ -36,22 +35,19 @@ class SoftLabels:
         return self.logits[ids]
 
     def save(self, path: Path) -> None:
-        """Write atomically."""
+        """Write atomically, with a digest of the file in it; WriteFailed where it can't be."""
         metadata = {"fingerprint": json.dumps(self.fingerprint, sort_keys=True)}
-        write_bytes(path, save({"logits": self.logits.cpu().contiguous()}, metadata))
+        write_tensors(path, {"logits": self.logits}, metadata)
 
     @classmethod
     def load(cls, path: Path, expected: Mapping[str, str], device: torch.device) -> SoftLabels:
         """Read a file that was made from exactly ``expected``.
 
-        Raises CheckpointError if it is unreadable, or was made from something else.
+        Raises CheckpointError if it is unreadable or was changed (DamagedFile), or was made from something else.
         """
-        try:
-            with safe_open(path, "pt", device=str(device)) as file:
-                found = json.loads((file.metadata() or {}).get("fingerprint", "{}"))
-                logits = file.get_tensor("logits")
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"soft labels {path} can't be read ({error}); remove the file") from None
+        tensors, about = read_tensors(path, what="soft labels", mend="remove the file")
+        found = json.loads(about.get("fingerprint", "{}"))
+        logits = tensors["logits"].to(device)
         for field in sorted({*found, *expected}):
             if found.get(field) != expected.get(field):
                 raise CheckpointError(
@@ -69,11 +65,14 @@ def write_soft_labels(
     device: torch.device,
     batch_size: int = 512,
     teacher: bool = True,
+    kind: TaskKind = DEFAULT,
 ) -> tuple[SoftLabels, int]:
     """One pass of ``model`` in eval mode over ``split``, in row order.
 
     teacher
         Whether the model reads the teacher's inputs where the split holds some.
+    kind
+        What a batch means.
 
     Returns the soft labels and the number of forward passes made.
     """
@@ -81,5 +80,5 @@ def write_soft_labels(
     with evaluating(model):
         for start in range(0, len(split), batch_size):
             batch = split.batch(torch.arange(start, min(start + batch_size, len(split)))).to(device)
-            found.append(forward(model, batch.for_teacher if teacher else batch.inputs).float())
+            found.append(forward(model, batch.for_teacher if teacher else batch.inputs, kind).float())
     return SoftLabels(torch.cat(found), fingerprint), len(found)

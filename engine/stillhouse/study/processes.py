@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.errors import StillhouseError
-from stillhouse.runs.recorder import Interrupted
+from stillhouse.runs.interrupts import Interrupted
 from stillhouse.study.directory import LOG, write_result
 from stillhouse.study.plan import Facts
 from stillhouse.study.preload import MODULES
@@ -157,4 +157,10 @@ def died(order: Order, code: int | str) -> dict[str, Any]:
 
 
 class Stopped(StillhouseError):
-    """A study that was interrupted; what is finished is kept."""
+    """A study that was interrupted; what is finished is kept.
+
+    number
+        The signal that ended it, as of a run.
+    """
+
+    number = signal.SIGINT

@@ -6,12 +6,11 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import Tensor
+from torch import nn
 
 from stillhouse.api import Method
 from stillhouse.testing.checks import CheckFailure, CheckFunction, NotApplicable, expect
 from stillhouse.testing.rig import Conditions, Rig, Subject, conditions_for, everything
-from stillhouse.testing.toys import ToyTeacher, toy_splits
 
 UNTESTABLE = frozenset({"deterministic_teacher", "generate"})
 """What a run does without as well as with, and a result does not show."""
@@ -26,7 +25,7 @@ def declared_capabilities_suffice(subject: Subject, folder: Path) -> None:
         "implements the hook student_update and does not require 'student_update'; add it to requires",
     )
     try:
-        rig = Rig(subject, conditions_for(needs, folder=folder))
+        rig = Rig(subject, conditions_for(subject, needs, folder=folder))
         asked = [role for role in ("teacher", *rig.step.run.models) if rig.step.captures.asked(role)]
         rig.loop.run()
     except Exception as error:
@@ -63,9 +62,9 @@ def _runs_without(subject: Subject, capability: str, folder: Path) -> bool:
     rest = subject.kind.requires - {capability}
     if capability == "hidden_states":
         return not _asks_for_features(subject, folder)
-    conditions = conditions_for(rest, folder=folder)
+    conditions = conditions_for(subject, rest, folder=folder)
     if capability == "logits" and "hidden_states" in rest:
-        conditions = conditions_for(rest, folder=folder, teacher=_Mute())
+        conditions = conditions_for(subject, rest, folder=folder, teacher=_mute(subject))
     return _runs(subject, conditions, rest)
 
 
@@ -74,11 +73,11 @@ def _asks_for_features(subject: Subject, folder: Path) -> bool:
     return captures.asked("teacher") or captures.asked("student")
 
 
-class _Mute(ToyTeacher):
+def _mute(subject: Subject) -> nn.Module:
     """A teacher with features whose logits say nothing."""
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return super().forward(inputs) * math.nan
+    teacher = subject.toys.teacher()
+    teacher.register_forward_hook(lambda module, given, output: output * math.nan)
+    return teacher
 
 
 def _runs(subject: Subject, conditions: Conditions, requires: frozenset[str]) -> bool:
@@ -97,8 +96,10 @@ def works_without_labels(subject: Subject, folder: Path) -> None:
     if "labels" in subject.kind.requires:
         raise NotApplicable("requires labels")
     cases: dict[str, Callable[[], Conditions]] = {
-        "no row": lambda: everything(subject, data=toy_splits(labels=False), folder=folder / "none"),
-        "half of the rows": lambda: everything(subject, data=toy_splits(known=0.5), folder=folder / "half"),
+        "no row": lambda: everything(subject, data=subject.toys.splits(labels=False), folder=folder / "none"),
+        "half of the rows": lambda: everything(
+            subject, data=subject.toys.splits(known=0.5), folder=folder / "half"
+        ),
     }
     for what, conditions in cases.items():
         try:

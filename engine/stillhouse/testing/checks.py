@@ -84,11 +84,13 @@ def checks_for(subject: Subject) -> list[Check]:
 def _functions(subject: Subject) -> Sequence[CheckFunction]:
     from stillhouse.testing import (
         capability_checks,
+        embedding_checks,
         import_checks,
         number_checks,
         observer_checks,
         state_checks,
         task_checks,
+        token_checks,
     )
 
     kind = subject.kind
@@ -96,6 +98,8 @@ def _functions(subject: Subject) -> Sequence[CheckFunction]:
         check_hooks(subject, kind)
         own: Sequence[CheckFunction] = (
             *number_checks.CHECKS,
+            *token_checks.CHECKS,
+            *embedding_checks.CHECKS,
             *capability_checks.CHECKS,
             *state_checks.CHECKS,
         )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ import torch
 from torch import Tensor
 
 from stillhouse.api import Batch
+from stillhouse.contract.batch import tensors_in
 from stillhouse.models.integrity import digest
 from stillhouse.testing.checks import CheckFunction, NotApplicable, expect
-from stillhouse.testing.rig import Rig, Subject, everything, toy_student, toy_teacher
-from stillhouse.testing.toys import FLAG
+from stillhouse.testing.rig import Rig, Subject, everything
+from stillhouse.testing.toys import FLAG, PAD
 
 
 def gradient_reaches_the_student(subject: Subject, folder: Path) -> None:
@@ -61,8 +64,8 @@ def finite_in_bf16(subject: Subject, folder: Path) -> None:
 
 def _finite(subject: Subject, folder: Path, precision: str) -> None:
     given = everything(subject, folder=folder, precision=precision, learning_rate=1e-4)
-    teacher = None if given.teacher is None else toy_teacher(scale=60.0)
-    rig = Rig(subject, replace(given, teacher=teacher, student=toy_student(scale=60.0)))
+    teacher = None if given.teacher is None else given.toys.teacher(scale=60.0)
+    rig = Rig(subject, replace(given, teacher=teacher, student=given.toys.student(scale=60.0)))
     _run_finite(rig, f"in {precision} with logits around 60")
 
 
@@ -83,67 +86,63 @@ def takes_a_batch_of_one(subject: Subject, folder: Path) -> None:
 
 def masked_rows_are_ignored(subject: Subject, folder: Path) -> None:
     """Masked rows give no loss and no gradient, whatever they hold; the mean is over the others."""
-    mask = torch.tensor([True, False, True, True, False, True, True, False])
-
-    def holding(content: float) -> Any:
-        def make(batch: Batch) -> Batch:
-            inputs = batch.inputs.clone()
-            inputs[~mask, 0] = content
-            return replace(batch, inputs=inputs, mask=mask)
-
-        return make
-
-    def without(batch: Batch) -> Batch:
-        return Batch(
-            batch.inputs[mask],
-            None if batch.labels is None else batch.labels[mask],
-            batch.ids,
-            mask=mask[mask],
-        )
-
-    draws = _draws(subject, folder)
-    makers = [holding(0.5), holding(2 * FLAG), without]
+    counts = torch.tensor([True, False, True, True, False, True, True, False])
+    makers = [lambda batch: _holding(batch, counts, 0.5), lambda batch: _holding(batch, counts, 2 * FLAG)]
     runs = [Rig(subject, everything(subject, folder=folder)).updates(make) for make in makers]
-    for (stage, metrics, gradient), infinite, absent in zip(*runs, strict=True):
+    without = Rig(subject, everything(subject, folder=folder)).updates(lambda batch: _samples(batch, counts))
+    for (stage, metrics, gradient), infinite, absent in zip(*runs, without, strict=True):
         where = f"in stage '{stage.name}'"
         message = f"{where} a masked row changed the {{}}; expected it to count nowhere: use batch.mask"
         expect(
-            _close(gradient, infinite[2]), subject, message.format("gradient when its logits were infinite")
+            close(gradient, infinite[2]), subject, message.format("gradient when its logits were infinite")
         )
-        expect(_close(metrics["loss"], infinite[1]["loss"]), subject, message.format("loss"))
-        expect(  # with fewer rows other random numbers are drawn for each
-            draws or (_close(metrics["loss"], absent[1]["loss"]) and _close(gradient, absent[2])),
+        expect(close(metrics["loss"], infinite[1]["loss"]), subject, message.format("loss"))
+        expect(
+            close(metrics["loss"], absent[1]["loss"]) and close(gradient, absent[2]),
             subject,
             f"{where} the loss with masked rows is {float(metrics['loss']):.6g}, without these rows "
-            f"{float(absent[1]['loss']):.6g}; expected the same: divide by step.rows",
+            f"{float(absent[1]['loss']):.6g}; expected the same: divide by info.rows",
         )
+
+
+def _holding(batch: Batch, counts: Tensor, content: float) -> Batch:
+    """The samples that do not count masked, and holding something else."""
+    rows = counts if batch.mask is None else batch.mask & counts[:, None]
+    if isinstance(batch.inputs, Tensor):
+        inputs = batch.inputs.clone()
+        inputs[~counts, 0] = content
+        return replace(batch, inputs=inputs, mask=rows)
+    tokens = batch.inputs["input_ids"].clone()
+    tokens[~counts] = PAD if content > FLAG else 1
+    return replace(batch, inputs={**batch.inputs, "input_ids": tokens}, mask=rows)
+
+
+def _samples(batch: Batch, counts: Tensor) -> Batch:
+    """The samples that count, and no others."""
+    index = counts.nonzero()[:, 0]
+    return replace(batch.part(index), mask=counts[index] if batch.mask is None else batch.mask[index])
 
 
 def micro_batches_do_not_matter(subject: Subject, folder: Path) -> None:
-    """An update's gradient is the same in one, two and four micro-batches."""
-    if _draws(subject, folder):
-        raise NotApplicable("draws random numbers in a step, other ones for every split of it")
+    """An update's gradient is the same in one, two and four micro-batches, and in uneven ones."""
     runs = [
-        Rig(subject, everything(subject, folder=folder, micro_batch_size=size)).updates(_same)
-        for size in (None, 4, 2)
+        Rig(subject, everything(subject, folder=folder)).updates(_split(sizes))
+        for sizes in ((8,), (4, 4), (2, 2, 2, 2), (5, 2, 1))
     ]
     for (stage, metrics, whole), *others in zip(*runs, strict=True):
-        for parts, (_, terms, gradient) in zip((2, 4), others, strict=True):
+        for parts, (_, terms, gradient) in zip(("2", "4", "3 uneven"), others, strict=True):
             expect(
-                _close(whole, gradient),
+                close(whole, gradient),
                 subject,
                 f"in stage '{stage.name}' the gradient of {parts} micro-batches differs from that of one batch by "
                 f"{float((whole - gradient).abs().max()):.3g} (loss {float(metrics['loss']):.6g} and "
-                f"{float(terms['loss']):.6g}); expected the same: divide by step.rows, or multiply by step.share",
+                f"{float(terms['loss']):.6g}); expected the same: divide by info.rows, or multiply by info.share",
             )
 
 
-def _draws(subject: Subject, folder: Path) -> bool:
-    """Whether an update depends on torch's random numbers."""
-    first, second = (Rig(subject, everything(subject, folder=folder)).updates(_same, seed) for seed in (0, 1))
-    return any(
-        not torch.equal(one[1]["loss"], other[1]["loss"]) for one, other in zip(first, second, strict=True)
-    )
+def _split(sizes: Sequence[int]) -> Callable[[Batch], list[Batch]]:
+    ends = [sum(sizes[:number]) for number in range(len(sizes) + 1)]
+    return lambda batch: [batch.part(slice(start, end)) for start, end in pairwise(ends)]
 
 
 def _same(batch: Batch) -> Batch:
@@ -175,7 +174,8 @@ def student_equal_to_teacher_gives_the_minimum(subject: Subject, folder: Path) -
         raise NotApplicable("conformance.minimum declares none")
     given = everything(subject, folder=folder)
     same = Rig(
-        subject, replace(given, student=copy.deepcopy(given.teacher) if given.teacher else toy_student())
+        subject,
+        replace(given, student=copy.deepcopy(given.teacher) if given.teacher else given.toys.student()),
     )
     other = Rig(subject, given)
     equal: dict[str, float] = {}
@@ -210,9 +210,9 @@ def batch_is_untouched(subject: Subject, folder: Path) -> None:
     list(Rig(subject, everything(subject, folder=folder)).updates(make))
     for batch, before in held:
         for name in ("inputs", "labels", "ids"):
-            now, then = getattr(batch, name), getattr(before, name)
+            pairs = zip(*(tensors_in(getattr(one, name), name) for one in (batch, before)), strict=True)
             expect(
-                now is None or torch.equal(now, then),
+                all(torch.equal(now, then) for (_, now), (_, then) in pairs),
                 subject,
                 f"changed batch.{name} in place; expected it untouched: give a new Batch from batch_transform",
             )
@@ -243,7 +243,7 @@ def no_graph_is_kept(subject: Subject, folder: Path) -> None:
     )
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def close(a: Tensor, b: Tensor) -> bool:
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         return False
     scale = max(float(a.abs().max()), float(b.abs().max()), 1e-3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from stillhouse.plugin.catalog import Entry
 from stillhouse.plugin.dispatch import Plugin
 from stillhouse.plugin.load import settings_of
 from stillhouse.softlabels import SoftLabels
-from stillhouse.testing.toys import Plain, ToyStudent, ToyTeacher, toy_splits
+from stillhouse.testing.alike import DrawnAlike
+from stillhouse.testing.toys import TOKENS, VECTORS, Plain, Toys
 from stillhouse.training.compatibility import OFFERED
 from stillhouse.training.labels import keep
-from stillhouse.training.loop import Loop, micro_batches
+from stillhouse.training.loop import Loop
 from stillhouse.training.step import DistillStep
 
 CPU = torch.device("cpu")
@@ -43,6 +44,11 @@ class Subject:
     def __str__(self) -> str:
         return f"plugin '{self.name}' ({self.distribution})"
 
+    @property
+    def toys(self) -> Toys:
+        """Models and data of the kind of task that it is checked on."""
+        return TOKENS if self.conformance.task == TOKENS.task else VECTORS
+
     def settings(self) -> Any:
         """The validated settings that are checked."""
         return settings_of(self.kind.Config, self.conformance.settings, "conformance.settings")
@@ -58,43 +64,46 @@ class Conditions:
     seed: int = 0
     precision: str = "fp32"
     learning_rate: float = 0.05
-    data: Splits = field(default_factory=toy_splits)
+    toys: Toys = VECTORS
+    data: Splits | None = None
     teacher: nn.Module | None = None
     student: nn.Module | None = None
     offers: frozenset[str] = OFFERED
     folder: Path | None = None
 
 
-def toy_teacher(**given: Any) -> ToyTeacher:
-    """The teacher of every check, always with the same weights."""
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        return ToyTeacher(**given)
+def toy_teacher(**given: Any) -> nn.Module:
+    """The teacher of the checks on vectors, always with the same weights."""
+    return VECTORS.teacher(**given)
 
 
-def toy_student(**given: Any) -> ToyStudent:
-    """The student of every check, always with the same weights."""
-    with torch.random.fork_rng():
-        torch.manual_seed(2)
-        return ToyStudent(**given)
+def toy_student(**given: Any) -> nn.Module:
+    """The student of the checks on vectors, always with the same weights."""
+    return VECTORS.student(**given)
 
 
 class Rig:
-    """A method, the toys, and the reference loop. SGD without decay: what gets no gradient stays as it is."""
+    """A method, the toys, and the reference loop. SGD without decay: what gets no gradient stays as it is.
+
+    data
+        What is trained on.
+    """
 
     def __init__(self, subject: Subject, conditions: Conditions, kind: type[Method] | None = None) -> None:
         self.subject, self.conditions = subject, conditions
         self.metrics: list[dict[str, float]] = []
-        data, given = conditions.data, conditions
+        given = conditions
+        self.data = data = given.toys.splits() if given.data is None else given.data
         if given.folder is not None:
             given.folder.mkdir(parents=True, exist_ok=True)
-        student = given.student if given.student is not None else toy_student()
+        student = given.student if given.student is not None else given.toys.student()
         self.teacher = copy.deepcopy(given.teacher)
         with torch.random.fork_rng():
             torch.manual_seed(given.seed)
             self.method = (kind or subject.kind)(subject.settings())
             self.step = DistillStep(
-                self._plugins(),
+                plugins_of(self.subject, self.method),
+                task=given.toys.task,
                 student=copy.deepcopy(student),
                 teacher=self.teacher,
                 probe=data.train.batch(torch.arange(4)),
@@ -104,7 +113,7 @@ class Rig:
                 seed=given.seed,
                 dir=given.folder,
                 offers=given.offers if data.train.labelled else given.offers - {"labels"},
-                build=lambda spec: toy_student(),
+                build=lambda spec: given.toys.student(),
             )
         settings = Training.model_validate(
             {
@@ -118,19 +127,13 @@ class Rig:
         )
         self.loop = Loop(self.step, data, settings, CPU, self)
 
-    def _plugins(self) -> list[Plugin]:
-        own = Plugin(self.subject.name, self.subject.distribution, self.method)
-        if hasattr(type(self.method), "loss_terms"):
-            return [own]
-        return [own, Plugin("plain", "stillhouse.testing", Plain())]
-
     # The loop's watcher.
 
     def updated(self, loop: Loop, metrics: Mapping[str, Tensor]) -> None:
         self.metrics.append({name: float(value) for name, value in metrics.items()})
 
     def stage_ended(self, loop: Loop) -> None:
-        loop.step.check_teacher()
+        loop.step.teachers.check(loop.step.plugins, whole=True)
 
     def keep(self, loop: Loop, split: Split) -> SoftLabels | None:
         return keep(loop, split, self.conditions.folder)
@@ -162,55 +165,62 @@ class Rig:
         return ""
 
     def updates(
-        self, make: Callable[[Batch], Batch], seed: int = 0
+        self, make: Callable[[Batch], Batch | Sequence[Batch]]
     ) -> Iterator[tuple[Stage, dict[str, Tensor], Tensor]]:
-        """For each stage that has a model: loss terms and gradients of one update on ``make(batch)``.
+        """For each stage that has a model: loss terms and gradients of one update.
 
         make
-            From the stage's first eight rows to the batch; the micro-batches follow the conditions.
-        seed
-            Of what the method draws during an update.
+            From the stage's first eight samples to the batch, or to the update's micro-batches. What the method draws is
+            the same for every row: it does not depend on how the rows are split.
 
         Yields the stage, the summed metrics, and every gradient in one vector.
         """
         rows = torch.arange(8)
         for stage in self.step.stages:
-            self.step.plugins.notify("on_stage_start", run=self.step.run, stage=stage)
-            self.step.begin(stage, self.conditions.steps)
-            batch = make(self.conditions.data.stage(stage.data).batch(rows))
+            self.step.begin(stage)
+            made = make(self.data.stage(stage.data).batch(rows))
+            parts = [made] if isinstance(made, Batch) else list(made)
             if stage.model is not None:
-                yield (stage, *self._update(batch, self.step.model(stage), seed))
+                yield (stage, *self._update(parts, self.step.model(stage)))
 
-    def _update(self, batch: Batch, model: nn.Module, seed: int) -> tuple[dict[str, Tensor], Tensor]:
-        parts = micro_batches(batch, self.conditions.micro_batch_size)
-        parameters = [p for m in self.step.run.models.values() for p in m.parameters() if p.requires_grad]
+    def _update(self, parts: Sequence[Batch], model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+        step = self.step
+        parameters = [p for m in step.run.models.values() for p in m.parameters() if p.requires_grad]
         total: dict[str, Tensor] = {}
         for parameter in parameters:
             parameter.grad = None
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.step.begin_update(parts)
-            for number, part in enumerate(parts):
-                self.step.info.micro = number
-                loss, terms = self.step(model, part)
+        parts = [step.complete(part) for part in parts]
+        rows, labelled = (sum(map(count, parts)) for count in (step.kind.rows, step.kind.labelled))
+        step.begin_update(rows=rows, labelled=labelled, micros=len(parts))
+        for part in parts:
+            with DrawnAlike():
+                loss, terms = step(model, part)
                 if loss.requires_grad:
-                    loss.backward()  # type: ignore[no-untyped-call]
-                total = {name: total.get(name, torch.zeros(())) + value for name, value in terms.items()}
+                    loss.backward()
+            total = {name: total.get(name, torch.zeros(())) + value for name, value in terms.items()}
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         return total, torch.cat([gradient.reshape(-1) for gradient in gradients])
 
 
-def conditions_for(needs: frozenset[str], **given: Any) -> Conditions:
+def plugins_of(subject: Subject, method: Method) -> list[Plugin]:
+    """The method, with a plain loss beside it where it has none of its own."""
+    own = Plugin(subject.name, subject.distribution, method)
+    if hasattr(type(method), "loss_terms"):
+        return [own]
+    return [own, Plugin("plain", "stillhouse.testing", Plain())]
+
+
+def conditions_for(subject: Subject, needs: frozenset[str], **given: Any) -> Conditions:
     """Conditions that offer what ``needs`` names, and nothing else that can be withheld."""
-    teacher = None
+    toys, teacher = subject.toys, None
     if needs & {"logits", "hidden_states"}:
-        teacher = toy_teacher(noise=0.0 if "deterministic_teacher" in needs else 0.01)
-    data = toy_splits(labels="labels" in needs, unlabelled=24 if "unlabelled" in needs else 0)
-    return Conditions(**{"data": data, "teacher": teacher, "offers": needs, **given})
+        teacher = toys.teacher(noise=0.0 if "deterministic_teacher" in needs else 0.01)
+    data = toys.splits(labels="labels" in needs, unlabelled=24 if "unlabelled" in needs else 0)
+    return Conditions(**{"toys": toys, "data": data, "teacher": teacher, "offers": needs, **given})
 
 
-def everything(subject: Subject, **given: Any) -> Conditions:
+def everything(subject: Subject, *, toys: Toys | None = None, **given: Any) -> Conditions:
     """Conditions that offer all: labels, an unlabelled split, a deterministic teacher where one is asked for."""
     asked = subject.kind.requires & {"logits", "hidden_states"}
-    loose = not hasattr(subject.kind, "loss_terms")
-    return Conditions(**{"teacher": toy_teacher() if asked or loose else None, **given})
+    loose, toys = not hasattr(subject.kind, "loss_terms"), toys or subject.toys
+    return Conditions(**{"toys": toys, "teacher": toys.teacher() if asked or loose else None, **given})

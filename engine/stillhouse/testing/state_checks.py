@@ -55,7 +55,7 @@ def resumes_bit_exact(subject: Subject, folder: Path) -> None:
         first = Rig(subject, conditions)
         first.loop.run(stop)
         second = Rig(subject, conditions)
-        second.loop.load_state_dict(_saved(subject, first.loop.state_dict()))
+        second.loop.load_state_dict(saved(subject, first.loop.state_dict()))
         second.loop.run()
         for name, tensor in second.weights().items():
             expect(
@@ -66,7 +66,7 @@ def resumes_bit_exact(subject: Subject, folder: Path) -> None:
             )
 
 
-def _saved(subject: Subject, state: Mapping[str, Any]) -> dict[str, Any]:
+def saved(subject: Subject, state: Mapping[str, Any]) -> dict[str, Any]:
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     buffer.seek(0)
@@ -84,7 +84,7 @@ def auxiliary_modules_are_found_trained_and_saved(subject: Subject, folder: Path
     """Modules with weights of their own are given in auxiliary_modules, trained, and travel in checkpoints."""
     rig = Rig(subject, everything(subject, folder=folder))
     _none_hidden(rig)
-    trainable = [name for name in rig.step.auxiliary if rig.step.trainable[name]]
+    trainable = [name for name in rig.step.auxiliary if rig.step.parameters(name)]
     if not rig.step.auxiliary:
         raise NotApplicable("has no auxiliary modules")
     before = rig.weights()
@@ -99,7 +99,7 @@ def auxiliary_modules_are_found_trained_and_saved(subject: Subject, folder: Path
             f"the auxiliary module '{name}' did not change in a run; expected a stage to train it",
         )
     fresh = Rig(subject, everything(subject, folder=folder))
-    fresh.loop.load_state_dict(_saved(subject, rig.loop.state_dict()))
+    fresh.loop.load_state_dict(saved(subject, rig.loop.state_dict()))
     for name, tensor in fresh.weights().items():
         expect(torch.equal(tensor, after[name]), subject, f"{name} did not come back from a checkpoint")
 

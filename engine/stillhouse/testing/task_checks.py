@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from stillhouse.api import Batch, Task
+from stillhouse.contract.kinds import KINDS
 from stillhouse.contract.splits import Split, Splits, TensorSplit
 from stillhouse.models.calling import forward
 from stillhouse.plugin.builders import arguments_model
+from stillhouse.runs.evaluate import computed
 from stillhouse.testing.checks import CheckFunction, NotApplicable, expect
 from stillhouse.testing.rig import Subject
 from stillhouse.testing.state_checks import config_round_trips
@@ -71,7 +73,11 @@ def models_fit_the_data(subject: Subject, folder: Path) -> None:
         for name, build in builders.items():
             arguments_model(build)()
             with torch.random.fork_rng():
-                given = forward(build().eval(), batch.for_teacher if role == "teacher" else batch.inputs)
+                given = forward(
+                    build().eval(),
+                    batch.for_teacher if role == "teacher" else batch.inputs,
+                    KINDS[subject.kind.kind],
+                )
             expect(
                 given.shape[0] == 2 and _covers(given, batch),
                 subject,
@@ -87,20 +93,25 @@ def _covers(outputs: Tensor, batch: Batch) -> bool:
 
 
 def metric_is_scored_and_higher_is_better(subject: Subject, folder: Path) -> None:
-    """``score`` gives the metric, and gives right answers more than wrong ones."""
+    """``metrics`` hold the task's metric, and give right answers more of it than wrong ones."""
     task = _task(subject)
     split: Split | None = _splits(subject).validation
-    labels = None if split is None else split.batch(torch.arange(min(64, len(split)))).labels
+    labels = None if split is None else split.probe(64).labels
     if labels is None:
         raise NotApplicable("has no labelled validation split")
     if labels.is_floating_point():
-        right, wrong = labels.reshape(len(labels), -1), -labels.reshape(len(labels), -1)
+        labels = labels if labels.shape[1:].numel() > 1 else labels.reshape(-1)
+        right = labels
     else:
         right = 10 * torch.nn.functional.one_hot(labels.clamp(min=0)).float()
-        wrong = -right
-    scores = [task.score(outputs, labels) for outputs in (right, wrong)]
+    scores = []
+    for sign in (1, -1):
+        metrics = task.metrics()
+        for metric in metrics.values():
+            metric.update(sign * right, labels)
+        scores.append(computed(task, metrics))
     expect(
-        task.metric in scores[0], subject, f"score() gives {', '.join(scores[0])}; expected '{task.metric}'"
+        task.metric in scores[0], subject, f"metrics() give {', '.join(scores[0])}; expected '{task.metric}'"
     )
     expect(
         scores[0][task.metric] > scores[1][task.metric],

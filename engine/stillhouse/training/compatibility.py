@@ -1,54 +1,66 @@
-"""Whether methods, models and data fit together: asked before the first step, and before a teacher is trained."""
+"""Whether methods, models, stages and data fit together: asked once, before the first step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stillhouse.contract.batch import IGNORE, Batch
+from stillhouse.contract.batch import IGNORE, Batch, tensors_in
+from stillhouse.contract.context import TEACHER, RunContext, Stage
+from stillhouse.contract.kinds import KINDS, TaskKind
 from stillhouse.contract.splits import Splits
 from stillhouse.errors import ConfigError, DataError
 from stillhouse.models.calling import evaluating, forward
 from stillhouse.models.integrity import stochastic_module
-from stillhouse.plugin.dispatch import Plugins
+from stillhouse.plugin.dispatch import Plugin, Plugins
+from stillhouse.training.answers import names_of
 
 OFFERED = frozenset({"logits", "deterministic_teacher", "hidden_states", "labels", "student_update"})
 """Capabilities of the reference loop, on a task with labels."""
+EMBEDDED = OFFERED - {"student_update"}
+"""Capabilities of a step in somebody else's loop, which makes the update itself."""
 
 
 def check_fit(
     plugins: Plugins,
     models: Mapping[str, nn.Module],
     teacher: nn.Module | None,
-    probe: Batch,
+    run: RunContext,
     *,
-    splits: Splits | None = None,
     offers: frozenset[str] = OFFERED,
+    stored: bool = False,
 ) -> None:
     """Raise ConfigError where a method needs what is not offered, or models don't fit it; DataError for the labels.
 
     Depends on what the models are, not on their weights: a teacher need not be trained yet.
+
+    stored
+        Whether the teacher's outputs are read from disk: it need not be there then.
     """
-    needs = plugins.requires
-    if (needs & {"logits", "hidden_states"}) and teacher is None:
-        _refuse(plugins, "logits", "needs a teacher, and there is none; name one")
-    if "labels" in needs and not probe.labelled and probe.labels is None:
+    probe, kind, needs = run.probe, run.kind, plugins.requires
+    assert probe is not None
+    asks = needs & {"logits", "hidden_states"}
+    if asks and teacher is None and not (stored and asks == {"logits"}):
+        _refuse(plugins, min(asks), "needs a teacher, and there is none; name one")
+    if "labels" in needs and not probe.has_labels:
         _refuse(plugins, "labels", "needs labels, and the training split has none")
-    if "unlabelled" in needs and (splits is None or splits.unlabelled is None):
+    if "unlabelled" in needs and (run.splits is None or run.splits.unlabelled is None):
         _refuse(plugins, "unlabelled", "needs an unlabelled split, and the task has none")
     for name in sorted(needs - offers - {"unlabelled"}):
         _refuse(plugins, name, f"requires '{name}', which this trainer does not offer")
-    if probe.labels is not None and probe.labels.is_floating_point():
-        _refuse_regression(plugins)
-    if splits is not None:
-        _check_labels(models, teacher, probe, splits)
-    if teacher is None or not needs & {"logits", "hidden_states"}:
+    _refuse_kinds(plugins, kind)
+    outputs_by_name = {name: outputs(model, probe.inputs, kind) for name, model in models.items()}
+    for name, own in outputs_by_name.items():
+        kind.check(probe, own, f"the {name}")
+    given = None if teacher is None else outputs(teacher, probe.for_teacher, kind)
+    _check_labels(kind, min(own.shape[-1] for own in outputs_by_name.values()), probe, run.splits)
+    if teacher is None or given is None or not asks:
         return
     if "deterministic_teacher" in needs:
-        stochastic = stochastic_module(teacher, probe.for_teacher)
+        stochastic = stochastic_module(teacher, probe.for_teacher, kind)
         if stochastic is not None:
             _refuse(
                 plugins,
@@ -56,53 +68,123 @@ def check_fit(
                 f"is for deterministic teachers, and this one gave two answers to one batch: {stochastic} "
                 "is stochastic; put it in eval mode, or use the method 'kd', which asks it anew each step",
             )
-    _compare_outputs(plugins, models, teacher, probe)
+    for name, own in outputs_by_name.items():
+        _compare_outputs(plugins, run, name, own, given)
 
 
-def _check_labels(
-    models: Mapping[str, nn.Module], teacher: nn.Module | None, probe: Batch, splits: Splits
-) -> None:
-    """Refuse class numbers that no model has an output for; torch would tell of them in the middle of training."""
-    given = [outputs(model, probe.inputs) for model in models.values()]
-    if teacher is not None:
-        given.append(outputs(teacher, probe.for_teacher))
-    classes = max(logits.shape[-1] for logits in given)
-    for name, split in splits.items():
-        labels = getattr(split, "labels", None)
-        if labels is None or labels.is_floating_point() or labels.dim() != given[0].dim() - 1:
+def _check_labels(kind: TaskKind, classes: int, probe: Batch, splits: Splits | None) -> None:
+    """Refuse class numbers that a model has no output for; torch would tell of them in the middle of training."""
+    if kind.labels != "classes":
+        return
+    known: list[tuple[str, Any]] = [("the batch's labels", probe.labels)]
+    if splits is not None:
+        known = [(f"{name}.labels", getattr(split, "labels", None)) for name, split in splits.items()]
+    for name, labels in known:
+        if not isinstance(labels, Tensor) or labels.is_floating_point():
             continue
         wrong = (labels != IGNORE) & ((labels < 0) | (labels >= classes))
         if wrong.any():
             row = int(wrong.reshape(len(labels), -1).any(-1).nonzero()[0])
             raise DataError(
-                f"{name}.labels holds {int(labels[wrong][0])}, first in row {row}; expected 0 to {classes - 1}, as the "
+                f"{name} holds {int(labels[wrong][0])}, first in row {row}; expected 0 to {classes - 1}, as the "
                 f"models have {classes} outputs, or {IGNORE} for no label: give the models more outputs, or mend the labels"
             )
 
 
-def _compare_outputs(
-    plugins: Plugins, models: Mapping[str, nn.Module], teacher: nn.Module, probe: Batch
+def _compare_outputs(plugins: Plugins, run: RunContext, name: str, own: Tensor, given: Tensor) -> None:
+    if given.shape == own.shape:
+        return
+    rows = run.kind.labels == "numbers" or given.shape[:-1] == own.shape[:-1]
+    for plugin in plugins.plugins:
+        if not rows or "different_outputs" not in plugin.method.supports:
+            raise ConfigError(
+                f"{plugin}: the teacher gives outputs of shape {tuple(given.shape)}, the {name} "
+                f"{tuple(own.shape)}; expected the same: give the {name} as many outputs"
+            )
+    if run.kind.labels == "classes":
+        shared = min(given.shape[-1], own.shape[-1])
+        run.chose(
+            "outputs",
+            f"{shared} shared",
+            f"the teacher has {given.shape[-1]}, the {name} {own.shape[-1]}: padding",
+        )
+
+
+def _refuse_kinds(plugins: Plugins, kind: TaskKind) -> None:
+    for plugin in plugins.plugins:
+        supports = plugin.method.supports
+        if kind.name not in supports:
+            known = ", ".join(name for name in KINDS if name in supports)
+            raise ConfigError(
+                f"{plugin} has no meaning for {kind.name} ({kind.about}); expected one of {known}: choose a method that "
+                f"supports {kind.name}, or say by task= what a batch means"
+            )
+
+
+def check_stages(
+    plugins: Plugins,
+    stages: tuple[Stage, ...],
+    owner: str | None,
+    run: RunContext,
+    captured: set[tuple[str, str]],
 ) -> None:
-    given = outputs(teacher, probe.for_teacher)
-    for name, model in models.items():
-        student = outputs(model, probe.inputs)
-        if given.shape == student.shape:
-            continue
-        for plugin in plugins.plugins:
-            if not plugin.method.different_outputs:
+    """Raise ConfigError where a stage names what is not there, or offers less than a method beside it requires.
+
+    owner
+        The method that gave the stages; it knows them.
+    captured
+        Who asked for features of which model.
+    """
+    known = {TEACHER, *run.models, *run.teachers}
+    for stage in stages:
+        for name in (*(stage.train or ()), stage.model, *names_of(stage)):
+            if name is not None and name not in known:
                 raise ConfigError(
-                    f"{plugin}: the teacher gives outputs of shape {tuple(given.shape)}, the {name} "
-                    f"{tuple(student.shape)}; expected the same: give the {name} as many outputs"
+                    f"stage '{stage.name}' names '{name}'; known models: {', '.join(run.models)}"
+                )
+        for plugin in plugins.plugins:
+            if plugin.name != owner and plugin.name in run.with_losses:
+                _check_beside(
+                    plugin, stage, owner, run, {role for who, role in captured if who == plugin.name}
                 )
 
 
-def _refuse_regression(plugins: Plugins) -> None:
-    for plugin in plugins.plugins:
-        if not plugin.method.regression:
-            raise ConfigError(
-                f"{plugin} compares class probabilities, and this task's labels are floats (regression); "
-                "expected class labels: choose a method that says regression, such as hard_labels or ibmd"
-            )
+def _check_beside(plugin: Plugin, stage: Stage, owner: str | None, run: RunContext, roles: set[str]) -> None:
+    needs = plugin.method.requires
+    whose = f"stage '{stage.name}' of '{owner}'"
+    wrong = ""
+    if stage.model is None:
+        wrong = f"{whose} calls no student"
+    elif needs & {"logits", "hidden_states"} and stage.teacher is None:
+        wrong = f"{whose} calls no teacher"
+    elif "hidden_states" in needs and stage.teacher in run.models:
+        wrong = f"{whose} learns from the {stage.teacher}'s outputs, without the teacher's features"
+    elif missing := roles - set(run.teachers) - {TEACHER, stage.model}:
+        wrong = f"{whose} calls the {stage.model}, and '{plugin.name}' reads features of the {missing.pop()}"
+    if wrong:
+        raise ConfigError(
+            f"{plugin} can't stand beside '{owner}': {wrong}; expected a stage that gives what it requires: leave one "
+            "of the two methods out"
+        )
+
+
+def row_shape(kind: TaskKind, student: nn.Module, probe: Batch) -> Callable[[Batch], tuple[int, ...]] | None:
+    """From a batch to the shape of one sample's rows, as the student's outputs have it; None where a row is a sample.
+
+    The positions of the outputs are those of the inputs where these have as many, else as many as the probe's.
+    """
+    if kind.positions is False:
+        return None
+    logits = outputs(student, probe.inputs, kind)
+    positions = tuple(logits.shape[1:-1])
+    if not positions:
+        return None
+    end = 1 + len(positions)
+
+    def first(batch: Batch) -> tuple[int, ...]:
+        return tuple(tensors_in(batch.inputs)[0][1].shape[1:end])
+
+    return first if first(probe) == positions else lambda batch: positions
 
 
 def _refuse(plugins: Plugins, capability: str, why: str) -> None:
@@ -110,7 +192,7 @@ def _refuse(plugins: Plugins, capability: str, why: str) -> None:
     raise ConfigError(f"{who[0] if who else plugins.plugins[0]} {why}")
 
 
-def outputs(model: nn.Module, inputs: Any) -> Tensor:
+def outputs(model: nn.Module, inputs: Any, kind: TaskKind) -> Tensor:
     """The model's logits in eval mode, without a graph; the random generators stay as they are."""
     with torch.random.fork_rng(), evaluating(model):
-        return forward(model, inputs)
+        return forward(model, inputs, kind)

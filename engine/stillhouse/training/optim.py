@@ -28,7 +28,10 @@ def check(optimizer: OptimizerConfig, scheduler: Named | None) -> None:
         try:
             if kind is not None:
                 kind.step()
-        except TypeError as error:  # LBFGS wants a closure, ReduceLROnPlateau a metric
+        except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
+            if not isinstance(error, TypeError):
+                raise ConfigError(f"{path}: {type(kind).__name__}: a step fails: {error}") from None
+            # LBFGS wants a closure, ReduceLROnPlateau a metric
             raise ConfigError(
                 f"{path}: {type(kind).__name__} can't be used here, a step takes no arguments: {error}"
             ) from None
@@ -83,5 +86,5 @@ def _call(kind: Any, path: str, takes: Mapping[str, Any], given: dict[str, Any],
             raise ConfigError(f"{path}.{name}: {kind.__name__} has no such argument{nearest(name, takes)}")
     try:
         return kind(first, **given)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, AssertionError, LookupError) as error:
         raise ConfigError(f"{path}: {kind.__name__}: {error}") from None

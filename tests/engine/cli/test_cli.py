@@ -138,7 +138,7 @@ class TestMistakes:
         "no checkpoint": (["teacher={name: mlp, checkpoint: no.safetensors}"], "can't be read"),
         "empty split": (["task=empty"], "the train split is empty; expected at least one row"),
         "NaN in inputs": (["task=nan"], "train.inputs holds NaN or infinity, first in row 2"),
-        "different outputs": (["task=narrow", "teacher=net", "student=small"], "outputs of shape (4, 3), the student (4, 2)"),
+        "different outputs": (["task=narrow", "teacher=net", "student=small", "method=pddm"], "outputs of shape (4, 3), the student (4, 2)"),
         "stochastic teacher": (["task=noisy"], "0 (Dice) is stochastic", "use the method 'kd'"),
         "plugin that raises on import": (["method=raises"], "method plugin 'raises' (acme 1.2) can't be loaded", "no licence"),
         "two plugins with one name": (["method=twice"], "two plugins are called 'twice'", "acme 1.2", "bmce 1.2"),
@@ -227,7 +227,9 @@ class TestMistakes:
             assert not list(Path("cache").rglob("*.safetensors")), "before a teacher is trained, too"
             assert not Path("run").exists(), "the config, mended, can be run there"
 
-    @pytest.mark.parametrize("words", [["task=noisy"], ["task=narrow", "teacher=net", "student=small"]])
+    @pytest.mark.parametrize(
+        "words", [["task=noisy"], ["task=narrow", "teacher=net", "student=small", "method=pddm"]]
+    )
     def test_leaves_the_run_that_it_was_to_overwrite(self, words, cli, config):
         assert cli("run", config, *SMALL, "out=run").code == 0
         before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}

@@ -7,11 +7,13 @@ import torch
 import toys
 from torch.utils.data import TensorDataset
 
-from stillhouse.api import IGNORE, TensorSplit
-from stillhouse.contract.splits import DatasetSplit, JoinedSplit, Splits
-from stillhouse.contract.task import Task, classification, regression
+from stillhouse.api import IGNORE, KINDS, TensorSplit
+from stillhouse.contract.datasets import DatasetSplit
+from stillhouse.contract.joined import JoinedSplit
+from stillhouse.contract.splits import Splits
+from stillhouse.contract.task import Task
 from stillhouse.errors import ConfigError, DataError
-from stillhouse.runs.evaluate import Sealed, outputs, score
+from stillhouse.runs.evaluate import Sealed, score
 
 X, Y = toys.rows(6, 1)
 U = toys.rows(4, 2)[0]
@@ -34,7 +36,7 @@ def test_a_joined_split_reads_both_in_the_order_that_is_asked_for(make, index):
     assert torch.equal(batch.inputs, ALL[ids])
     assert torch.equal(batch.labels, torch.cat([Y, torch.full((4,), IGNORE)])[ids])
     assert torch.equal(batch.ids, ids)
-    assert batch.labelled == sum(i < 6 for i in index)
+    assert KINDS["classification"].labelled(batch) == sum(i < 6 for i in index)
 
 
 @pytest.mark.parametrize("side", [0, 1])
@@ -111,29 +113,6 @@ class TestFingerprint:
 
 
 class TestScores:
-    def test_of_a_classification_count_labelled_rows_alone(self):
-        logits = torch.eye(4)
-        assert classification(logits, torch.tensor([0, 1, IGNORE, 0]))["accuracy"] == pytest.approx(2 / 3)
-
-    def test_of_a_regression(self):
-        labels = torch.tensor([1.0, 2.0, 3.0])
-        assert regression(labels[:, None], labels) == {"r2": 1.0, "mse": 0.0}
-        assert regression(torch.full((3, 1), 2.0), labels)["r2"] == 0.0
-
-    def test_are_taken_in_eval_mode_and_leave_the_model_in_its_own(self):
-        net = toys.net(dropout=0.9).train()
-        split = TensorSplit(X, Y)
-        first, second = (outputs(net, split, torch.device("cpu"))[0] for _ in range(2))
-        assert torch.equal(first, second)
-        assert net.training
-
-    def test_of_a_teacher_read_its_own_view(self):
-        split = TensorSplit(X, Y, teacher_inputs=X * 0)
-        net = toys.net()
-        given, _ = outputs(net, split, torch.device("cpu"), teacher=True)
-        torch.testing.assert_close(given, net(X * 0))
-        assert not torch.equal(given, outputs(net, split, torch.device("cpu"))[0])
-
     def test_need_labels(self):
         with pytest.raises(DataError, match=r"without labels"):
             score(Task(), toys.net(), TensorSplit(X), torch.device("cpu"))

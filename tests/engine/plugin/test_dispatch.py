@@ -18,6 +18,7 @@ from stillhouse.api import (
     StepInfo,
     StudentOut,
     Targets,
+    TensorSplit,
     hookimpl,
 )
 from stillhouse.contract.batch import Batch
@@ -52,19 +53,19 @@ def refused(made: type[Method]) -> str:
 class TestWhatPluggyWouldPassOver:
     def test_a_wrong_argument_is_refused_with_the_nearest_name(self):
         @hookimpl
-        def loss_terms(self, student_outs, step):
+        def loss_terms(self, student_outs, info):
             return {}
 
         message = refused(method(loss_terms=loss_terms))
         assert "no argument 'student_outs'; did you mean 'student_out'?" in message
-        assert "student_out, teacher_out, targets, batch, step" in message
+        assert "student_out, teacher_out, targets, batch, info" in message
 
     def test_a_keyword_only_argument_is_refused(self):
         @hookimpl
-        def loss_terms(self, student_out, *, step):
+        def loss_terms(self, student_out, *, info):
             return {}
 
-        assert "argument 'step' is keyword-only" in refused(method(loss_terms=loss_terms))
+        assert "argument 'info' is keyword-only" in refused(method(loss_terms=loss_terms))
 
     @pytest.mark.parametrize("star", ["*args", "**kwargs"])
     def test_a_variadic_argument_is_refused(self, star):
@@ -74,21 +75,21 @@ class TestWhatPluggyWouldPassOver:
 
     def test_an_argument_with_a_default_is_refused(self):
         @hookimpl
-        def loss_terms(self, student_out, step=None):
+        def loss_terms(self, student_out, info=None):
             return {}
 
-        assert "'step' has a default" in refused(method(loss_terms=loss_terms))
+        assert "'info' has a default" in refused(method(loss_terms=loss_terms))
 
     def test_a_partial_is_refused(self):
         @hookimpl
-        def loss_terms(self, student_out, step):
+        def loss_terms(self, student_out, info):
             return {}
 
         assert "is a partial" in refused(method(loss_terms=functools.partial(loss_terms)))
 
     def test_a_partialmethod_is_refused(self):
         @hookimpl
-        def loss_terms(self, student_out, step):
+        def loss_terms(self, student_out, info):
             return {}
 
         assert "is a partialmethod" in refused(method(loss_terms=functools.partialmethod(loss_terms)))
@@ -96,21 +97,21 @@ class TestWhatPluggyWouldPassOver:
     def test_a_cached_method_is_refused(self):
         @functools.lru_cache
         @hookimpl
-        def loss_terms(self, student_out, step):
+        def loss_terms(self, student_out, info):
             return {}
 
         assert "lru_cache" in refused(method(loss_terms=loss_terms))
 
     def test_a_callable_object_is_refused(self):
         class Terms:
-            def __call__(self, student_out, step):
+            def __call__(self, student_out, info):
                 return {}
 
         assert "is a Terms" in refused(method(loss_terms=hookimpl(Terms())))
 
     def test_a_static_method_is_refused(self):
         @hookimpl
-        def loss_terms(student_out, step):
+        def loss_terms(student_out, info):
             return {}
 
         assert "is a staticmethod" in refused(method(loss_terms=staticmethod(loss_terms)))
@@ -169,9 +170,9 @@ class TestContract:
         with pytest.raises(PluginError, match=r"named twice"):
             Plugins([plugin(method()), plugin(method())])
 
-    @pytest.mark.parametrize("hook", ["teacher_forward", "student_update", "stage_rows"])
+    @pytest.mark.parametrize("hook", ["teacher_forward", "student_forward", "student_update"])
     def test_two_plugins_may_not_claim_one_first_result(self, hook):
-        arguments = {"teacher_forward": "batch", "student_update": "loss", "stage_rows": "run"}[hook]
+        arguments = {"student_update": "loss"}.get(hook, "batch")
         names: dict = {}
         exec(f"def {hook}(self, {arguments}): return None", names)
         made = method(**{hook: hookimpl(names[hook])})
@@ -183,9 +184,32 @@ class TestContract:
             return method(stages=hookimpl(lambda self, run: answer))
 
         run, mine = RunContext({}), [Stage("mine")]
-        assert Plugins([plugin(giving(None), "a"), plugin(giving(mine), "b")]).stages(run) == tuple(mine)
+        assert Plugins([plugin(giving(None), "a"), plugin(giving(mine), "b")]).stages(run) == (
+            tuple(mine),
+            "b",
+        )
         with pytest.raises(PluginError, match=r"hook 'stages' is claimed by plugin 'a' .* and plugin 'b'"):
             Plugins([plugin(giving(mine), "a"), plugin(giving(mine), "b")]).stages(run)
+
+    def test_one_of_two_plugins_may_choose_the_rows(self):
+        def giving(answer):
+            return method(stage_rows=hookimpl(lambda self, run: answer))
+
+        run, stage, split = RunContext({}), Stage("one"), TensorSplit(torch.zeros(4, 1))
+        mine = torch.tensor([3, 1])
+        left = Plugins([plugin(giving(None), "a"), plugin(giving(mine), "b")])
+        assert left.stage_rows(run, stage, split) is mine
+        assert Plugins([plugin(giving(None), "a")]).stage_rows(run, stage, split) is None
+        with pytest.raises(PluginError, match=r"'stage_rows' is claimed by plugin 'a' .* and plugin 'b'"):
+            Plugins([plugin(giving(mine), "a"), plugin(giving(mine), "b")]).stage_rows(run, stage, split)
+
+    @pytest.mark.parametrize(
+        "rows", [[0, 1], torch.tensor([[0]]), torch.tensor([0.0]), torch.tensor([4]), torch.tensor([], dtype=torch.long)], ids=str
+    )  # fmt: skip
+    def test_rows_that_are_none_of_the_splits_are_refused(self, rows):
+        made = method(stage_rows=hookimpl(lambda self: rows))
+        with pytest.raises(PluginError, match=r"'mine' .*: hook 'stage_rows' gave"):
+            Plugins([plugin(made)]).stage_rows(RunContext({}), Stage("one"), TensorSplit(torch.zeros(4, 1)))
 
 
 def transform(add: float, taken: list) -> type[Method]:
@@ -279,7 +303,9 @@ class TestWhatAHookGives:
             method(auxiliary_modules=auxiliary_modules)(), student=toys.net(), probe=toys.rows(2)
         )
         assert list(step.auxiliary) == ["mine.a", "mine.b"]
-        assert step.options("mine.b") == {"lr": 0.5}
+        student, a, b = step.parameter_groups()
+        assert (a.keys(), b["lr"]) == ({"params"}, 0.5)
+        assert [p.shape for p in student["params"]] == [p.shape for p in step.run.student.parameters()]
 
 
 def _returning(given):

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from stillhouse import files
-from stillhouse.errors import CheckpointError
+from stillhouse.errors import CheckpointError, DamagedFile
+from stillhouse.files import writing
 from stillhouse.runs import checkpoint
 from stillhouse.training.random_state import RandomState
 
@@ -62,7 +62,7 @@ def test_none_is_none(tmp_path):
     assert checkpoint.newest(tmp_path / "nowhere") is None
 
 
-@pytest.mark.parametrize("fails", ["fsync", "replace", "mkstemp"])
+@pytest.mark.parametrize("fails", ["fsync", "replace", "open"])
 def test_a_full_disk_leaves_the_one_before_as_it_was(tmp_path, monkeypatch, fails):
     good = checkpoint.write(tmp_path, 5, CONTENT)
     before = good.read_bytes()
@@ -70,10 +70,11 @@ def test_a_full_disk_leaves_the_one_before_as_it_was(tmp_path, monkeypatch, fail
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    owner = {"fsync": os, "replace": files.Path, "mkstemp": files.tempfile}[fails]
-    monkeypatch.setattr(owner, fails, full)
-    with pytest.raises(CheckpointError) as caught:
-        checkpoint.write(tmp_path, 6, CONTENT)
+    owner = {"fsync": os, "replace": writing.Path, "open": os}[fails]
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, fails, full)
+        with pytest.raises(CheckpointError) as caught:
+            checkpoint.write(tmp_path, 6, CONTENT)
     said = str(caught.value)
     assert "No space left on device" in said
     assert "the one of step 5 is still good" in said
@@ -104,16 +105,34 @@ def test_a_disk_that_is_really_full(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [0, 1, 100, -1])
-def test_a_truncated_one_is_named_with_where_the_run_goes_on_from(tmp_path, cut):
-    checkpoint.write(tmp_path, 5, CONTENT)
+def test_a_truncated_one_is_named(tmp_path, cut):
     path = checkpoint.write(tmp_path, 9, CONTENT)
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(DamagedFile, match="truncated") as caught:
         checkpoint.read(path)
-    said = str(caught.value)
-    assert str(path) in said
-    assert "truncated" in said
-    assert "Remove it and call --resume again: the run then goes on from step 5" in said
+    assert str(path) in str(caught.value)
+
+
+def test_a_flipped_bit_in_any_byte_is_found(tmp_path):
+    path = checkpoint.write(tmp_path, 9, CONTENT)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 7):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << place % 8
+        path.write_bytes(changed)
+        with pytest.raises(DamagedFile):
+            checkpoint.read(path)
+
+
+def test_torch_reads_it_without_stillhouse(tmp_path):
+    path = checkpoint.write(tmp_path, 9, CONTENT)
+    assert torch.equal(torch.load(path, weights_only=True)["x"], CONTENT["x"])
+
+
+def test_one_that_the_run_may_need_again_is_kept_beside_the_newest_two(tmp_path):
+    for step in (5, 9, 10, 100, 101):
+        checkpoint.write(tmp_path, step, CONTENT, keep={9})
+    assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path)] == [9, 100, 101]
 
 
 def test_one_that_holds_code_is_refused_and_nothing_of_it_runs(tmp_path):
@@ -136,5 +155,8 @@ def test_one_that_holds_code_is_refused_and_nothing_of_it_runs(tmp_path):
 def test_somebody_elses_file_is_refused(tmp_path):
     path = tmp_path / "step-000000001.pt"
     torch.save({"weights": torch.zeros(2)}, path)
-    with pytest.raises(CheckpointError, match="holds no checkpoint of stillhouse"):
+    with pytest.raises(DamagedFile, match="was not written by stillhouse"):
+        checkpoint.read(path)
+    checkpoint.write(tmp_path, 1, {"weights": torch.zeros(2)})
+    with pytest.raises(DamagedFile, match="holds no checkpoint of stillhouse"):
         checkpoint.read(path)

@@ -157,11 +157,10 @@ def test_the_models_are_left_as_they_were_when_it_is_refused(fails):
         ({"train": X, "valdation": X}, "data has a split 'valdation'; did you mean 'validation'?"),
         ({"validation": (X, Y)}, "expected 'train' among them"),
         ({}, "data has the splits none"),
-        (Stream(), "an iterable has no sample ids"),
-        (DataLoader(Stream()), "an iterable has no sample ids"),
         ("mnist", "the train split is str; expected tensors"),
         ((X.numpy(), Y.numpy()), "the train split is tuple of ndarray, ndarray; expected tensors (torch.as_tensor"),
-        ((X, Y.int()), "train.labels are torch.int32; expected torch.int64 (class numbers) or floats: labels.long()"),
+        ((X, Y.bool()), "labels are torch.bool, and classification has class numbers (torch.int64)"),
+        ((X, ["cat"] * 48), "the train split is tuple of Tensor, list; expected tensors"),
         ((X, torch.where(torch.arange(48) == 7, 4, Y)), "train.labels holds 4, first in row 7; expected 0 to 3"),
         ({"train": X, "validation": (X, Y - 1)}, "labels to be scored go from -1 to 2; expected 0 to 3"),
         ({"train": (X, Y), "validation": X}, "validation split has no labels"),
@@ -190,7 +189,7 @@ def test_data_that_can_not_be_used_are_refused_before_training(data, said):
             {"method": {"name": "sld", "temprature": 1}},
             "method.temprature: unknown; did you mean 'temperature'?",
         ),
-        ({"method": "kd", "student": toys.net(outputs=3)}, "outputs of shape"),
+        ({"method": toys.Alike(), "student": toys.net(outputs=5)}, "outputs of shape"),
         ({"device": "tpu"}, "device"),
         ({"device": "cudda"}, "device: got 'cudda'"),
     ],
@@ -238,8 +237,8 @@ class Stops(toys.Squares):
         self.act = act
 
     @stillhouse.api.hookimpl
-    def on_step_end(self, step):
-        if step.index == 4:
+    def on_update_end(self, info):
+        if info.index == 4:
             self.act()
 
 
@@ -267,6 +266,61 @@ def test_ctrl_c_says_what_is_kept(tmp_path, kept):
     assert ("nothing is kept" in str(caught.value)) != kept
 
 
+class Noisy(Dataset):
+    """Random items, which are seen when they are read."""
+
+    def __len__(self):
+        return 48
+
+    def __getitem__(self, row):
+        return X[row] + torch.randn(6) + np.random.randn(), Y[row]
+
+
+@pytest.mark.parametrize("workers", [(0, 2), (2, 0)])
+def test_random_items_after_a_kill_go_on_bit_for_bit_with_any_number_of_workers(tmp_path, workers):
+    class Stops(toys.Squares):
+        stop = True
+
+        @stillhouse.api.hookimpl
+        def on_update_end(self, info):
+            if self.stop and info.index == 6:
+                raise RuntimeError("power cut")
+
+    class NeverStops(Stops):
+        stop = False
+
+    Stops.__name__ = NeverStops.__name__ = "Same"
+    common = {"checkpoint_every": 2, "dir": tmp_path / "run"}
+    whole = distilled(Noisy(), method=["kd", NeverStops()]).student
+    with pytest.raises(RuntimeError, match=r"power cut"):
+        distilled(Noisy(), method=["kd", Stops()], workers=workers[0], **common)
+    again = distilled(Noisy(), method=["kd", NeverStops()], workers=workers[1], resume=True, **common)
+    assert toys.same_bits(whole, again.student)
+
+
+def test_an_iterable_is_resumed_by_reading_what_it_had(tmp_path):
+    class Rows(IterableDataset):
+        def __iter__(self):
+            return iter([(x + torch.randn(6), y) for x, y in zip(X, Y, strict=True)])
+
+    def run(folder, stop, **given):
+        act = Stops(lambda: 1 / 0) if stop else Stops(lambda: None)
+        loader = DataLoader(Rows(), 7)
+        return distilled(
+            loader, method=["kd", act], dir=folder, batch_size=7, checkpoint_every=2, **given
+        ).student
+
+    whole = run(tmp_path / "whole", stop=False)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "run", stop=True)
+    said = []
+    shown = stillhouse.runs.display.Display()
+    shown.say = said.append
+    again = run(tmp_path / "run", stop=False, resume=True, display=shown)
+    assert toys.same_bits(whole, again)
+    assert any("4 batches are read once more and dropped" in line for line in said)
+
+
 class TestDirectory:
     def run(self, folder, student=None, **given):
         student = student if student is not None else toys.net(seed=1)
@@ -281,7 +335,7 @@ class TestDirectory:
 
     def test_is_not_made_for_what_is_refused(self, tmp_path):
         with pytest.raises(ConfigError, match="outputs of shape"):
-            self.run(tmp_path / "run", toys.net(outputs=3))
+            self.run(tmp_path / "run", toys.net(outputs=5), method=toys.Alike())
         assert not (tmp_path / "run").exists()
         self.run(tmp_path / "run")
 
@@ -297,8 +351,8 @@ class TestDirectory:
             stop = True
 
             @stillhouse.api.hookimpl
-            def on_step_end(self, step):
-                if self.stop and step.index == 6:
+            def on_update_end(self, info):
+                if self.stop and info.index == 6:
                     raise RuntimeError("power cut")
 
         class NeverStops(Stops):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -26,6 +27,8 @@ CONFIG = {
     "checkpoint_every": 4,
     "threads": 1,
 }
+REHEARSED = 4
+"""Updates that are made with models of their own before the run: one of each stage, one of the teacher's."""
 STAGES = {"distil": (0, 15), "relabel": (15, 30), "target": (30, 45)}
 VARIANTS = {
     "one student": {},
@@ -134,7 +137,7 @@ POINTS = {
     **{
         f"{when} update {update} ({stage})": {
             "function": "stillhouse.training.loop:Loop._update",
-            "call": update,
+            "call": update + REHEARSED,
             "when": when,
         }
         for stage, (first, last) in STAGES.items()
@@ -209,7 +212,7 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(unbroken, place):
 
 def test_interrupted_and_taken_up_equals_unbroken(unbroken, place):
     whole, here = unbroken("one student"), place("one student")
-    sends = {"function": "stillhouse.training.loop:Loop._update", "call": 18}
+    sends = {"function": "stillhouse.training.loop:Loop._update", "call": 18 + REHEARSED}
     assert here.run(interrupt=sends) == 130
     assert "interrupted after update 18; the checkpoint is written" in here.said()
     assert here.run("--resume") == 0, here.said()
@@ -218,7 +221,7 @@ def test_interrupted_and_taken_up_equals_unbroken(unbroken, place):
 
 def test_a_second_ctrl_c_stops_at_once(place):
     here = place("one student")
-    sends = {"function": "stillhouse.training.loop:Loop._update", "call": 18, "times": 2}
+    sends = {"function": "stillhouse.training.loop:Loop._update", "call": 18 + REHEARSED, "times": 2}
     assert here.run(interrupt=sends) == 130
     assert "Traceback" not in here.said()
 
@@ -226,7 +229,7 @@ def test_a_second_ctrl_c_stops_at_once(place):
 def test_ctrl_c_while_the_teacher_is_trained_loses_no_more_than_that(unbroken, place):
     here = place("one student")
     settings = ["teacher.train.steps=31"]  # a teacher of its own, so that it is trained here
-    sends = {"function": "stillhouse.training.loop:Loop._update", "call": 3}
+    sends = {"function": "stillhouse.training.loop:Loop._update", "call": 3 + REHEARSED}
     assert here.run(*settings, interrupt=sends) == 130
     assert "Traceback" not in here.said()
     assert "--resume" in here.said()
@@ -236,11 +239,15 @@ def test_ctrl_c_while_the_teacher_is_trained_loses_no_more_than_that(unbroken, p
 @pytest.mark.parametrize("call", [6, 12])
 def test_a_full_disk_ends_the_run_and_loses_nothing(call, unbroken, place):
     whole, here = unbroken("one student"), place("one student")
-    fault = {"function": "stillhouse.runs.checkpoint:write_bytes", "call": call}
+    fault = {"function": "os:fsync", "call": call}
     assert here.run(full=fault) == 2
     said = here.said()
     assert "No space left on device" in said
-    assert "is still good: free some space, then go on with --resume" in said
+    assert re.search(
+        r"run/(checkpoints/step-\d+\.pt|soft-labels/2-target\.safetensors) can't be written", said
+    )
+    assert "free some space" in said
+    assert "then go on with --resume" in said
     assert "Traceback" not in said
     assert here.run("--resume") == 0, here.said()
     here.equals(whole)
@@ -296,13 +303,35 @@ class TestWhatDoesNotFit:
         folder = copied(whole, here)
         newest = max((folder / "checkpoints").iterdir())
         newest.write_bytes(newest.read_bytes()[:1000])
-        assert here.run("--resume") == 2
+        assert here.run("--resume") == 0, here.said()
         said = here.said()
         assert f"{newest.name} can't be read" in said
-        assert "Remove it and call --resume again: the run then goes on from step 44" in said
-        assert "Traceback" not in said
-        newest.unlink()
+        assert "it is removed, and the checkpoint before it is taken" in said
+        assert "resumed after update 44" in said
+        here.equals(whole)
+
+    def test_where_no_checkpoint_is_good_nothing_is_done(self, unbroken, place):
+        whole, here = unbroken("one student"), place("one student")
+        folder = copied(whole, here)
+        for path in (folder / "checkpoints").iterdir():
+            path.write_bytes(path.read_bytes()[:-1])
+        before = {path: path.read_bytes() for path in (folder / "checkpoints").iterdir()}
+        assert here.run("--resume") == 2
+        assert "no checkpoint before is left: --overwrite starts over" in here.said()
+        assert before == {path: path.read_bytes() for path in (folder / "checkpoints").iterdir()}
+        assert here.run("--overwrite") == 0, here.said()
+        here.equals(whole)
+
+    def test_damaged_soft_labels_cost_the_stage_and_no_more(self, unbroken, place):
+        whole, here = unbroken("one student"), place("one student")
+        assert here.run(die=POINTS["after update 37 (target)"]) == -signal.SIGKILL
+        kept = next((here.folder / "run" / "soft-labels").iterdir())
+        content = bytearray(kept.read_bytes())
+        content[-1] ^= 1
+        kept.write_bytes(content)
         assert here.run("--resume") == 0, here.said()
+        assert "soft labels run/soft-labels/2-target.safetensors can't be read" in here.said()
+        assert "resumed after update 30" in here.said()
         here.equals(whole)
 
     @pytest.mark.parametrize(
@@ -334,14 +363,12 @@ class TestWhatDoesNotFit:
         _whole, here = unbroken("one student"), place("one student")
         assert here.run(die=POINTS["after update 37 (target)"]) == -signal.SIGKILL
         kept = next((here.folder / "run" / "soft-labels").iterdir())
-        from safetensors import safe_open
-        from safetensors.torch import save_file
+        from stillhouse.files.tensors import read_tensors, write_tensors
 
-        with safe_open(kept, "pt") as file:
-            made_from = json.loads(file.metadata()["fingerprint"])
-            logits = file.get_tensor("logits")
+        tensors, about = read_tensors(kept)
+        made_from = json.loads(about["fingerprint"])
         made_from["data"] = "another"
-        save_file({"logits": logits}, kept, {"fingerprint": json.dumps(made_from)})
+        write_tensors(kept, tensors, {"fingerprint": json.dumps(made_from)})
         assert here.run("--resume") == 2
         assert "were made with data = 'another'" in here.said()
         assert "Traceback" not in here.said()

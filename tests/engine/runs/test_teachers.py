@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import toys
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from stillhouse.config import Training
 from stillhouse.contract.splits import Splits, TensorSplit
 from stillhouse.contract.task import Task
 from stillhouse.errors import CheckpointError, ConfigError, Diverged
+from stillhouse.files.tensors import read_tensors, write_tensors
+from stillhouse.models.integrity import digest
 from stillhouse.runs import teachers
 
 SETTINGS = {"steps": 5, "batch_size": 8}
@@ -22,7 +24,13 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "cache"))
 
 
-def trained(data: Splits | None = None, named: dict | None = None, hidden: int = 8, **settings):
+def trained(
+    data: Splits | None = None,
+    named: dict | None = None,
+    hidden: int = 8,
+    say=lambda message: None,
+    **settings,
+):
     build = lambda: nn.Sequential(
         nn.Linear(toys.FEATURES, hidden), nn.ReLU(), nn.Linear(hidden, toys.CLASSES)
     )
@@ -32,7 +40,7 @@ def trained(data: Splits | None = None, named: dict | None = None, hidden: int =
         data or toys.splits(),
         Training.model_validate({**SETTINGS, **settings}),
         torch.device("cpu"),
-        lambda message: None,
+        say,
     )
     return model, facts
 
@@ -79,6 +87,36 @@ def test_data_that_only_the_student_reads_do_not_matter():
     assert trained(toys.splits(unlabelled=20))[1]["found"] == "kept"
 
 
+def test_one_that_cannot_be_kept_is_not_lost(tmp_path, monkeypatch):
+    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "file"))
+    (tmp_path / "file").touch()
+    said = []
+    _, facts = trained(say=said.append)
+    assert facts["found"] == "trained"
+    assert any("not kept for the next time" in line and "$STILLHOUSE_CACHE" in line for line in said)
+
+
+def test_the_digest_is_that_of_its_weights():
+    first, facts = trained()
+    assert facts["digest"] == digest(first)
+    assert trained(seed=1)[1]["digest"] != facts["digest"]
+
+
+def test_a_flipped_bit_is_found_and_told(tmp_path):
+    first, _ = trained()
+    path = next((tmp_path / "cache" / "teachers").iterdir())
+    whole = path.read_bytes()
+    for place in range(0, len(whole), len(whole) // 8):
+        changed = bytearray(whole)
+        changed[place] ^= 16
+        path.write_bytes(changed)
+        said = []
+        again, facts = trained(say=said.append)
+        assert facts["found"] == "trained"
+        assert "it is made anew" in said[0]
+        assert toys.same_bits(first, again)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "another's"])
 def test_a_damaged_file_is_trained_anew(tmp_path, damage):
     first, _ = trained()
@@ -86,7 +124,8 @@ def test_a_damaged_file_is_trained_anew(tmp_path, damage):
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:50])
     else:
-        save_file(load_file(path), path, {"fingerprint": "{}"})
+        tensors, _ = read_tensors(path)
+        write_tensors(path, tensors, {"made_from": "{}"})
     again, facts = trained()
     assert facts["found"] == "trained"
     assert toys.same_bits(first, again)
@@ -114,6 +153,13 @@ class TestCheckpoints:
         model = toys.net(seed=4)
         teachers.load(model, tmp_path / "t.safetensors")
         assert toys.same_bits(model, toys.net(seed=3))
+
+    @pytest.mark.parametrize("kind", [torch.int32, torch.complex64, torch.bool])
+    def test_of_another_kind_of_number_are_refused(self, tmp_path, kind):
+        state = toys.net().state_dict()
+        save_file({**state, "0.weight": state["0.weight"].to(kind)}, tmp_path / "t.safetensors")
+        with pytest.raises(CheckpointError, match=r"'0\.weight' is torch\..*a cast would change them"):
+            teachers.load(toys.net(), tmp_path / "t.safetensors")
 
     def test_that_hold_nan_are_refused(self, tmp_path):
         net = toys.net()
@@ -143,7 +189,7 @@ class TestCheckpoints:
         path = tmp_path / "t.safetensors"
         if content is not None:
             path.write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"can't be read .* expected a safetensors file"):
+        with pytest.raises(CheckpointError, match=r"can't be read: .* expected a safetensors file"):
             teachers.load(toys.net(), path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ import toys
 from torch import nn
 
 from stillhouse.api import IGNORE, Batch, LossTerm, Method, Stage, StepInfo, TeacherOut, hookimpl
-from stillhouse.errors import ConfigError, PluginError
+from stillhouse.errors import ConfigError, DataError, PluginError
 from stillhouse.training.compatibility import OFFERED
 from stillhouse.training.loop import micro_batches
-from stillhouse.training.step import DistillStep, as_batch
+from stillhouse.training.step import DistillStep
 
 METHODS = [
     "hard_labels",
@@ -31,22 +32,28 @@ def step_of(method, student, teacher=None, **given) -> DistillStep:
     teacher = teacher if teacher is not None else toys.net(16, seed=2)
     if method == "hard_labels":
         teacher = None
-    return DistillStep(method, student=student, teacher=teacher, probe=toys.rows(4), **given)
+    return DistillStep(
+        method, student=student, teacher=teacher, **{"probe": toys.rows(4), "steps": 9, **given}
+    )
 
 
-def gradient(method, batch: Batch, parts: int, stage: int, *, bf16: bool = False) -> torch.Tensor:
-    """The update's whole gradient when it is made in ``parts`` micro-batches."""
+def gradient(method, batch: Batch, parts: int | list[int], stage: int, *, bf16: bool = False) -> torch.Tensor:
+    """The update's whole gradient when it is made in ``parts`` micro-batches, or in some of these sizes."""
     student = toys.net(seed=1)
     step = step_of(method, student)
     step.begin(step.stages[min(stage, len(step.stages) - 1)])
     with torch.no_grad():  # away from the copy that stands in for the teacher in a later stage
         for parameter in student.parameters():
             parameter.add_(0.3 * parameter.flip(0))
-    micro = micro_batches(batch, -(-len(batch) // parts))
-    assert len(micro) == parts
+    if isinstance(parts, list):
+        ends = [0, *itertools.accumulate(parts)]
+        assert ends[-1] == len(batch)
+        micro = [batch.part(slice(*bounds)) for bounds in itertools.pairwise(ends)]
+    else:
+        micro = micro_batches(batch, -(-len(batch) // parts))
+        assert len(micro) == parts
     step.begin_update(micro)
-    for number, part in enumerate(micro):
-        step.info.micro = number
+    for part in micro:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss, _ = step(student, part)
         loss.backward()
@@ -79,14 +86,11 @@ def test_the_gradient_does_not_depend_on_how_the_update_is_split(method, rows, s
         assert (part - whole).norm() <= 1e-6 * whole.norm()
 
 
-def test_uneven_micro_batches_too():
+@pytest.mark.parametrize("sizes", [[1, 15], [11, 5], [2, 9, 1, 4]], ids=str)
+def test_uneven_micro_batches_too(sizes):
     batch = batches()["masked and unlabelled"]
-    whole = gradient("kd", batch, 1, 0)
-    for size in (3, 5, 7):
-        parts = -(-16 // size)
-        if -(-16 // (-(-16 // parts))) == parts:
-            part = gradient("kd", batch, parts, 0)
-            assert (part - whole).norm() <= 1e-6 * whole.norm()
+    whole, part = gradient("kd", batch, 1, 0), gradient("kd", batch, sizes, 0)
+    assert (part - whole).norm() <= 1e-6 * whole.norm()
 
 
 @pytest.mark.parametrize("method", ["kd", "sld", "hard_labels"])
@@ -102,7 +106,7 @@ def test_masked_rows_have_no_loss_and_no_gradient_whatever_the_models_make_of_th
         step = step_of(method, student, nn.Linear(toys.FEATURES, toys.CLASSES))
         logits[0].requires_grad_()
         step._student_out = lambda model, batch, given=logits[0]: type("Out", (), {"logits": given})()
-        step._teacher_out = lambda batch, given=logits[1]: TeacherOut(given)
+        step.answers.give = lambda batch, given=logits[1]: TeacherOut(given)
         loss, _ = step(student, Batch(x, y, mask=mask))
         loss.backward()
         assert torch.equal(logits[0].grad[~mask], torch.zeros(2, toys.CLASSES))
@@ -148,21 +152,6 @@ class TestEmbedded:
         assert set(metrics) == {"kd.kl", "kd.ce", "loss"}
         torch.testing.assert_close(metrics["kd.kl"], kl, rtol=1e-5, atol=1e-6)
         assert not any(value.requires_grad for value in metrics.values())
-
-    @pytest.mark.parametrize(
-        ("given", "labels"),
-        [
-            ((toys.rows(3)[0],), None),
-            (toys.rows(3), toys.rows(3)[1]),
-            (toys.rows(3)[0], None),
-            ({"input": toys.rows(3)[0], "labels": toys.rows(3)[1]}, toys.rows(3)[1]),
-            (Batch(*toys.rows(3)), toys.rows(3)[1]),
-        ],
-    )
-    def test_takes_what_a_loader_gives(self, given, labels):
-        batch = as_batch(given)
-        assert (batch.labels is None) == (labels is None)
-        assert len(batch) == 3
 
     def test_several_methods_are_summed(self):
         student, teacher = toys.net(seed=1), toys.net(16, seed=2)
@@ -214,16 +203,16 @@ class TestEmbedded:
                 run.capture("teacher", "0")
 
             @hookimpl
-            def loss_terms(self, student_out, teacher_out, step):
+            def loss_terms(self, student_out, teacher_out, info):
                 self.seen = student_out.features["1"], teacher_out.features["0"]
-                return {"x": LossTerm(step.mean(self.seen[0].sum(-1)))}
+                return {"x": LossTerm(info.mean(self.seen[0].sum(-1)))}
 
         method = Reads()
         student, teacher = toys.net(seed=1), toys.net(16, seed=2)
         step = step_of(method, student, teacher)
         x, y = toys.rows(8)
         step(student, (x, y))
-        assert step.captures.take("student")["1"].numel() == 0
+        assert step.captures.take("student") == {}
         assert not method.seen[1].requires_grad
         assert torch.equal(method.seen[0], student[:2](x))
         assert torch.equal(method.seen[1], teacher[0](x))
@@ -236,6 +225,33 @@ class TestEmbedded:
             step.run.capture("student", "33")
         with pytest.raises(ConfigError, match=r"no such model; did you mean 'student'"):
             step.run.capture("studnet", "0")
+
+
+class TestDifferentNumbersOfOutputs:
+    """Padded vocabularies: the shared prefix is aligned, and an entry that one side lacks counts as -inf there."""
+
+    @pytest.mark.parametrize("outputs", [3, 6])
+    @pytest.mark.parametrize("method", ["kd", "sld"])
+    def test_are_told_and_compared_where_both_have_them(self, method, outputs):
+        told = []
+        student, teacher = toys.net(seed=1, outputs=outputs), toys.net(16, seed=2)
+        x = toys.rows(8)[0]
+        probe = (x, torch.zeros(8, dtype=torch.long))
+        made = [{"name": method, "temperature": 1.0}]
+        step = step_of(made, student, teacher, probe=probe, say=told.append)
+        shared = min(outputs, toys.CLASSES)
+        (said,) = [line for line in told if line.startswith("outputs = ")]
+        assert said.startswith(f"outputs = {shared} shared (the teacher has 4, the student {outputs}")
+        _, metrics = step(student, probe)
+        p = teacher(x)[:, :shared].softmax(-1)
+        own = student(x).log_softmax(-1)[:, :shared]  # the teacher never names the student's other outputs
+        kl = (p * (p.log() - own)).sum(-1).mean()
+        torch.testing.assert_close(metrics[f"{method}.kl"], kl.detach(), rtol=1e-5, atol=1e-6)
+
+    def test_labels_beyond_the_smaller_number_are_refused(self):
+        x, _ = toys.rows(4)
+        with pytest.raises(DataError, match=r"labels holds? 3, first in row 1; expected 0 to 2"):
+            step_of("hard_labels", toys.net(outputs=3), probe=(x, torch.tensor([0, 3, 1, 2])))
 
 
 class TestTeacher:
@@ -256,7 +272,7 @@ class TestTeacher:
             requires = frozenset({"logits"})
 
             @hookimpl
-            def on_step_end(self, step):
+            def on_update_end(self, info):
                 with torch.no_grad():
                     self.teacher[0].weight.add_(1)
 
@@ -275,7 +291,7 @@ class TestTeacher:
         loop.run(8)
         with torch.no_grad():
             teacher[0].weight.add_(1)
-        with pytest.raises(ConfigError, match=r"written to, by one of: plugin 'kd'"):
+        with pytest.raises(ConfigError, match=r"written to, by the trainer or one of plugin 'kd'"):
             loop.run()
 
     def test_a_hook_may_answer_in_its_place(self):
@@ -287,7 +303,7 @@ class TestTeacher:
                 return TeacherOut(torch.full((len(batch), toys.CLASSES), 5.0))
 
             @hookimpl
-            def loss_terms(self, teacher_out, student_out, step):
+            def loss_terms(self, teacher_out, student_out, info):
                 assert (teacher_out.logits == 5).all()
                 return {"x": LossTerm(student_out.logits.sum() * 0)}
 
@@ -312,14 +328,28 @@ class TestTeacher:
 class TestRefusedBeforeTheFirstStep:
     def test_different_numbers_of_outputs(self):
         with pytest.raises(ConfigError) as caught:
-            step_of("kd", toys.net(outputs=5))
+            step_of(toys.Alike(), toys.net(outputs=5))
         said = str(caught.value)
-        assert "plugin 'kd'" in said
+        assert "plugin 'alike'" in said
         assert "the teacher gives outputs of shape (4, 4), the student (4, 5)" in said
 
     def test_different_numbers_of_outputs_of_the_target(self):
         with pytest.raises(ConfigError, match=r"shape \(4, 4\), the target \(4, 7\)"):
-            step_of("sld", toys.net(), target=toys.net(outputs=7))
+            step_of(["sld", toys.Alike()], toys.net(), target=toys.net(outputs=7))
+
+    def test_outputs_for_other_rows(self):
+        class Positions(nn.Module):
+            def forward(self, inputs):
+                return inputs[:, None, :4].expand(-1, 3, -1)
+
+        with pytest.raises(ConfigError, match=r"outputs of shape \(4, 3, 4\), the student \(4, 4\)"):
+            step_of("kd", toys.net(), Positions(), probe=toys.rows(4)[0])
+
+    def test_a_kind_of_task_that_the_method_has_no_meaning_for(self):
+        x, y = toys.rows(4)
+        said = r"plugin 'sld' .* has no meaning for regression .*expected one of classification, "
+        with pytest.raises(ConfigError, match=said):
+            step_of("sld", toys.net(), probe=(x, F.one_hot(y, toys.CLASSES).float()))
 
     def test_a_stochastic_teacher_under_sld_names_the_module(self):
         class Sampler(nn.Module):
@@ -377,15 +407,15 @@ class TestRefusedBeforeTheFirstStep:
             def forward(self, inputs):
                 return {"out": inputs}
 
-        with pytest.raises(ConfigError, match=r"Odd gave dict; expected a tensor of logits"):
+        with pytest.raises(ConfigError, match=r"Odd gave dict with out; expected a tensor of logits"):
             step_of("kd", Odd())
 
     def test_a_hook_that_can_not_work_is_refused_here_already(self):
         class Bad(toys.Squares):
             @hookimpl
-            def on_step_ended(self, step): ...
+            def on_update_ended(self, info): ...
 
-        with pytest.raises(PluginError, match=r"did you mean 'on_step_end'"):
+        with pytest.raises(PluginError, match=r"did you mean 'on_update_end'"):
             step_of(Bad(), toys.net())
 
     def test_no_method_at_all(self):

@@ -10,5 +10,5 @@ class Mine(Method):
 
     @functools.lru_cache
     @hookimpl
-    def loss_terms(self, student_out, step):
+    def loss_terms(self, student_out, info):
         return {}

@@ -7,5 +7,5 @@ class Mine(Method):
     api_version = 0
 
     @hookimpl
-    def loss_terms(self, student_out, targets, batch, step):
-        return {"mine": LossTerm(step.mean(student_out.logits.square().mean(-1), batch.mask))}
+    def loss_terms(self, student_out, targets, batch, info):
+        return {"mine": LossTerm(info.mean(student_out.logits.square().mean(-1), batch.mask))}

@@ -11,7 +11,7 @@ class Mine(Method):
         self.history = []
 
     @hookimpl
-    def loss_terms(self, student_out, batch, step):
-        loss = step.mean(student_out.logits.square().mean(-1), batch.mask)
+    def loss_terms(self, student_out, batch, info):
+        loss = info.mean(student_out.logits.square().mean(-1), batch.mask)
         self.history.append(loss)
         return {"mine": LossTerm(loss)}

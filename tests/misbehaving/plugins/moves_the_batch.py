@@ -9,9 +9,9 @@ class Mine(Method):
     api_version = 1
 
     @hookimpl
-    def batch_transform(self, batch, step):
+    def batch_transform(self, batch, info):
         return replace(batch, inputs=batch.inputs.to("meta"))
 
     @hookimpl
-    def loss_terms(self, student_out, targets, batch, step):
-        return {"mine": LossTerm(step.mean(student_out.logits.square().mean(-1), batch.mask))}
+    def loss_terms(self, student_out, targets, batch, info):
+        return {"mine": LossTerm(info.mean(student_out.logits.square().mean(-1), batch.mask))}

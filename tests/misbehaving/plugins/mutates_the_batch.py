@@ -7,6 +7,6 @@ class Mine(Method):
     api_version = 1
 
     @hookimpl
-    def loss_terms(self, student_out, targets, batch, step):
+    def loss_terms(self, student_out, targets, batch, info):
         batch.inputs.sub_(batch.inputs.mean()).div_(2)
-        return {"mine": LossTerm(step.mean(student_out.logits.square().mean(-1), batch.mask))}
+        return {"mine": LossTerm(info.mean(student_out.logits.square().mean(-1), batch.mask))}

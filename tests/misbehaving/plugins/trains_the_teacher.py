@@ -7,14 +7,14 @@ class Mine(Method):
     api_version = 1
 
     @hookimpl
-    def loss_terms(self, student_out, targets, batch, step):
-        return {"mine": LossTerm(step.mean(student_out.logits.square().mean(-1), batch.mask))}
+    def loss_terms(self, student_out, targets, batch, info):
+        return {"mine": LossTerm(info.mean(student_out.logits.square().mean(-1), batch.mask))}
 
     @hookimpl
     def on_run_start(self, run):
         self.teacher = run.teacher
 
     @hookimpl
-    def on_step_end(self, step):
+    def on_update_end(self, info):
         for parameter in self.teacher.parameters():
             parameter.data.mul_(0.99)

@@ -7,5 +7,5 @@ class Mine(Method):
     api_version = 1
 
     @hookimpl
-    def loss_terms(self, student_logits, targets, step):
+    def loss_terms(self, student_logits, targets, info):
         return {}

@@ -1,0 +1,48 @@
+"""What stands behind a RunContext: a plugin's wishes, and who had them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from stillhouse.contract.batch import Batch
+from stillhouse.contract.outputs import StudentOut
+from stillhouse.errors import ConfigError, nearest
+from stillhouse.models.calling import call, evaluating
+
+if TYPE_CHECKING:
+    from stillhouse.training.step import DistillStep
+
+
+class StepHost:
+    """Answers for a step what plugins ask of their run.
+
+    captured
+        Which plugin asked for features of which model.
+    """
+
+    def __init__(self, step: DistillStep, say: Callable[[str], None]) -> None:
+        self._step, self._say = step, say
+        self.captured: set[tuple[str, str]] = set()
+
+    def look(self, role: str, batch: Batch) -> StudentOut:
+        """A model's outputs and features, in eval mode and without a graph."""
+        step = self._step
+        models = {**step.run.models, **step.teachers.models}
+        if role not in models:
+            raise ConfigError(f"outputs of '{role}': no such model{nearest(role, models)}")
+        inputs = batch.for_teacher if role in step.teachers.models else batch.inputs
+        with torch.random.fork_rng(), evaluating(models[role]), step.captures.collecting(role):
+            out = call(models[role], inputs, step.kind, step.captures.asks(role))
+        return StudentOut(out.logits, step.captures.take(role, out))
+
+    def capture(self, role: str, module: str) -> None:
+        """Ask for a module's output; see RunContext."""
+        self.captured.add((self._step.run.caller, role))
+        self._step.captures.add(role, module)
+
+    def say(self, message: str) -> None:
+        """A line for people."""
+        self._say(message)

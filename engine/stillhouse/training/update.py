@@ -1,0 +1,118 @@
+"""One update: which micro-batches make it up, how many rows they have together, what they gave."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from stillhouse.contract.batch import Batch, tensors_in
+from stillhouse.errors import ConfigError
+
+if TYPE_CHECKING:
+    from stillhouse.training.step import DistillStep
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a float64 tensor over the ranks that make one update together."""
+
+
+class Update:
+    """The update that is being made: announced, filled micro-batch by micro-batch, closed.
+
+    open
+        Micro-batches that are still to come.
+    """
+
+    def __init__(self, step: DistillStep, reduce: Reduce | None) -> None:
+        self._step, self._reduce = step, reduce
+        self._parts: deque[Batch] = deque()
+        self._metrics: dict[str, Tensor] = {}
+        self.open, self._used = 0, False
+
+    def announce(self, batches: Sequence[Any]) -> None:
+        """Transform these micro-batches, and count the rows that come out, over all ranks."""
+        step = self._step
+        if not batches:
+            raise ConfigError("begin_update() got no micro-batch; expected one at least")
+        self._metrics = {}
+        self._parts = deque(self._transformed(step.complete(step.read(batch))) for batch in batches)
+        if len(self._parts) == 1 and self._reduce is None:
+            rows, labelled = step.kind.rows(self._parts[0]), step.kind.labelled(self._parts[0])
+        else:
+            counts = [(step.kind.rows(part), step.kind.labelled(part)) for part in self._parts]
+            total = torch.tensor(counts, dtype=torch.float64).sum(0)
+            rows, labelled = (total if self._reduce is None else self._reduce(total)).tolist()
+        self.expect(rows, labelled, len(self._parts))
+
+    def expect(self, rows: float, labelled: float, micros: int) -> None:
+        """So many rows in so many micro-batches are to come."""
+        info = self._step.info
+        info.rows, info.labelled = max(rows, 1.0), labelled
+        info.micro, info.micros, self.open = 0, micros, micros
+
+    def part(self, given: Any) -> Batch:
+        """The micro-batch that was announced; else the given one, transformed."""
+        step, info = self._step, self._step.info
+        if self._parts:
+            part = self._parts.popleft()
+            if not step.plugins.implements("batch_transform"):
+                _same_batch(part, given)
+        else:
+            batch = step.complete(step.read(given))
+            part = self._transformed(batch)
+            if part is not batch and step.kind.rows(part) != step.kind.rows(batch):
+                raise ConfigError(
+                    f"a batch transform made {step.kind.rows(part):.0f} rows of {step.kind.rows(batch):.0f}, and they "
+                    "had been counted before it; expected begin_update(batches), which counts after it"
+                )
+        info.micro = info.micros - self.open
+        whole = info.micros == 1 and self._reduce is None
+        info.share = 1.0 if whole else step.kind.rows(part) / info.rows
+        return part
+
+    def made(self, metrics: Mapping[str, Tensor]) -> None:
+        """A micro-batch has given its loss."""
+        self._add(metrics)
+        self.open, self._used = self.open - 1, True
+
+    def close(self) -> dict[str, Tensor]:
+        """The metrics of the update, summed over its micro-batches; empty where none was made."""
+        made, self._metrics, self._used = self._metrics if self._used else {}, {}, False
+        self._parts.clear()
+        self.open = 0
+        return made
+
+    def abandon(self) -> None:
+        """After an error: the update is given up, and the next call begins another."""
+        self.close()
+
+    def _add(self, metrics: Mapping[str, Tensor]) -> None:
+        found = self._metrics
+        added = {name: found[name] + value if name in found else value for name, value in metrics.items()}
+        self._metrics = {**found, **added}
+
+    def _transformed(self, batch: Batch) -> Batch:
+        step = self._step
+        step.info.logged = {}
+        given = step.plugins.batch_transform(batch, step.info)
+        self._add(step.info.logged)
+        return given if given is batch else step.complete(given)
+
+
+def _same_batch(announced: Batch, given: Any) -> None:
+    """Raise where another micro-batch comes than was announced."""
+    if isinstance(given, Mapping):  # a loader's own names: labels stand among the inputs
+        given = {name: value for name, value in given.items() if name in announced.inputs}
+    inputs = (
+        given.inputs if isinstance(given, Batch) else given[0] if isinstance(given, tuple | list) else given
+    )
+    told = [tuple(tensor.shape) for _, tensor in tensors_in(announced.inputs)]
+    came = [tuple(tensor.shape) for _, tensor in tensors_in(inputs)]
+    if not set(came) <= set(told):
+        raise ConfigError(
+            f"begin_update was told of a micro-batch with inputs of shape {told[0]}, and one of {came[0]} came; expected "
+            "the micro-batches in the order in which they were announced"
+        )

@@ -1,0 +1,59 @@
+"""Reverse KL: the mode-seeking direction, as in MiniLLM (Gu et al. 2024, arXiv:2306.08543) and GKD (arXiv:2306.13649)."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from stillhouse.api import (
+    CLASS_KINDS,
+    Batch,
+    Conformance,
+    LossTerm,
+    Method,
+    MethodConfig,
+    StepInfo,
+    StudentOut,
+    Targets,
+    hookimpl,
+    label_loss,
+)
+from stillhouse.kernels import softmax_kl
+
+
+class ReverseKLConfig(MethodConfig):
+    """Settings of reverse KL."""
+
+    temperature: float = Field(1.0, gt=0, description="T of both softmaxes; the loss is multiplied by T^2.")
+    alpha: float = Field(0.9, ge=0, le=1, description="Weight of the teacher; 1 - alpha is the labels'.")
+
+
+class ReverseKL(Method):
+    """``alpha T^2 KL(student || teacher) + (1 - alpha) CE(labels, student)``, on the data's own inputs.
+
+    Both papers draw sequences from the student as well; here the inputs are those that the trainer hands over, whoever
+    made them.
+    """
+
+    api_version = 1
+    Config = ReverseKLConfig
+    supports = CLASS_KINDS | {"different_outputs"}
+    config: ReverseKLConfig
+    conformance = Conformance(minimum={"kl": 0.0})
+
+    @hookimpl
+    def loss_terms(
+        self, student_out: StudentOut, targets: Targets, batch: Batch, info: StepInfo
+    ) -> dict[str, LossTerm]:
+        config, logits = self.config, student_out.logits
+        kl = softmax_kl(
+            logits,
+            targets.soft,
+            temperature=config.temperature,
+            divergence="reverse",
+            mask=batch.mask,
+            count=info.rows,
+        )
+        terms = {"kl": LossTerm(kl, config.alpha)}
+        if config.alpha < 1 and targets.has_labels:
+            terms["ce"] = LossTerm(label_loss(logits, targets, batch, info), 1 - config.alpha)
+        return terms
