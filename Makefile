@@ -19,9 +19,12 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[tasks,study]'
 	touch $@
 
-# The CUDA compiler's wheels are here because the kernels' machine code is tested without a GPU.
+# The CUDA compiler's wheels are here because the kernels' machine code is tested without a GPU. torchdistill comes
+# without what it depends on: its losses need none of it, and the torchvision that it brings does not import beside
+# the CPU build of torch, which breaks transformers too.
 $(DEV): $(READY)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[tasks,study,tensorboard,torchdistill,cuda,mlflow,wandb]' --group dev
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[tasks,study,tensorboard,cuda,mlflow,wandb]' --group dev
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps torchdistill
 	touch $@
 
 run: $(READY)  ## the main job: hard labels, KD, KD on all inputs and SLD on MNIST-1D, 3 seeds, one table

@@ -19,13 +19,13 @@ from stillhouse.study.schema import read, to_text
 def study(options: argparse.Namespace) -> int:
     """Tune and run every method of a study, and write its report; 1 where a cell failed."""
     given = read(options.study, quick=options.quick)
-    folder = Path(options.out or f"runs/study-{given.name}")
+    folder = Path(options.out or f"runs/study-{given.name}").expanduser()
     chosen = studies.Options(
         workers=options.workers,
         ray=options.ray,
         resume=options.resume,
         overwrite=options.overwrite,
-        merge=[Path(other) for other in options.merge],
+        merge=[Path(other).expanduser() for other in options.merge],
     )
     return _make(of_study(given), folder, to_text(given), chosen)
 
@@ -46,7 +46,7 @@ def compare(options: argparse.Namespace) -> int:
         raise ConfigError(f"--seeds {options.seeds}: expected whole numbers, as in 0,1,2") from None
     text = to_yaml({"seeds": seeds, "compared": [dump(config) for config in configs]})
     chosen = studies.Options(workers=options.workers, resume=options.resume, overwrite=options.overwrite)
-    return _make(of_configs(configs, seeds), Path(options.out), text, chosen)
+    return _make(of_configs(configs, seeds), Path(options.out).expanduser(), text, chosen)
 
 
 def _make(plan: Plan, folder: Path, text: str, chosen: studies.Options) -> int:
@@ -75,9 +75,9 @@ def _show(analysis: Analysis) -> None:
 
 def write_report(options: argparse.Namespace) -> int:
     """Write the report of a study's directory again, finished or not."""
-    folder = Path(options.dir)
+    folder = Path(options.dir).expanduser()
     analysis = analyse(*studies.load(folder))
-    out = Path(options.out or folder)
+    out = Path(options.out or folder).expanduser()
     report.write(analysis, out)
     print(f"see {out / 'report.html'}")
     return 0

@@ -8,7 +8,7 @@ from typing import Any
 
 from stillhouse.config import RunConfig
 from stillhouse.contract.context import STUDENT
-from stillhouse.errors import ConfigError
+from stillhouse.errors import ConfigError, Diverged
 from stillhouse.runs.evaluate import score
 from stillhouse.runs.rehearsal import rehearse
 from stillhouse.runs.resolve import pick_device, resolve
@@ -54,11 +54,13 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda message: None
             metrics: list[str] = []
             if data.validation is not None and data.validation.labelled:
                 student = parts.builders[STUDENT]().to(device)
-                metrics = list(score(parts.task, student, data.validation, device))
+                metrics = list(score(parts.task, student, data.validation, device, config=config))
             try:
                 rehearse(parts, data, device)
             except ConfigError as error:
                 return Prepared(found, {}, parts.task.metric, metrics, str(error))
+            except Diverged as error:  # with these settings: the cell will tell, others may do better
+                say(str(error))
             teacher = teacher_of(parts, data, device, say)[1]
             return Prepared(found, teacher, parts.task.metric, metrics)
     finally:

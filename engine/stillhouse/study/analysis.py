@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from stillhouse.study import statistics
-from stillhouse.study.plan import Cell, Entry, Plan, cell, cells, chosen, score, trial_scores
+from stillhouse.study.plan import Cell, Entry, Facts, Plan, cell, cells, chosen, score, trial_scores
 from stillhouse.study.statistics import FEWEST, LEVEL, Interval, Ranks
 from stillhouse.study.work import DONE, REFUSED
 
@@ -22,6 +22,8 @@ FEW_TASKS = 5
 class Difference:
     """A method less the baseline on one pair, by the seeds that both have.
 
+    higher
+        Whether more is better.
     p, p_holm
         Of the paired t-test; adjusted for every comparison of the study.
     verdict
@@ -29,6 +31,7 @@ class Difference:
     """
 
     interval: Interval
+    higher: bool = True
     p: float | None = None
     p_permutation: float | None = None
     p_wilcoxon: float | None = None
@@ -118,11 +121,11 @@ def analyse(plan: Plan, results: Results) -> Analysis:
         target = _target(base, results, plan)
         for row in of_pair:
             if row.scores and row is not base and base.scores:
-                row.difference = _difference(plan, row.scores, base.scores)
+                row.difference = _difference(row.entry.facts.higher, row.scores, base.scores)
             if row.scores:
                 row.cost = _cost(plan, row, results, target)
         _against_control(plan, pair, of_pair)
-    _adjust(plan, [row.difference for of_pair in rows.values() for row in of_pair if row.difference])
+    _adjust([row.difference for of_pair in rows.values() for row in of_pair if row.difference])
     found, over = _ranks(plan, rows)
     listed = cells(plan, results)
     remarks = list(plan.remarks)
@@ -207,12 +210,12 @@ def _add_defaults(plan: Plan, row: Row, results: Results) -> None:
         row.gain = statistics.mean_interval([row.scores[seed] - row.given[seed] for seed in both])
 
 
-def _difference(plan: Plan, ours: Mapping[int, float], base: Mapping[int, float]) -> Difference | None:
+def _difference(higher: bool, ours: Mapping[int, float], base: Mapping[int, float]) -> Difference | None:
     both = [seed for seed in ours if seed in base]
     if not both:
         return None
     values = [ours[seed] - base[seed] for seed in both]
-    made = Difference(statistics.mean_interval(values))
+    made = Difference(statistics.mean_interval(values), higher)
     if len(both) < FEWEST:
         return made
     mine, its = [ours[seed] for seed in both], [base[seed] for seed in both]
@@ -220,13 +223,13 @@ def _difference(plan: Plan, ours: Mapping[int, float], base: Mapping[int, float]
     made.p_permutation = statistics.paired_permutation(values)
     made.p_wilcoxon = statistics.wilcoxon(values)
     made.effect = statistics.effect_size(values)
-    better = (mine, its) if plan.higher() else (its, mine)
+    better = (mine, its) if higher else (its, mine)
     made.improvement = statistics.probability_of_improvement(*better)
     made.needed = None if made.effect is None else statistics.seeds_needed(made.effect)
     return made
 
 
-def _adjust(plan: Plan, differences: Sequence[Difference]) -> None:
+def _adjust(differences: Sequence[Difference]) -> None:
     tested = [one for one in differences if one.p is not None]
     for one, adjusted in zip(
         tested, statistics.holm([one.p for one in tested if one.p is not None]), strict=True
@@ -235,7 +238,7 @@ def _adjust(plan: Plan, differences: Sequence[Difference]) -> None:
         if adjusted >= LEVEL:
             one.verdict = "open"
         else:
-            one.verdict = "better" if plan.better(one.interval.mean, 0.0) else "worse"
+            one.verdict = "better" if (one.interval.mean > 0) == one.higher else "worse"
 
 
 def _target(base: Row, results: Results, plan: Plan) -> float | None:
@@ -251,8 +254,7 @@ def _target(base: Row, results: Results, plan: Plan) -> float | None:
 def _cost(plan: Plan, row: Row, results: Results, target: float | None) -> Cost:
     assert row.chosen is not None
     made = [results[cell(row.entry, row.chosen, seed, "final").digest] for seed in row.scores]
-    metric = row.entry.facts.metric
-    first = [] if target is None else [_first(plan, one["curve"], metric, target) for one in made]
+    first = [] if target is None else [_first(row.entry.facts, one["curve"], target) for one in made]
     reached = [step for step in first if step is not None]
     trials = [
         results.get(cell(row.entry, number, seed, "tuning").digest, {}).get("seconds", 0.0)
@@ -271,9 +273,9 @@ def _cost(plan: Plan, row: Row, results: Results, target: float | None) -> Cost:
     )
 
 
-def _first(plan: Plan, curve: Sequence[Mapping[str, Any]], metric: str, target: float) -> int | None:
+def _first(facts: Facts, curve: Sequence[Mapping[str, Any]], target: float) -> int | None:
     for row in curve:
-        if row.get(metric) is not None and not plan.better(target, row[metric]):
+        if row.get(facts.metric) is not None and not facts.better(target, row[facts.metric]):
             return int(row["step"])
     return None
 
@@ -291,12 +293,12 @@ def _against_control(plan: Plan, pair: str, rows: Sequence[Row]) -> None:
     controls = [row for row in rows if row.entry.facts.teacher is None and row.curve]
     if not controls:
         return
-    control = max(controls, key=lambda row: row.curve[-1][1].mean * (1 if plan.higher() else -1))
+    control = max(controls, key=lambda row: row.curve[-1][1].mean * (1 if row.entry.facts.higher else -1))
     level = control.curve[-1][1].mean
     for row in rows:
         metric = row.entry.facts.metric
         teacher = row.entry.facts.teacher_scores.get(metric)
-        if row.scores and teacher is not None and not plan.better(teacher, level):
+        if row.scores and teacher is not None and not row.entry.facts.better(teacher, level):
             row.remarks.append(
                 f"the teacher's validation {metric} ({teacher:.3f}) is no better than that of {control.title} "
                 f"({level:.3f}): distilling from it can be expected to hurt"
@@ -310,14 +312,18 @@ def _ranks(plan: Plan, rows: Mapping[str, Sequence[Row]]) -> tuple[Ranks | None,
         for number, name in enumerate(plan.titles)
         if all(len(of_pair[number].scores) == len(plan.fresh_seeds) for of_pair in rows.values())
     ]
-    sign = 1 if plan.higher() else -1
     table: dict[str, list[float]] = {}
     by_name = {name: number for number, name in enumerate(plan.titles)}
     over = "pairs" if len(plan.pairs) >= FEW_TASKS else "pairs and seeds"
     for name in everywhere:
-        found = [of_pair[by_name[name]].scores for of_pair in rows.values()]
-        if over == "pairs":
-            table[name] = [sign * fmean(scores.values()) for scores in found]
-        else:
-            table[name] = [sign * scores[seed] for scores in found for seed in plan.fresh_seeds]
+        found = [of_pair[by_name[name]] for of_pair in rows.values()]
+        signed = [
+            [(1 if row.entry.facts.higher else -1) * row.scores[seed] for seed in plan.fresh_seeds]
+            for row in found
+        ]
+        table[name] = (
+            [fmean(scores) for scores in signed]
+            if over == "pairs"
+            else [one for scores in signed for one in scores]
+        )
     return (statistics.ranks(table) if len(plan.fresh_seeds) >= FEWEST else None), over

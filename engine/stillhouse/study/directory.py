@@ -6,66 +6,35 @@ and the run's directory of a reported one; ``report.*`` and the tables.
 
 from __future__ import annotations
 
-import getpass
-import json
-import os
 import shutil
-import socket
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from stillhouse.errors import CheckpointError
-from stillhouse.files import write_json, write_text
+from stillhouse.errors import CheckpointError, DamagedFile
+from stillhouse.files import read_json, read_text, write_json, write_text
+from stillhouse.runs.lock import InUse, Lock, described, holder
 from stillhouse.study.plan import Plan, digest
 
 STUDY, PLAN, CELLS, RESULT, LOG = "study.yaml", "plan.json", "cells", "result.json", "log.txt"
-LOCK, HOLDER = ".lock", ".holder.json"
 REPORTS = ("report.html", "report.md", "report.tex", "scores.csv", "statistics.csv", "costs.csv")
-OURS = (STUDY, PLAN, CELLS, LOCK, HOLDER, *REPORTS)
+OURS = (STUDY, PLAN, CELLS, *REPORTS)
 
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Hold the directory against other studies; CheckpointError that says who holds it where it is taken."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK, timeout=0)
     try:
-        lock.acquire()
-    except Timeout:
+        lock = Lock(folder)
+    except InUse:
         raise CheckpointError(
-            f"{folder} is in use{_holder(folder)}; wait for it, or choose another with --out"
+            f"{folder} is in use by {described(holder(folder))} wait for it, or choose another with --out"
         ) from None
-    try:
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        write_json(
-            folder / HOLDER,
-            {"process": os.getpid(), "host": socket.gethostname(), "user": _user(), "since": since},
-        )
+    with lock:
         yield
-    finally:
-        (folder / HOLDER).unlink(missing_ok=True)
-        lock.release()
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # an account without a name, as in some containers
-        return str(os.getuid())
-
-
-def _holder(folder: Path) -> str:
-    try:
-        who = json.loads((folder / HOLDER).read_text())
-    except (OSError, ValueError):
-        return ""
-    return f" by process {who['process']} of {who['user']} on {who['host']} since {who['since']}"
 
 
 def read_plan(folder: Path) -> Plan | None:
@@ -82,8 +51,8 @@ def read_plan(folder: Path) -> Plan | None:
             )
         return None
     try:
-        return Plan.model_validate_json(path.read_text())
-    except (ValidationError, UnicodeDecodeError):
+        return Plan.model_validate_json(read_text(path))
+    except (ValidationError, DamagedFile):
         raise CheckpointError(
             f"{path} can't be read as a study's plan; remove it to make it again: finished cells are kept"
         ) from None
@@ -102,19 +71,16 @@ def cell_folder(folder: Path, name: str) -> Path:
 
 def write_result(cell: Path, result: Mapping[str, Any]) -> None:
     """Keep a cell's result, with a digest of its content. It says that the cell is finished."""
-    content = json.loads(json.dumps(result))  # as it will be read
-    write_json(cell / RESULT, {**content, "content": digest(content)})
+    write_json(cell / RESULT, result, sealed=True)
 
 
 def read_result(cell: Path) -> dict[str, Any] | None:
     """The result kept in a cell's directory; None where there is none, or a damaged one, or another cell's."""
     try:
-        kept = json.loads((cell / RESULT).read_text())
-        content = kept.pop("content")
-        whole = digest(kept) == content and digest(kept["made_from"]) == kept["digest"] == cell.name
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        kept = read_json(cell / RESULT, what="result", sealed=True)
+    except DamagedFile:
         return None
-    return kept if whole else None
+    return kept if digest(kept.get("made_from")) == kept.get("digest") == cell.name else None
 
 
 def read_results(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:

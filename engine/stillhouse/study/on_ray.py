@@ -21,9 +21,7 @@ from stillhouse.runs.directory import CHECKPOINTS
 from stillhouse.study.directory import read_result, write_result
 from stillhouse.study.plan import Plan
 from stillhouse.study.processes import Processes, died
-from stillhouse.study.work import RUN, Order
-
-TEACHERS = "teachers"
+from stillhouse.study.work import RUN, TEACHERS, Order
 
 
 class Ray:
@@ -88,9 +86,9 @@ class Ray:
 
 def _teachers(plan: Plan) -> dict[str, bytes]:
     """The plan's trained teachers as they are kept, by file name."""
-    wanted = sorted({entry.facts.teacher for entry in plan.entries if entry.facts.teacher})
+    names = sorted({entry.facts.teacher_file for entry in plan.entries if entry.facts.teacher_file})
     folder = cache_dir() / TEACHERS
-    return {path.name: path.read_bytes() for name in wanted for path in sorted(folder.glob(f"{name}*"))}
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
 class _Place:

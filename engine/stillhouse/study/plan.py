@@ -30,13 +30,17 @@ from stillhouse.study.space import points
 Phase = Literal["tuning", "final", "default"]
 LIBRARIES = ("stillhouse", "torch", "numpy", "numba")
 """Whose version is part of what makes a cell, beside the plugins' own distributions."""
-OPEN = tuple(key for key in FREE if key not in ("threads", "device"))
-"""Keys of a run's config that don't enter its figures; the number of threads moves the last bits."""
+OPEN = tuple(key for key in FREE if key not in ("threads", "device", "evaluate_batch_size"))
+"""Keys of a run's config that don't enter its figures; threads and batches of another size move the last bits."""
 
 
 class Facts(BaseModel):
     """What is known of a method on a pair once its data and teacher are made.
 
+    teacher, teacher_file
+        The digest of its weights; the file of the cache that holds them, where it was trained for the study.
+    metric, higher, metrics
+        The score that decides, whether more of it is better, and all that the task gives.
     refused
         Why it can't run there: a capability that the task lacks, models that don't fit.
     """
@@ -44,10 +48,16 @@ class Facts(BaseModel):
     model_config = STRICT
     data: dict[str, str] = Field(default_factory=dict)
     teacher: str | None = None
+    teacher_file: str | None = None
     teacher_scores: dict[str, float] = Field(default_factory=dict)
     metric: str = ""
+    higher: bool = True
     metrics: list[str] = Field(default_factory=list)
     refused: str | None = None
+
+    def better(self, one: float, other: float) -> bool:
+        """Whether the first score is the better one."""
+        return one > other if self.higher else one < other
 
 
 class Trial(BaseModel):
@@ -97,14 +107,6 @@ class Plan(BaseModel):
     def entry(self, method: str, pair: str) -> Entry:
         """The method on the pair."""
         return next(entry for entry in self.entries if (entry.method, entry.pair) == (method, pair))
-
-    def higher(self) -> bool:
-        """Whether higher scores are better."""
-        return self.metric is None or self.metric.better == "higher"
-
-    def better(self, one: float, other: float) -> bool:
-        """Whether the first score is the better one."""
-        return one > other if self.higher() else one < other
 
     def with_facts(self, facts: Mapping[tuple[str, str], Facts]) -> Plan:
         """The plan after preparation, by method and pair."""
@@ -225,7 +227,7 @@ def chosen(plan: Plan, entry: Entry, results: Mapping[str, Mapping[str, Any]]) -
         if value is None:
             continue
         before = None if best is None else scores[best]
-        if before is None or plan.better(value, before):
+        if before is None or entry.facts.better(value, before):
             best = number
     return best
 

@@ -157,4 +157,10 @@ def died(order: Order, code: int | str) -> dict[str, Any]:
 
 
 class Stopped(StillhouseError):
-    """A study that was interrupted; what is finished is kept."""
+    """A study that was interrupted; what is finished is kept.
+
+    number
+        The signal that ended it, as of a run.
+    """
+
+    number = signal.SIGINT

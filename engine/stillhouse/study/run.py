@@ -199,7 +199,8 @@ def _judged(plan: Plan, pair: str, found: Facts) -> Facts:
         raise ConfigError(
             f"metric.name: the task of pair {pair} has no '{wanted}'{nearest(wanted, found.metrics)}"
         )
-    return found.model_copy(update={"metric": wanted})
+    higher = found.higher if plan.metric is None else plan.metric.better == "higher"
+    return found.model_copy(update={"metric": wanted, "higher": higher})
 
 
 def _run(plan: Plan, folder: Path, results: Results, executor: Executor, live: Live) -> list[str]:

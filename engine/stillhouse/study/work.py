@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.api import Task
+from stillhouse.cache import Cache
 from stillhouse.config import validate
+from stillhouse.contract.metrics import higher_is_better
 from stillhouse.contract.splits import Splits
 from stillhouse.errors import CheckpointError, ConfigError, StillhouseError
 from stillhouse.runs import directory
@@ -26,6 +28,8 @@ from stillhouse.study.plan import Cell, Facts
 
 DONE, FAILED, REFUSED = "done", "failed", "not applicable"
 RUN = "run"
+TEACHERS = "teachers"
+"""The kind of what is kept in the cache."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def _run(order: Order) -> Summary:
 
 def _figures(order: Order, summary: Summary) -> dict[str, Any]:
     folder = Path(order.folder) / RUN
-    manifest = json.loads((folder / directory.MANIFEST).read_text())
+    manifest = directory.read_manifest(folder)
     _check_origin(order.made_from, manifest)
     kept = ("scores", "metric", "steps", "teacher", "teacher_calls", "parameters", "seconds", "warnings")
     return {
@@ -161,6 +165,8 @@ def prepare_pair(configs: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[dict
         made = prepare(validate(config), say=lambda message: print(message, flush=True))
         facts[method] = Facts(
             data=made.data,
+            higher=higher_is_better(made.metric),
+            teacher_file=_teacher_file(made.teacher),
             teacher=made.teacher.get("digest"),
             teacher_scores=made.teacher.get("validation", {}),
             metric=made.metric,
@@ -168,6 +174,14 @@ def prepare_pair(configs: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[dict
             refused=made.refused,
         )
     return facts, [name for name, module in sys.modules.items() if importable(name, module)]
+
+
+def _teacher_file(facts: Mapping[str, Any]) -> str | None:
+    """The file in the cache that a trained teacher is kept in."""
+    if "key" not in facts:
+        return None
+    told = ("key", "digest", "found", "validation")
+    return Cache(TEACHERS).path({name: value for name, value in facts.items() if name not in told}).name
 
 
 def importable(name: str, module: Any) -> bool:

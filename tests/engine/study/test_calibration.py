@@ -48,8 +48,8 @@ def verdicts(plan, twins: int, planted: float = 0.0) -> list[set[str]]:
         drawn = draw.permutation(POOL)[: SEEDS * (1 + twins)].reshape(1 + twins, SEEDS)
         drawn[1:] += planted
         scores = [dict(enumerate(row.tolist())) for row in drawn]
-        differences = [_difference(plan, ours, scores[0]) for ours in scores[1:]]
-        _adjust(plan, differences)
+        differences = [_difference(True, ours, scores[0]) for ours in scores[1:]]
+        _adjust(differences)
         found.append({one.verdict for one in differences})
     return found
 

@@ -270,7 +270,7 @@ class TestRefused:
     def test_two_studies_in_one_directory_at_once(self, tmp_path):
         with directory.held(tmp_path / "s"), pytest.raises(CheckpointError) as error:
             make(small(), tmp_path / "s")
-        assert f"is in use by process {os.getpid()} of " in str(error.value)
+        assert f"is in use by process {os.getpid()} on " in str(error.value)
         assert "wait for it, or choose another with --out" in str(error.value)
 
     def test_a_plan_that_can_not_be_read(self, tmp_path):
