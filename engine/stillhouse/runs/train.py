@@ -255,6 +255,9 @@ def _teacher(
         model = parts.builders["teacher"]().to(device)
         weights.load(model, spec.checkpoint)
         facts = {"found": str(spec.checkpoint), "digest": digest(model)}
+    elif comes_trained(parts):
+        model = parts.builders["teacher"]().to(device)
+        facts = {"found": f"as {spec.name} gives it", "digest": digest(model)}
     else:
         settings = teachers.training(spec.train, parts.task).model_copy(
             update={"device": parts.config.device}

@@ -12,7 +12,7 @@ import five
 import pytest
 import torch
 from test_five_trainers import METHODS
-from two_processes import ACCUMULATE, UPDATES
+from two_processes import UPDATES
 
 HERE = Path(__file__).parent
 
@@ -24,7 +24,12 @@ def free_port() -> int:
 
 
 def in_two_processes(trainer: str, method: str, out: Path) -> list[dict]:
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    shared = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+    }
     words = [sys.executable, str(HERE / "two_processes.py"), trainer, method, str(out)]
     path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     processes = [
