@@ -69,7 +69,7 @@ def _read(path: Path, columns: Sequence[str], needed: Sequence[str]) -> list[dic
         try:
             read = getattr(datasets.Dataset, f"from_{form}")
             table = read(str(path), cache_dir=cache, keep_in_memory=True)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever the library makes of a bad file
             reason = str(error.__cause__ or error).splitlines()[0]
             raise DataError(
                 f"{path} can't be read as {form} ({reason}); expected a file of that format"
@@ -109,7 +109,7 @@ def _hub(name: str, needed: Sequence[str]) -> list[dict[str, Any]]:
         raise DataError(f"{name}: no such file or folder; expected one, or a data set of the hub (org/name)")
     try:
         table = _datasets().load_dataset(name, split=split or "train")
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever the library makes of a bad file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"{name}: no such file or folder here, and the hub gave no data set ({reason}); expected a path, or a name "

@@ -50,7 +50,7 @@ class Models:
                 local_files_only=Path(path).expanduser().exists(),
                 **options,
             )
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever the library makes of a bad file
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(
                 f"{path} gives no {self._head} ({reason}); expected a folder of save_pretrained"
@@ -94,7 +94,7 @@ class Models:
             config = AutoConfig.from_pretrained(
                 _place(path), local_files_only=Path(path).expanduser().exists()
             )
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever the library makes of a bad file
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(
                 f"{path} holds no model of transformers ({reason}); expected a folder of save_pretrained"
@@ -133,7 +133,7 @@ def _keep(model: nn.Module, count: int, config: Any) -> None:
     for number, layer in enumerate(kept):
         for part in layer.modules():
             if hasattr(part, "layer_idx"):
-                part.layer_idx = number
+                setattr(part, "layer_idx", number)  # noqa: B010 - a plain attribute of modules that have one
     parent = model.get_submodule(name.rpartition(".")[0])
     setattr(parent, name.rpartition(".")[2], nn.ModuleList(kept))
     setattr(config, _named(config, _LAYERS), count)

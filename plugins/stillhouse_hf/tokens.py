@@ -32,7 +32,7 @@ def load(path: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             str(here) if here.exists() else path, local_files_only=here.exists()
         )
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever the library makes of a bad file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"task.tokenizer: {path} gives no tokenizer ({reason}); expected a folder with one"

@@ -65,7 +65,7 @@ def export(run: Path, to: str, out: Path) -> dict[str, float]:
             call = write(model, inputs, folder, task)
             difference = 0.0
             for rows in (slice(0, ROWS), slice(0, 3)):
-                some = mapped(inputs, lambda tensor, rows=rows: tensor[rows])
+                some = _rows(inputs, rows)
                 own, given = forward(model, some, kind).float(), kind.aligned(call(some)).float()
                 scale = float(own.abs().max().clamp(min=1e-12))
                 difference = max(difference, float((own - given).abs().max()) / scale)
@@ -78,6 +78,10 @@ def export(run: Path, to: str, out: Path) -> dict[str, float]:
             out.rmdir()
         shutil.move(folder, out)
     return {"difference": difference}
+
+
+def _rows(inputs: Any, rows: slice) -> Any:
+    return mapped(inputs, lambda tensor: tensor[rows])
 
 
 def trained(run: Path) -> tuple[Task, nn.Module]:
