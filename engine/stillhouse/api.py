@@ -24,6 +24,7 @@ from stillhouse.cache import made_once
 from stillhouse.contract.batch import IGNORE, Batch
 from stillhouse.contract.conformance import Conformance
 from stillhouse.contract.context import Auxiliary, RunContext, Stage, StepInfo
+from stillhouse.contract.datasets import DatasetSplit
 from stillhouse.contract.features import Feature, FeaturePair, Layers, feature_mean, feature_pairs, kept, wide
 from stillhouse.contract.hooks import hookimpl
 from stillhouse.contract.kinds import CLASS_KINDS, KINDS, TaskKind
@@ -116,6 +117,7 @@ __all__ = [
     "ConfigError",
     "Conformance",
     "DataError",
+    "DatasetSplit",
     "Diverged",
     "Feature",
     "FeaturePair",

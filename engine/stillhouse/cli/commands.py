@@ -66,6 +66,27 @@ def bench_overhead(options: argparse.Namespace) -> int:
     return main(options)
 
 
+def init(options: argparse.Namespace) -> int:
+    """Write a config for a task."""
+    from stillhouse.scaffold.config import write
+    from stillhouse.terminal import show
+
+    file = Path(options.file or f"{options.task}.yaml")
+    write(options.task, file, train=options.train, teacher=options.teacher, student=options.student)
+    show(f"wrote {file}; look through it, then: stillhouse run {file}")
+    return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    """Write a run's model for use without Stillhouse."""
+    from stillhouse.runs.export import export as write
+    from stillhouse.terminal import show
+
+    found = write(Path(options.run).expanduser(), options.to, Path(options.out).expanduser())
+    show(f"wrote {options.out}; its outputs are the run's to {found['difference']:.1e} of the greatest")
+    return 0
+
+
 def bench_trainers(options: argparse.Namespace) -> int:
     """Measure an update of a language model beside one written by hand."""
     from stillhouse.bench.trainers import main

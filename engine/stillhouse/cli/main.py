@@ -52,6 +52,23 @@ def parser() -> argparse.ArgumentParser:
     runs.add_argument("dir", nargs="?", default="runs", metavar="DIR", help="default runs")
     runs.add_argument("--json", action="store_true", help="as JSON")
 
+    init = commands.add_parser("init", help="write a config for a task over your own files, with comments")
+    init.add_argument(
+        "task", metavar="TASK", help="causal-lm, text-classification, token-classification, ..."
+    )
+    init.add_argument("--file", default=None, metavar="YAML", help="default TASK.yaml")
+    init.add_argument("--train", default="data", metavar="PATH", help="training file or folder")
+    init.add_argument("--teacher", default="teacher", metavar="DIR", help="the teacher's checkpoint")
+    init.add_argument("--student", default="student", metavar="DIR", help="the student's checkpoint")
+    export = commands.add_parser(
+        "export", help="the trained model of a run alone, for use without Stillhouse"
+    )
+    export.add_argument("run", metavar="RUN", help="a finished run's directory")
+    export.add_argument(
+        "--to", default="transformers", metavar="FORM", help="transformers, torch-export or onnx"
+    )
+    export.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+
     plugins = commands.add_parser("plugins", help="list what is installed, without importing it; and more")
     plugins.add_argument("--json", action="store_true", help="as JSON")
     _plugin_verbs(plugins)
@@ -112,6 +129,8 @@ def parser() -> argparse.ArgumentParser:
         overhead,
         trainers,
         labels,
+        init,
+        export,
     )
     for command in every:
         # SUPPRESS: a default here would undo a --debug before the command.

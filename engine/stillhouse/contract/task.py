@@ -32,7 +32,8 @@ class Task:
     metric
         The score that tables show; higher is better. ``""``: the first that is scored.
     teachers, students
-        Model builders by name. A builder takes typed keyword arguments with defaults.
+        Model builders by name. A builder takes typed keyword arguments with defaults. One with an attribute ``trained``
+        that is True gives models with their weights: a teacher of it is used as it comes.
     teacher_training
         Settings for training a teacher where no checkpoint is given: keys of a run's config.
     """

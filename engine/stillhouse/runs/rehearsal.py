@@ -21,7 +21,7 @@ from stillhouse.contract.context import STUDENT, TARGET
 from stillhouse.contract.splits import Split, Splits
 from stillhouse.errors import ConfigError, Diverged, StillhouseError, StillhouseWarning
 from stillhouse.runs import teachers
-from stillhouse.runs.resolve import Parts, builder_of
+from stillhouse.runs.resolve import Parts, builder_of, comes_trained
 from stillhouse.softlabels import SoftLabels
 from stillhouse.training.compatibility import OFFERED
 from stillhouse.training.loop import Loop
@@ -45,7 +45,12 @@ def rehearse(parts: Parts, data: Splits, device: torch.device) -> None:
             teacher = parts.builders["teacher"]().to(device) if "teacher" in parts.builders else None
             spec = parts.config.teacher
             _students(parts, data, device, teacher)
-            if teacher is not None and spec is not None and spec.checkpoint is None:
+            if (
+                teacher is not None
+                and spec is not None
+                and spec.checkpoint is None
+                and not comes_trained(parts)
+            ):
                 _teachers(parts, data, device, teachers.training(spec.train, parts.task))
         finally:
             outside.restore()

@@ -85,6 +85,12 @@ def resolve(config: RunConfig) -> Parts:
     return Parts(resolved, task, methods, observers, builders, folder=resolved.run_dir)
 
 
+def comes_trained(parts: Parts) -> bool:
+    """Whether the teacher's builder gives it with its weights, so that none are trained."""
+    spec = parts.config.teacher
+    return spec is not None and getattr(parts.task.teachers.get(spec.name), "trained", False) is True
+
+
 def _full(spec: Named, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": spec.name, **settings}
 

@@ -31,7 +31,7 @@ from stillhouse.runs.interrupts import Interrupted
 from stillhouse.runs.lock import Lock
 from stillhouse.runs.recorder import Recorder
 from stillhouse.runs.rehearsal import offers, rehearse
-from stillhouse.runs.resolve import Parts, builder_of, pick_device, resolve
+from stillhouse.runs.resolve import Parts, builder_of, comes_trained, pick_device, resolve
 from stillhouse.training.loop import Loop
 from stillhouse.training.random_state import RandomState
 from stillhouse.training.step import DistillStep
@@ -255,6 +255,9 @@ def teacher_of(
         model = parts.builders["teacher"]().to(device)
         weights.load(model, spec.checkpoint)
         facts = {"found": str(spec.checkpoint), "digest": digest(model)}
+    elif comes_trained(parts):
+        model = parts.builders["teacher"]().to(device)
+        facts = {"found": f"as {spec.name} gives it", "digest": digest(model)}
     else:
         settings = teachers.training(spec.train, parts.task).model_copy(
             update={"device": parts.config.device}

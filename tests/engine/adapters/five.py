@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import os
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 import stillhouse
 from stillhouse.api import Method, hookimpl
@@ -220,8 +221,15 @@ def lightning(case: Case) -> object:
     from stillhouse.adapters.lightning import DistilledModule, UpdateLoader
 
     module = DistilledModule(case.student, case.distillation, optimizer=case.optimizer, seed=42)
+    # Lightning's own sampler over ranks shuffles.
+    rank = int(os.environ.get("RANK", "0"))
+    sampler = DistributedSampler(case.data, case.world, rank, shuffle=False) if case.world > 1 else None
     loader = UpdateLoader(
-        case.data, batch_size=case.micro, collate_fn=padded, accumulate_grad_batches=case.accumulate
+        case.data,
+        batch_size=case.micro,
+        sampler=sampler,
+        collate_fn=padded,
+        accumulate_grad_batches=case.accumulate,
     )
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
