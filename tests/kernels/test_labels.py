@@ -300,9 +300,9 @@ def layer_of(rows, width, dtype=torch.float32):
 @pytest.mark.parametrize("weights", [WEIGHTS, (0.2, 0.9), (0.0, 1.0)])
 def test_the_layer_before_it(weights, kind, labels, backend, monkeypatch):
     """Made for WEIGHTS, in chunks of a few rows, and differentiated with the weights given."""
-    from stillhouse.kernels import linear
+    from stillhouse.kernels import chunks
 
-    monkeypatch.setattr(linear, "CHUNK", 900 * 7)
+    monkeypatch.setattr(chunks, "CHUNK", 900 * 7)
     hidden, weight, bias = layer_of(ROWS, 900)
     teacher = logits(ROWS, 900, 2)
     target = target_of(kind, teacher, 2.0)

@@ -5,12 +5,12 @@ import torch
 from cases import logits, relative
 from test_processes import allocated
 
-from stillhouse.kernels import Sampled, TeacherHead, TopK, linear, linear_softmax_kl, softmax_kl
+from stillhouse.kernels import Sampled, TeacherHead, TopK, chunks, linear_softmax_kl, softmax_kl
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(linear, "CHUNK", 7 * 50)  # 7 rows of 50 at a time
+    monkeypatch.setattr(chunks, "CHUNK", 7 * 50)  # 7 rows of 50 at a time
 
 
 def layer(dtype=torch.float32):
@@ -90,7 +90,7 @@ def test_only_the_gradients_that_are_wanted():
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_no_gradient_is_computed_where_none_is_wanted(reduction, without, backend, monkeypatch):
-    monkeypatch.setattr(linear, "_accumulate", None)
+    monkeypatch.setattr(chunks, "_accumulate", None)
     hidden, weight, bias = layer()
     target, settings = targets()["dense"], {"reduction": reduction, "backend": backend}
     with without():
@@ -121,7 +121,7 @@ def test_leading_dimensions_and_no_rows():
 def test_no_more_is_held_than_the_chunk_at_hand(dtype, backend, head, chunks, monkeypatch):
     """In multiples of a chunk's logits, which are as many as weights. The torch backend keeps what autograd does."""
     rows, width, size = 4 * 64, 4096, 64
-    monkeypatch.setattr(linear, "CHUNK", 64 * width)
+    monkeypatch.setattr(chunks, "CHUNK", 64 * width)
     hidden, weight, states, other = (
         torch.randn(n, size, dtype=dtype).requires_grad_() for n in (rows, width, rows, width)
     )

@@ -5,7 +5,8 @@ with the first call that uses them.
 """
 
 from stillhouse.kernels.backends import explain, warmup
-from stillhouse.kernels.linear import TeacherHead, linear_distillation_loss, linear_softmax_kl
+from stillhouse.kernels.chunks import TeacherHead
+from stillhouse.kernels.linear import linear_distillation_loss, linear_softmax_kl
 from stillhouse.kernels.loss import Terms, distillation_loss, softmax_kl
 from stillhouse.kernels.selfcheck import check
 from stillhouse.kernels.targets import Sampled, Target, TopK

@@ -48,14 +48,20 @@ def _default(student: Tensor, kernel: str) -> str:
     if student.dtype == torch.float64:
         return "torch"
     if device.type == "cpu":
-        return "numba" if cpu_failure(kernel) is None else "torch"
+        return "numba" if _cpu_works(kernel) else "torch"
     if device.type != "cuda" or not cuda_available()[0]:
         return "torch"
-    return (
-        "cuda"
-        if cuda_failure(torch.cuda.current_device() if device.index is None else device.index) is None
-        else "torch"
-    )
+    return "cuda" if _cuda_works(device.index) else "torch"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[no-untyped-call]
+def _cpu_works(kernel: str) -> bool:  # asked where a graph is traced, and not within it
+    return cpu_failure(kernel) is None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[no-untyped-call]
+def _cuda_works(device: int | None) -> bool:
+    return cuda_failure(torch.cuda.current_device() if device is None else device) is None
 
 
 @lru_cache(maxsize=8)
