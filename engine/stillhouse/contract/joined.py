@@ -101,6 +101,15 @@ def _views(parts: list[Batch]) -> list[Any]:
 
 
 def _masks(parts: list[Batch]) -> list[Tensor | None]:
+    """Which rows count, where the parts say it or rows are positions: -100 then means no row in the labelled part alone."""
+    labels = parts[0].labels
+    if all(part.mask is None for part in parts) and labels is not None and labels.dim() > 1:
+        if labels.is_floating_point():
+            return [None, None]
+        every = torch.ones(_rows_like(parts[1], parts[0], labels), dtype=torch.bool, device=labels.device)
+        real = _attention(parts[1].inputs)
+        fits = isinstance(real, Tensor) and real.shape == every.shape
+        return [labels != IGNORE, real.bool() if fits else every]
     like = next((part for part in parts if part.mask is not None), None)
     if like is None or like.mask is None:
         return [None, None]

@@ -125,3 +125,12 @@ def test_the_test_split_opens_once():
     with pytest.raises(RuntimeError, match=r"it opens once, at the end"):
         sealed.open()
     assert sealed.opened == 1
+
+
+def test_unlabelled_tokens_count_beside_labelled_ones_and_pads_do_not():
+    ids = torch.arange(12).reshape(3, 4)
+    labels = torch.tensor([[1, 2, IGNORE, IGNORE], [1, 1, 1, IGNORE], [2, 2, 2, 2]])
+    joined = JoinedSplit(TensorSplit(ids, labels), TensorSplit(ids + 12))
+    batch = joined.batch(torch.tensor([4, 0]))
+    assert batch.labels.tolist() == [[IGNORE] * 4, [1, 2, IGNORE, IGNORE]]
+    assert batch.mask.tolist() == [[True] * 4, [True, True, False, False]]

@@ -98,7 +98,9 @@ class TestOutputObjects:
     def test_are_read_by_number_from_either_end(self):
         captures = made(toys.net(), "hidden_states.1", "hidden_states.-1", "attentions.0", "1")
         assert captures.asks("student") == {"hidden_states", "attentions"}
-        found = captures.take("student", Output(X, {"hidden_states": self.STATES, "attentions": self.STATES[2:]}))
+        found = captures.take(
+            "student", Output(X, {"hidden_states": self.STATES, "attentions": self.STATES[2:]})
+        )
         assert {name: float(value) for name, value in found.items()} == {
             "hidden_states.1": 1.0,
             "hidden_states.-1": 2.0,
