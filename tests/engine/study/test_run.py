@@ -66,7 +66,7 @@ class TestCells:
         _, analysis, said = finished
         row = analysis.rows["diabetes"][1]
         assert (row.status, row.scores) == ("not applicable", {})
-        assert "labels are floats (regression)" in row.reason
+        assert "has no meaning for regression" in row.reason
         assert "not applicable: kd on diabetes" in said
         assert not [one for one, _ in analysis.provenance if (one.method, one.pair) == ("kd", "diabetes")]
 
