@@ -293,10 +293,12 @@ def test_the_kernel_is_what_the_methods_use(monkeypatch, method):
     """Row 2's premise: no method keeps a formula of its own."""
     called = []
 
-    def recorded(*given, **named):
-        called.append(named["temperature"])
-        return softmax_kl(*given, **named)
+    for name in ("softmax_kl", "distillation_loss"):  # the second: the labels' term in the same pass
 
-    monkeypatch.setattr(losses, "softmax_kl", recorded)
+        def recorded(*given, kernel=getattr(losses, name), **named):
+            called.append(named["temperature"])
+            return kernel(*given, **named)
+
+        monkeypatch.setattr(losses, name, recorded)
     toys.loop(method, steps=3).run()
     assert called == [4.0] * 3
