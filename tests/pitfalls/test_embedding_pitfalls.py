@@ -112,15 +112,26 @@ class TestTokens:
             loss.backward()
         assert_as_by_hand(student, float(loss), expected)
 
-    @pytest.mark.parametrize("labels", [True, False])
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_labels_on_pads_count_nowhere_either(self, side):
+        student, teacher = gpt2(1), gpt2(2)
+        expected = by_hand(student, teacher)
+        batch = padded(side, 3)
+        batch["labels"] = batch["input_ids"]  # as whoever forgets the -100
+        with kd(teacher, task="causal_lm").attach(student, probe=batch) as step:
+            loss, _ = step(student, batch)
+            loss.backward()
+        assert_as_by_hand(student, float(loss), expected)
+
+    @pytest.mark.parametrize("labels", [True, False, "all"])
     def test_packed_rows_are_read_as_the_texts_they_hold(self, labels):
         student, teacher = gpt2(1), gpt2(2)
-        expected = by_hand(student, teacher, labels=labels)
+        expected = by_hand(student, teacher, labels=bool(labels))
         ids = torch.tensor([[token for text in TEXTS for token in text]])
         places = torch.tensor([[place for text in TEXTS for place in range(len(text))]])
         batch = {"input_ids": ids, "position_ids": places}
         if labels:
-            batch["labels"] = ids.masked_fill(places == 0, -100)
+            batch["labels"] = ids if labels == "all" else ids.masked_fill(places == 0, -100)
         alpha = ALPHA if labels else 1.0
         settings = {"temperature": T, "alpha": alpha, "task": "causal_lm"}
         with stillhouse.Distillation("kd", teacher=teacher, **settings).attach(student, probe=batch) as step:

@@ -19,7 +19,6 @@ from stillhouse.api import Batch, Splits, TensorSplit
 from stillhouse.config import read
 from stillhouse.contract import losses
 from stillhouse.errors import CheckpointError, ConfigError, PluginError
-from stillhouse.kernels import softmax_kl
 from stillhouse.runs.evaluate import Sealed
 from stillhouse.runs.resolve import resolve
 from stillhouse.softlabels import SoftLabels, write_soft_labels
@@ -293,12 +292,14 @@ def test_the_kernel_is_what_the_methods_use(monkeypatch, method):
     """Row 2's premise: no method keeps a formula of its own."""
     called = []
 
-    for name in ("softmax_kl", "distillation_loss"):  # the second: the labels' term in the same pass
-
-        def recorded(*given, kernel=getattr(losses, name), **named):
+    def recording(kernel):
+        def recorded(*given, **named):
             called.append(named["temperature"])
             return kernel(*given, **named)
 
-        monkeypatch.setattr(losses, name, recorded)
+        return recorded
+
+    for name in ("softmax_kl", "distillation_loss"):  # the second: the labels' term in the same pass
+        monkeypatch.setattr(losses, name, recording(getattr(losses, name)))
     toys.loop(method, steps=3).run()
     assert called == [4.0] * 3

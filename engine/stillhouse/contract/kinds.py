@@ -102,10 +102,13 @@ class TaskKind:
         if self.positions is False:
             return None
         attention = _attention(inputs, decoder=self.name == "seq2seq_lm") if self.positions else None
-        if labels is not None and labels.dim() > 1:
-            mask = labels != IGNORE
-            return mask & attention if attention is not None and attention.shape == mask.shape else mask
-        return _next_token(inputs, attention) if self.shifted else attention
+        if labels is None or labels.dim() < 2:
+            return _next_token(inputs, attention) if self.shifted else attention
+        mask = labels != IGNORE
+        packed = isinstance(inputs, Mapping) and "position_ids" in inputs
+        if self.shifted and (attention is not None or packed):
+            attention = _next_token(inputs, attention)
+        return mask & attention if attention is not None and attention.shape == mask.shape else mask
 
     def _labels(self, given: Any) -> Tensor | None:
         """The labels as a tensor of the type that the kind has."""
@@ -299,16 +302,16 @@ def _shift(values: Tensor, last: Any) -> Tensor:
 
 
 def _next_token(inputs: Any, attention: Tensor | None) -> Tensor:
-    """Rows of a causal model without labels: position i predicts token i + 1, and counts if both are real.
+    """Rows of a causal model: position i predicts token i + 1, and counts if both are real.
 
-    A pad before the text predicts nothing, so left and right padding give the same rows. In a packed row
-    (``position_ids`` that begin anew) the end of one text does not predict the next one's beginning.
+    A pad before the text predicts nothing, and no text predicts a pad, so left and right padding give the same rows. In a
+    packed row (``position_ids`` that begin anew) the end of one text does not predict the next one's beginning.
     """
     real = torch.ones_like(_tokens(inputs), dtype=torch.bool) if attention is None else attention
     mask = real & _shift(real, False)
     places = inputs.get("position_ids") if isinstance(inputs, Mapping) else None
     if isinstance(places, Tensor) and places.shape == mask.shape:
-        mask = mask & (_shift(places, -1) == places + 1)
+        mask = mask & (_shift(places, 0) != 0)
     return mask
 
 
