@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 DEV := $(VENV)/.ready-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run study test test-kit test-kernels test-slow attack lint format examples bench build clean
+.PHONY: help setup run study test test-kit test-kernels test-slow attack lint format examples docs bench build clean
 
 help:  ## what can be done here
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
@@ -64,6 +64,9 @@ examples: $(DEV)  ## run every example
 
 study: $(READY)  ## a small study of every method: tuning, seeds, report
 	$(BIN)/stillhouse study mnist1d --quick --resume
+
+docs: $(DEV)  ## the site in build/site, refusing any warning
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 bench: $(DEV)  ## what the engine and the kernels cost, side by side
 	$(BIN)/stillhouse bench overhead
