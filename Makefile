@@ -30,8 +30,8 @@ $(DEV): $(READY)
 run: $(READY)  ## the main job: hard labels, KD, KD on all inputs and SLD on MNIST-1D, 3 seeds, one table
 	$(BIN)/stillhouse compare mnist1d-hard mnist1d-kd mnist1d-kd-all mnist1d-sld --seeds 0,1,2 --overwrite
 
-test: $(DEV)  ## the test suite
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+test: $(DEV)  ## the test suite, but for the kernels' own
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/kernels --ignore tests/ptx
 
 test-kit: $(DEV)  ## what a plugin's author does, beside the wheel in clean environments; every plugin's checks
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'slow and not gpu' tests/kit tests/packaging
@@ -40,7 +40,7 @@ test-kit: $(DEV)  ## what a plugin's author does, beside the wheel in clean envi
 KERNELS := $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not gpu'
 AVX2 := ATEN_CPU_CAPABILITY=avx2 NUMBA_CPU_NAME=x86-64-v3 NUMBA_CPU_FEATURES=
 test-kernels: $(DEV)  ## the kernels' tests with the CUDA machine code's, then those of the CPU held to AVX2
-	$(KERNELS) tests/kernels tests/pitfalls tests/ptx
+	$(KERNELS) tests/kernels tests/ptx
 	test "$$(uname -m)" != x86_64 || $(AVX2) $(KERNELS) tests/kernels tests/pitfalls
 
 test-slow: $(DEV)  ## the long tests: wheel in a clean environment, full sweeps

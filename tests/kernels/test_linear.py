@@ -109,7 +109,7 @@ def test_leading_dimensions_and_no_rows():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "backend", "head", "chunks"),
+    ("dtype", "backend", "head", "most"),
     [
         (torch.float32, None, False, 2.2),
         (torch.float32, None, True, 3.2),
@@ -118,7 +118,7 @@ def test_leading_dimensions_and_no_rows():
         (torch.float32, "torch", False, 28.8),
     ],
 )
-def test_no_more_is_held_than_the_chunk_at_hand(dtype, backend, head, chunks, monkeypatch):
+def test_no_more_is_held_than_the_chunk_at_hand(dtype, backend, head, most, monkeypatch):
     """In multiples of a chunk's logits, which are as many as weights. The torch backend keeps what autograd does."""
     rows, width, size = 4 * 64, 4096, 64
     monkeypatch.setattr(chunks, "CHUNK", 64 * width)
@@ -132,7 +132,7 @@ def test_no_more_is_held_than_the_chunk_at_hand(dtype, backend, head, chunks, mo
         # at the end: the profiler may or may not see what goes that was there before
         hidden.grad = weight.grad = None
 
-    assert allocated(run) <= chunks * 64 * width * hidden.element_size()
+    assert allocated(run) <= most * 64 * width * hidden.element_size()
 
 
 @pytest.mark.slow

@@ -47,7 +47,8 @@ def describe(entry: Entry) -> dict[str, Any]:
 
 def summary(thing: Any) -> str:
     """The first paragraph of a docstring of its own, on one line."""
-    text = inspect.cleandoc(vars(thing).get("__doc__") or "")
+    own = vars(thing).get("__doc__") if isinstance(thing, type) else getattr(thing, "__doc__", None)
+    text = inspect.cleandoc(own or "")
     return " ".join(text.split("\n\n")[0].split())
 
 

@@ -44,8 +44,9 @@ def read_plan(folder: Path) -> Plan | None:
     """
     path = folder / PLAN
     if not path.is_file():
-        others = [item.name for item in folder.iterdir() if item.name not in OURS] if folder.is_dir() else []
-        if any(not name.startswith(".") for name in others):
+        there = [item.name for item in folder.iterdir()] if folder.is_dir() else []
+        others = [name for name in there if name not in OURS and not name.startswith(".")]
+        if others:
             raise CheckpointError(
                 f"{folder} is not empty and holds no study ({', '.join(sorted(others)[:3])}); choose another with --out"
             )

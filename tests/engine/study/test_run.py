@@ -87,7 +87,12 @@ class TestCells:
         plan = Plan.model_validate_json((folder / "plan.json").read_text())
         entry = plan.entry("kd", "digits")
         assert entry.given["method"] == "kd"
-        assert entry.trials[0].config["method"] == {"name": "kd", "temperature": 4.0, "alpha": 0.9}
+        assert entry.trials[0].config["method"] == {
+            "name": "kd",
+            "temperature": 4.0,
+            "alpha": 0.9,
+            "data": "labelled",
+        }
 
     def test_one_that_fails_is_reported_with_its_error_and_the_rest_go_on(self, tmp_path):
         content = untuned()
