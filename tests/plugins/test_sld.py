@@ -411,3 +411,30 @@ def test_the_warning_where_the_teacher_is_no_better():
     made = stillhouse.distill(student, toys.net(seed=9), data, method="sld", steps=3, device="cpu")
     assert "the teacher's validation accuracy" in made.summary["warnings"][0]
     assert "distilling from it may hurt" in made.summary["warnings"][0]
+
+
+@pytest.mark.parametrize("batch_size", [3, toys.CLASSES, 16], ids=lambda size: f"batches of {size}")
+@pytest.mark.parametrize(
+    "before", [[], ["label_smoothing"], ["mixup"], ["mixup", "label_smoothing"]], ids=str
+)
+@pytest.mark.parametrize("labels", ["soft", "hard", "actual"])
+def test_runs_behind_every_change_of_labels(labels, before, batch_size):
+    """What a label is says the target's field and not its shape: also where a batch has as many rows as classes."""
+    made = toys.loop([*before, {**EVEN, "labels": labels}], steps=6, batch_size=batch_size)
+    made.run()
+    assert len(made.watcher.metrics) == 6
+    assert all(torch.isfinite(torch.tensor(row["loss"])) for row in made.watcher.metrics)
+
+
+def test_actual_labels_behind_smoothing_are_the_smoothed_ones_where_a_row_has_one():
+    student, teacher = logits(4, 0), logits(4, 1)
+    given = torch.zeros(4, 5, dtype=torch.float64)
+    given[0], given[2] = 0.02, 0.02
+    given[0, 3], given[2, 1] = 0.92, 0.92
+    info = StepInfo(rows=4, labelled=2, stage=Stage("target"))
+    terms = SLD(SLDConfig(labels="actual")).loss_terms(
+        StudentOut(student), Targets(None, teacher, given), Batch(student, probabilities=given), info
+    )
+    named = F.one_hot(teacher.argmax(-1), 5).double()
+    wanted = torch.stack([given[0], named[1], given[2], named[3]])
+    assert terms["ce"].value.item() == pytest.approx(F.cross_entropy(student, wanted).item(), rel=1e-12)

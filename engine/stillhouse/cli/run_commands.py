@@ -6,15 +6,21 @@ import argparse
 import json
 from pathlib import Path
 
-from stillhouse.errors import ConfigError
+from stillhouse.errors import ConfigError, StillhouseError
 from stillhouse.terminal import show
 
 
 def verify(options: argparse.Namespace) -> int:
     """Check every file of each run against its digest; 1 where one is missing or was changed."""
+    from stillhouse.runs.verify import File
     from stillhouse.runs.verify import verify as check
 
-    found = {name: check(Path(name).expanduser()) for name in options.runs}
+    found = {}
+    for name in options.runs:
+        try:
+            found[name] = check(Path(name).expanduser())
+        except StillhouseError as error:  # told beside the others, which are looked at all the same
+            found[name] = [File("", ok=False, detail=str(error))]
     bad = sum(not file.ok for files in found.values() for file in files)
     if options.json:
         rows = {name: [vars(file) for file in files] for name, files in found.items()}

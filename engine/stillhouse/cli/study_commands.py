@@ -64,7 +64,7 @@ def _make(plan: Plan, folder: Path, text: str, chosen: studies.Options) -> int:
 
 
 def _show(analysis: Analysis) -> None:
-    if sys.stdout.isatty():
+    if sys.stdout is not None and sys.stdout.isatty():
         from rich.console import Console
         from rich.markdown import Markdown
 

@@ -15,7 +15,7 @@ import torch
 
 from stillhouse.config import RunConfig, dump, to_yaml
 from stillhouse.errors import CheckpointError, DamagedFile
-from stillhouse.files import digest, read_json, sweep, write_json, write_text
+from stillhouse.files import check_seal, digest, read_json, sweep, write_json, write_text
 from stillhouse.kernels import explain
 from stillhouse.plugin.dispatch import Plugins
 from stillhouse.runs import checkpoint, contents
@@ -104,9 +104,16 @@ def look(
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a run of ours lies there, be its manifest damaged or not."""
+    """Whether a run of ours lies there, be its manifest damaged or not.
+
+    One that says nothing any more (emptied, written over) is ours where a checkpoint lies beside it that is.
+    """
     try:
-        return b'"stillhouse"' in (folder / MANIFEST).read_bytes() if (folder / MANIFEST).is_file() else False
+        if not (folder / MANIFEST).is_file():
+            return False
+        if b'"stillhouse"' in (folder / MANIFEST).read_bytes():
+            return True
+        return any(not check_seal(path.read_bytes()) for path in (folder / CHECKPOINTS).glob("step-*.pt"))
     except OSError:
         return False
 

@@ -117,4 +117,5 @@ def numbers(values: Mapping[str, float]) -> str:
 
 def display(prefix: str = "") -> Display:
     """Bars on a terminal, lines otherwise."""
-    return Bars(prefix) if sys.stdout.isatty() else Lines(prefix)
+    terminal = sys.stdout is not None and sys.stdout.isatty()  # None: closed before we were started
+    return Bars(prefix) if terminal else Lines(prefix)

@@ -65,12 +65,21 @@ class Lock(contextlib.AbstractContextManager["Lock"]):
                 raise in_use(self.folder, who)
             time.sleep(0.02)
 
+    def check(self) -> None:
+        """Raise CheckpointError where the directory is no longer the one that was locked: what is written goes by its path."""
+        if self._handle >= 0 and not _same_file(self._handle, self.folder / LOCK):
+            raise CheckpointError(
+                f"{self.folder} is no longer the directory that this run holds: it was moved, or removed, while the run went "
+                "on; nothing more is written. Go on with --resume where it lies now"
+            )
+
     def release(self) -> None:
         """Let others run there; a directory that was made and that nothing was written to is removed."""
         if self._handle < 0:
             return
         with contextlib.suppress(OSError):
-            (self.folder / LOCK).unlink()
+            if _same_file(self._handle, self.folder / LOCK):  # else it is another run's by now
+                (self.folder / LOCK).unlink()
         os.close(self._handle)
         self._handle = -1
         self._unmake()

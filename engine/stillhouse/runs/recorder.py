@@ -22,6 +22,7 @@ from stillhouse.runs import checkpoint, directory
 from stillhouse.runs.display import Display
 from stillhouse.runs.evaluate import score
 from stillhouse.runs.interrupts import Interrupted, Interrupts
+from stillhouse.runs.lock import Lock
 from stillhouse.runs.metrics import Metrics
 from stillhouse.softlabels import SoftLabels
 from stillhouse.training.labels import keep
@@ -45,10 +46,11 @@ class Recorder:
         folder: Path | None,
         observers: Sequence[Observer] = (),
         origin: Mapping[str, Any] | None = None,
+        lock: Lock | None = None,
     ) -> None:
         self.config, self.task, self.validation, self.device = config, task, validation, device
         self.display, self.folder, self.observers = display, folder, observers
-        self.origin = origin or {}
+        self.origin, self._lock = origin or {}, lock
         self.metrics = Metrics(None if folder is None else folder / directory.METRICS)
         self.interrupts = Interrupts()
         self.seconds = 0.0
@@ -115,7 +117,13 @@ class Recorder:
         self._write({**row, **{f"validation.{name}": value for name, value in scores.items()}})
         self.display.validated(loop.at.step, scores)
 
+    def check_place(self) -> None:
+        """Raise CheckpointError where the directory that the run holds was moved away from its path."""
+        if self._lock is not None:
+            self._lock.check()
+
     def _write(self, row: dict[str, Any]) -> None:
+        self.check_place()
         self.metrics.add(row)
         for observer in self.observers:
             observer.on_metrics(row)
@@ -155,6 +163,7 @@ class Recorder:
         """Write one, unless nothing is kept."""
         if self.folder is None:
             return
+        self.check_place()
         loop.step.teachers.check(loop.step.plugins, whole=True)
         self._refuse_broken(loop)
         step = loop.at.step

@@ -22,6 +22,7 @@ from stillhouse.plugin.catalog import load as load_plugin
 from stillhouse.plugin.dispatch import Plugin, Plugins
 from stillhouse.plugin.load import configured, load_methods
 from stillhouse.runs import teachers
+from stillhouse.runs.lock import Lock
 from stillhouse.training import optim
 
 NamedT = TypeVar("NamedT", bound=Named)
@@ -40,6 +41,8 @@ class Parts:
     """A teacher handed over as an object, in place of a builder."""
     folder: Path | None = None
     """The run directory; None keeps nothing."""
+    lock: Lock | None = None
+    """What holds the run directory while the run goes on."""
     rebuilt: bool = True
     """Whether ``builders`` make new models at each call: not where models were handed over."""
 

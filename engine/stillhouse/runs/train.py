@@ -92,7 +92,7 @@ def make(
             finished = directory.look(parts.config, resume=resume, overwrite=overwrite)
             if finished is not None:
                 return finished, True
-            with Lock(parts.folder):  # and look again: it may have been another's until now
+            with Lock(parts.folder) as parts.lock:  # and look again: it may have been another's until now
                 finished = directory.look(parts.config, resume=resume, overwrite=overwrite, say=display.say)
                 if finished is not None:
                     return finished, True
@@ -159,7 +159,7 @@ def train(
         fingerprints = data.fingerprint()
         origin = directory.origin(fingerprints, teacher_facts.get("digest"))
         recorder = Recorder(
-            config, parts.task, data.validation, device, display, folder, parts.observers, origin
+            config, parts.task, data.validation, device, display, folder, parts.observers, origin, parts.lock
         )
         loop = Loop(step, data, config, device, recorder)
         manifest = directory.manifest(
@@ -311,6 +311,7 @@ def _finish(
 ) -> Summary:
     """Score the final model, open the test split (once), and write what the run leaves behind."""
     config, folder, device = parts.config, parts.folder, loop.device
+    recorder.check_place()
     model = loop.step.model(loop.step.stages[-1])
     seconds = recorder.elapsed()
     scores, test = {}, sealed.open()

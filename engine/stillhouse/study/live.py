@@ -143,4 +143,4 @@ def duration(seconds: float) -> str:
 
 def view() -> Live:
     """A panel on a terminal, lines otherwise."""
-    return Screen() if sys.stdout.isatty() else Live()
+    return Screen() if sys.stdout is not None and sys.stdout.isatty() else Live()

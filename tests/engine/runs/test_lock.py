@@ -96,3 +96,17 @@ def test_a_lock_file_that_says_nothing_is_no_error(tmp_path):
     (tmp_path / LOCK).write_text("{" + json.dumps("x"))
     with Lock(tmp_path):
         pass
+
+
+def test_a_directory_that_was_moved_is_no_longer_held(tmp_path):
+    folder = tmp_path / "run"
+    with Lock(folder) as lock:
+        lock.check()
+        folder.rename(tmp_path / "moved")
+        with pytest.raises(CheckpointError, match="no longer the directory"):
+            lock.check()
+        with Lock(folder):  # another run's by now
+            with pytest.raises(CheckpointError, match="no longer the directory"):
+                lock.check()
+            lock.release()
+            assert (folder / LOCK).is_file(), "the other's lock stays"
