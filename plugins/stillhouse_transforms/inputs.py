@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stillhouse.api import (
     CLASS_KINDS,
+    IGNORE,
     SUPPORTS,
     Batch,
     ConfigError,
@@ -61,7 +62,9 @@ class Mixup(Method):
         if batch.mask is not None:
             rows = rows[batch.mask.reshape(len(batch), -1).all(-1).cpu()]
         partner = torch.arange(len(batch))
-        partner[rows] = rows[torch.randperm(len(rows))]
+        # A row with a label is mixed with one that has a label: half a label would count as a whole one.
+        for group in _alike(rows, batch):
+            partner[group] = group[torch.randperm(len(group))]
         beta = torch.distributions.Beta(self.config.alpha, self.config.alpha)
         share = torch.ones(len(batch))
         share[rows] = beta.sample((len(rows),))
@@ -77,6 +80,14 @@ class Mixup(Method):
             labels=None,
             probabilities=None if hot is None else mixed(hot),
         )
+
+
+def _alike(rows: Tensor, batch: Batch) -> list[Tensor]:
+    """The rows that have a label, and those that have none."""
+    if batch.labels is None:
+        return [rows]
+    known = (batch.labels != IGNORE).reshape(len(batch), -1).any(-1).cpu()[rows]
+    return [group for group in (rows[known], rows[~known]) if len(group)]
 
 
 def _mix(values: Tensor, partner: Tensor, share: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import toys
 
-from stillhouse.api import SUPPORTS, Batch, LossTerm, Method, StepInfo, Targets, hookimpl
+from stillhouse.api import IGNORE, SUPPORTS, Batch, LossTerm, Method, StepInfo, Targets, hookimpl
 from stillhouse.errors import ConfigError
 from stillhouse.plugin import catalog
 from stillhouse.plugin.load import loaded
@@ -260,3 +260,11 @@ def test_numbers_as_labels_have_no_classes_to_share_out(name):
         DistillStep(
             [name, Seen()], student=toys.net(), teacher=toys.net(16, seed=2), probe=(inputs, inputs[:, :4])
         )
+
+
+def test_mixup_mixes_rows_with_a_label_among_themselves():
+    """Half a label would count as a whole labelled row."""
+    labels = torch.where(torch.arange(16) % 2 == 0, torch.arange(16) % toys.CLASSES, IGNORE)
+    made = toys.loop([{"name": "mixup", "alpha": 1.0}, "kd"], steps=1)
+    batch = made.step.plugins.batch_transform(Batch(torch.randn(16, toys.FEATURES), labels), made.step.info)
+    torch.testing.assert_close(batch.probabilities.sum(-1), (labels != IGNORE).float())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from toys import net, rows
 
 import stillhouse
 from stillhouse.api import Batch, LossTerm, Method, Stage, hookimpl
-from stillhouse.errors import ConfigError, DataError
+from stillhouse.errors import CheckpointError, ConfigError, DataError
 
 transformers = pytest.importorskip("transformers")
 
@@ -321,6 +322,59 @@ class TestCounting:
         with pytest.raises(ConfigError, match=r"\(5, 6\).*\(3, 6\).*order"):
             step(student, (x[5:], y[5:]))
 
+    def test_labels_that_a_transform_gives_are_counted(self):
+        class Named(Method):
+            api_version = 1
+
+            @hookimpl
+            def label_transform(self, targets):
+                return replace(targets, labels=targets.soft.argmax(-1))
+
+        student, teacher = net(seed=1), net(seed=2)
+        x, y = rows(8)
+        y = y.where(torch.arange(8) < 3, -100)
+        step = stillhouse.DistillStep([Named(), "kd"], student=student, teacher=teacher, probe=(x, y))
+        expected = F.cross_entropy(student(x).double(), teacher(x).argmax(-1))
+        assert float(step(student, (x, y)).metrics["kd.ce"]) == pytest.approx(float(expected), abs=1e-6)
+        step.begin_update([(x[2:], y[2:]), (x[:2], y[:2])])
+        with pytest.raises(ConfigError, match=r"labelled rows.*counted before it"):
+            step(student, (x[2:], y[2:]))
+
+    def test_a_transform_that_leaves_no_sample_is_refused(self):
+        class Empties(Method):
+            api_version = 1
+            requires = frozenset()
+
+            @hookimpl
+            def batch_transform(self, batch):
+                return batch.part(slice(0, 0))
+
+        student = net(seed=1)
+        step = stillhouse.DistillStep([Empties(), "kd"], student=student, teacher=net(seed=2), probe=rows(4))
+        with pytest.raises(DataError, match="left no sample"):
+            step(student, rows(4))
+
+    def test_more_micro_batches_than_a_trainer_counted_are_refused(self):
+        student = net(seed=1)
+        step = kd(net(seed=2)).attach(student, probe=rows(4))
+        step.begin_update(rows=4)
+        step(student, rows(4))
+        with pytest.raises(ConfigError, match="has 1 micro-batches, and a further one came"):
+            step(student, rows(4))
+
+    def test_what_is_looked_at_is_not_multiplied_by_what_a_host_divides_by(self):
+        student, teacher = net(seed=1), net(seed=2)
+        plain, four = (kd(teacher).attach(student, probe=rows(8), divided_by=by) for by in (1.0, 4.0))
+        with torch.no_grad():
+            assert float(four(student, rows(8)).loss) == float(plain(student, rows(8)).loss)
+
+    @pytest.mark.parametrize("kind", ["regression", "multi_label"])
+    def test_a_mask_of_another_shape_is_refused(self, kind):
+        student, x = nn.Linear(6, 3), torch.randn(8, 6)
+        batch = Batch(x, torch.zeros(8, 3), mask=torch.ones(8, 3, dtype=torch.bool))
+        with pytest.raises(DataError, match=r"the mask is \(8, 3\)"):
+            stillhouse.Distillation("hard_labels", task=kind).attach(student, probe=batch)
+
     def test_micro_batches_are_even(self):
         from stillhouse.training.loop import micro_batches
 
@@ -440,6 +494,36 @@ class TestStages:
         assert said == [
             "start one", "one 0", "end one", "start two", "two 1", "two 2", "end two", "run end",
         ]  # fmt: skip
+
+    def test_a_state_from_before_the_first_update_begins_the_first_stage(self):
+        said: list[str] = []
+
+        class Says(Method):
+            api_version = 1
+            requires = frozenset()
+
+            @hookimpl
+            def on_stage_start(self, stage):
+                said.append(stage.name)
+
+        made = lambda: stillhouse.DistillStep(
+            [Says(), "kd"], student=net(seed=1), teacher=net(seed=2), probe=rows(4)
+        )
+        first, second = made(), made()
+        second.load_state_dict(first.state_dict())
+        second(second.run.student, rows(4))
+        assert said == ["train"]
+
+    def test_a_state_of_another_run_is_refused(self):
+        def made(method, steps):
+            return stillhouse.DistillStep(
+                method, student=net(seed=1), teacher=net(seed=2), probe=rows(4), steps=steps
+            )
+
+        state = made("kd", 9).state_dict()
+        for method, steps, what in ((["kd", "fitnets"], 9, "methods"), ("kd", 90, "stages")):
+            with pytest.raises(CheckpointError, match=f"made with {what}"):
+                made(method, steps).load_state_dict(state)
 
     def test_without_a_length_are_refused(self):
         step = stillhouse.DistillStep("sld", student=net(seed=1), teacher=net(seed=2), probe=rows(4))

@@ -190,7 +190,6 @@ class _Distilling(Trainer):  # type: ignore[misc]
         host.sum_when_differentiated(step, output.loss)
         if not torch.is_grad_enabled():
             self._eval_terms.add(output.metrics)
-            output.loss.mul_(1 / step.divided_by)
         if not return_outputs:
             return output.loss
         logits = None if output.outputs is None else output.outputs.logits

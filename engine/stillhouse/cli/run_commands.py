@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-from stillhouse.errors import ConfigError, StillhouseError
+from stillhouse.errors import ConfigError, StillhouseError, printable
 from stillhouse.terminal import show
 
 
 def verify(options: argparse.Namespace) -> int:
     """Check every file of each run against its digest; 1 where one is missing or was changed."""
-    from stillhouse.runs.verify import File
     from stillhouse.runs.verify import verify as check
 
-    found = {}
+    found, none = {}, False
     for name in options.runs:
         try:
             found[name] = check(Path(name).expanduser())
         except StillhouseError as error:  # told beside the others, which are looked at all the same
-            found[name] = [File("", ok=False, detail=str(error))]
+            print(printable(f"error: {error}"), file=sys.stderr)
+            none = True
     bad = sum(not file.ok for files in found.values() for file in files)
     if options.json:
         rows = {name: [vars(file) for file in files] for name, files in found.items()}
@@ -33,7 +34,7 @@ def verify(options: argparse.Namespace) -> int:
                 )
         total = sum(len(files) for files in found.values())
         show(f"{total - bad} of {total} files as they were written")
-    return 1 if bad else 0
+    return 2 if none else 1 if bad else 0
 
 
 def runs(options: argparse.Namespace) -> int:

@@ -121,6 +121,15 @@ class TaskKind:
             labels = labels if labels.is_floating_point() else labels.float()
             if labels.isnan().any():
                 raise DataError(f"labels of {self} hold NaN; expected numbers: drop those rows, or mend them")
+            if (
+                self.labels == "flags"
+                and labels.numel()
+                and not 0 <= float(labels.min()) <= float(labels.max()) <= 1
+            ):
+                raise DataError(
+                    f"labels of {self} go from {float(labels.min()):g} to {float(labels.max()):g}; expected 0 or 1 for each class: "
+                    "a row without labels has no place here"
+                )
             return labels
         if labels.is_floating_point() or labels.dtype == torch.bool:
             raise DataError(
@@ -179,21 +188,20 @@ class TaskKind:
             raise DataError(_unfit(self, who, shape, f"{self.name} has {self._wanted()}"))
         if rows[:1] != (len(batch),):
             raise DataError(_unfit(self, who, shape, f"the batch has {len(batch)} samples"))
-        if batch.mask is not None and self.labels in ("classes", "flags") and batch.mask.shape != rows:
+        fits = labels is None or labels.shape == rows
+        if labels is not None and self.labels == "flags":
+            fits = labels.shape == shape
+        elif labels is not None and self.labels == "numbers":
+            fits = labels.shape[:1] == shape[:1] and labels.numel() == logits.numel()
+        if labels is not None and not fits:
+            raise DataError(_unfit(self, who, shape, f"the labels are {tuple(labels.shape)}"))
+        expected = rows[:1] if self.labels == "numbers" else rows
+        if batch.mask is not None and batch.mask.shape != expected:
             raise DataError(_unfit(self, who, shape, f"the mask is {tuple(batch.mask.shape)}"))
         if batch.probabilities is not None and tuple(batch.probabilities.shape) != shape:
             raise DataError(
                 _unfit(self, who, shape, f"the probabilities are {tuple(batch.probabilities.shape)}")
             )
-        if labels is None:
-            return
-        fits = labels.shape == rows
-        if self.labels == "flags":
-            fits = labels.shape == shape
-        elif self.labels == "numbers":
-            fits = labels.shape[:1] == shape[:1] and labels.numel() == logits.numel()
-        if not fits:
-            raise DataError(_unfit(self, who, shape, f"the labels are {tuple(labels.shape)}"))
 
     def _rank_fits(self, rank: int) -> bool:
         if self.positions is None:
@@ -263,6 +271,11 @@ def kind_of(task: str | TaskKind | None, given: Any) -> TaskKind:
             f"got a batch of tokens ({', '.join(inputs)}) and no task, which says what it means:\n{choice}"
         )
     labels = _given_labels(given)
+    if _names_itself(inputs, labels):
+        raise ConfigError(
+            "got labels that are the inputs themselves and no task: a class a token would teach the student to copy; expected "
+            "task='causal_lm', where a position predicts the next token"
+        )
     return (
         KINDS["regression"] if isinstance(labels, Tensor) and labels.is_floating_point() else _CLASSIFICATION
     )
@@ -274,6 +287,16 @@ def _given_labels(given: Any) -> Any:
     if isinstance(given, Mapping):
         return next((given[name] for name in LABEL_NAMES if name in given), None)
     return given[1] if isinstance(given, tuple | list) and len(given) == 2 else None
+
+
+def _names_itself(inputs: Any, labels: Any) -> bool:
+    """Whether the labels of tokens are these tokens, as a causal model is given them."""
+    if not isinstance(inputs, Tensor) or not isinstance(labels, Tensor) or inputs.is_floating_point():
+        return False
+    if inputs.dim() != 2 or inputs.shape != labels.shape:
+        return False
+    known = labels != IGNORE
+    return bool(known.any()) and bool((inputs == labels)[known].all())
 
 
 def _field(name: str) -> str:

@@ -29,7 +29,7 @@ from stillhouse.contract.context import STUDENT, TARGET, RunContext, Stage, Step
 from stillhouse.contract.kinds import TaskKind, kind_of
 from stillhouse.contract.outputs import StudentOut, Targets
 from stillhouse.contract.splits import Splits
-from stillhouse.errors import ConfigError, PluginError
+from stillhouse.errors import CheckpointError, ConfigError, PluginError
 from stillhouse.models.calling import unwrapped
 from stillhouse.models.captures import Captures
 from stillhouse.models.heads import Heads
@@ -190,6 +190,7 @@ class DistillStep:
             return self._evaluated(model, batch)
         try:
             if not self.update.open:
+                self.update.refuse_more()
                 self.begin_update([batch])
             if STUDENT not in self.trained(
                 self.info.stage
@@ -212,6 +213,8 @@ class DistillStep:
             soft = None if teacher_out is None else teacher_out.logits
             targets = Targets(batch.labels, soft, batch.probabilities)
             targets = plugins.label_transform(targets, batch, teacher_out, info)
+            if plugins.implements("label_transform"):
+                self.update.recount(batch, targets)
         student_out = self._student_out(model, batch)
         try:
             terms = plugins.loss_terms(student_out, teacher_out, targets, batch, info)
@@ -222,7 +225,10 @@ class DistillStep:
         self.heads.learn()
         metrics = {name: term.value.detach() for name, term in terms.items()} | info.logged
         metrics["loss"] = loss.detach()
-        return StepOutput(loss if self.divided_by == 1.0 else loss * self.divided_by, metrics, student_out)
+        given_back = (
+            self.divided_by if torch.is_grad_enabled() else 1.0
+        )  # nobody divides what is only looked at
+        return StepOutput(loss if given_back == 1.0 else loss * given_back, metrics, student_out)
 
     def _student_out(self, model: nn.Module, batch: Batch) -> StudentOut | None:
         name = self.info.stage.model
@@ -273,6 +279,7 @@ class DistillStep:
             self.update.announce(batches)
         elif rows is not None:
             self.update.expect(rows, rows if labelled is None else labelled, micros)
+            self.update.by_trainer = True
         else:
             raise ConfigError(
                 "begin_update() got neither batches nor rows; expected the micro-batches, or rows="
@@ -498,6 +505,8 @@ class DistillStep:
             self.end_update()
         stand = self.answers.stand_in
         return {
+            "made_for": self._made_for(),
+            "started": self._started,
             "position": self.schedule.state_dict(),
             "models": {
                 name: model.state_dict() for name, model in self.run.models.items() if name != STUDENT
@@ -508,14 +517,27 @@ class DistillStep:
             "stand_in": None if stand is None else stand.state_dict(),
         }
 
+    def _made_for(self) -> dict[str, Any]:
+        return {"methods": list(self.run.method_names), "stages": list(self.schedule.lengths)}
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from where ``state_dict`` was taken; the student's weights are there already."""
-        self.end_update()
+        made_for, own = state["made_for"], self._made_for()
+        for what, value in own.items():
+            if made_for.get(what) != value:
+                raise CheckpointError(
+                    f"the state was made with {what} {made_for.get(what)}, this step has {value}; expected the same: attach "
+                    "with the methods and steps of the run that goes on"
+                )
+        self.update.abandon()
         for name, content in state["models"].items():
             self.run.models[name].load_state_dict(content)
         self.plugins.load_state_dict(state["plugins"])
         self.schedule.load_state_dict(state["position"])
         self.teacher_calls = state["teacher_calls"]
+        if not state["started"]:  # the first update begins the stage, and tells the plugins
+            self._hold(self.schedule.stage)
+            return
         self.set_up(self.schedule.stage)
         if state["stand_in"] is not None and self.answers.stand_in is not None:
             self.answers.stand_in.load_state_dict(state["stand_in"])

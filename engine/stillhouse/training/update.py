@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from stillhouse.contract.batch import Batch, tensors_in
-from stillhouse.errors import ConfigError
+from stillhouse.contract.outputs import Targets
+from stillhouse.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from stillhouse.training.step import DistillStep
@@ -31,13 +33,14 @@ class Update:
         self._parts: deque[Batch] = deque()
         self._metrics: dict[str, Tensor] = {}
         self.open, self._used = 0, False
+        self.by_trainer = False  # whether the trainer has counted the rows of this update
 
     def announce(self, batches: Sequence[Any]) -> None:
         """Transform these micro-batches, and count the rows that come out, over all ranks."""
         step = self._step
         if not batches:
             raise ConfigError("begin_update() got no micro-batch; expected one at least")
-        self._metrics = {}
+        self._metrics, self.by_trainer = {}, False
         self._parts = deque(self._transformed(step.complete(step.read(batch))) for batch in batches)
         if len(self._parts) == 1 and self._reduce is None:
             rows, labelled = step.kind.rows(self._parts[0]), step.kind.labelled(self._parts[0])
@@ -73,6 +76,29 @@ class Update:
         info.share = 1.0 if whole else step.kind.rows(part) / info.rows
         return part
 
+    def refuse_more(self) -> None:
+        """Raise where the trainer has counted an update's rows, and hands in more micro-batches than it said."""
+        if self.by_trainer:
+            raise ConfigError(
+                f"begin_update(rows=) said that the update has {self._step.info.micros} micro-batches, and a further one "
+                "came; expected begin_update before it, or micros= as many"
+            )
+
+    def recount(self, batch: Batch, targets: Targets) -> None:
+        """Count labels that a label transform gave or took away; refused where other micro-batches were counted before."""
+        step = self._step
+        before = step.kind.labelled(batch)
+        own = replace(batch, labels=targets.labels, probabilities=targets.probabilities)
+        after = step.kind.labelled(own)
+        if after == before:
+            return
+        if step.info.micros > 1 or self._reduce is not None:
+            raise ConfigError(
+                f"a label transform made {after:.0f} labelled rows of {before:.0f}, and the update's were counted before it; "
+                "expected as many: give labels in batch_transform, which is counted after, or make updates of one micro-batch"
+            )
+        step.info.labelled = after
+
     def made(self, metrics: Mapping[str, Tensor]) -> None:
         """A micro-batch has given its loss."""
         self._add(metrics)
@@ -88,6 +114,7 @@ class Update:
     def abandon(self) -> None:
         """After an error: the update is given up, and the next call begins another."""
         self.close()
+        self.by_trainer = False
 
     def _add(self, metrics: Mapping[str, Tensor]) -> None:
         found = self._metrics
@@ -98,6 +125,8 @@ class Update:
         step = self._step
         step.info.logged = {}
         given = step.plugins.batch_transform(batch, step.info)
+        if not len(given):
+            raise DataError("a batch transform left no sample; expected one at least")
         self._add(step.info.logged)
         return given if given is batch else step.complete(given)
 

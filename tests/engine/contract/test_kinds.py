@@ -81,7 +81,16 @@ class TestLabels:
     def test_flags_and_numbers_are_made_float(self, kind):
         labels = read(kind, (X, torch.tensor([[1, 0], [0, 1], [1, 1]]))).labels
         assert labels.tolist() == [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
-        assert read(kind, (X, [0.5, 1.0, 2.0])).labels.tolist() == [0.5, 1.0, 2.0]
+        assert read(kind, (X, [0.5, 1.0, 0.0])).labels.tolist() == [0.5, 1.0, 0.0]
+
+    @pytest.mark.parametrize("wrong", [2, -3, IGNORE])
+    def test_flags_are_between_0_and_1(self, wrong):
+        with pytest.raises(DataError, match="expected 0 or 1 for each class"):
+            read("multi_label", (X, torch.tensor([[1, 0], [0, wrong], [1, 1]])))
+
+    def test_labels_that_are_the_tokens_themselves_want_a_task(self):
+        with pytest.raises(ConfigError, match=r"teach the student to copy.*causal_lm"):
+            kind_of(None, (TOKENS, TOKENS.clone()))
 
     def test_an_embedding_has_none(self):
         assert read("embedding", (X, Y)).labels is None
@@ -180,7 +189,7 @@ class TestMasks:
 
     @pytest.mark.parametrize("kind", ["multi_label", "regression", "embedding"])
     def test_samples_have_none(self, kind):
-        assert read(kind, {"x": X, "attention_mask": RIGHT[:, :1], "labels": X}).mask is None
+        assert read(kind, {"x": X, "attention_mask": RIGHT[:, :1], "labels": X > 0}).mask is None
 
     def test_a_class_a_sample_has_none_and_a_class_a_position_has_one(self):
         assert read("classification", (X, Y)).mask is None

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+from stillhouse.errors import CheckpointError
 from stillhouse.runs import lock
 from stillhouse.runs.lock import LOCK, InUse, Lock, alive, holder
 
