@@ -10,7 +10,7 @@ from pydantic import Field
 
 from stillhouse.api import MissingExtra, Observer, ObserverConfig, RunRecord
 
-RUN_ID = "mlflow.json"
+RUN_ID, DATABASE = "mlflow.json", "mlflow.db"
 LONGEST = 500
 """Characters of a parameter that every MLflow store takes."""
 
@@ -19,7 +19,7 @@ class MLflowConfig(ObserverConfig):
     """Where MLflow keeps what it is told."""
 
     tracking_uri: str | None = Field(
-        None, description="A server or a store; default: the folder mlruns of the run directory."
+        None, description="A server or a store; default: the file mlflow.db of the run directory."
     )
     experiment: str = "stillhouse"
 
@@ -32,6 +32,7 @@ class MLflow(Observer):
 
     api_version = 1
     Config = MLflowConfig
+    writes = (RUN_ID, DATABASE)
     config: MLflowConfig
 
     def on_run_start(self, record: RunRecord) -> None:
@@ -39,7 +40,7 @@ class MLflow(Observer):
             from mlflow.tracking import MlflowClient
         except ImportError:
             raise MissingExtra("observer 'mlflow'", "mlflow-skinny", "mlflow") from None
-        uri = self.config.tracking_uri or f"file:{record.dir.absolute() / 'mlruns'}"
+        uri = self.config.tracking_uri or f"sqlite:///{record.dir.absolute() / DATABASE}"
         self._client = MlflowClient(tracking_uri=uri)
         kept = record.dir / RUN_ID
         if kept.is_file():

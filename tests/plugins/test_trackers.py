@@ -36,11 +36,10 @@ def watched(name, folder, **settings):
             observer._run.finish()  # as at the end of a process: one has a run's id at a time
 
 
-def test_mlflow_has_the_settings_the_curve_and_the_scores(tmp_path, monkeypatch):
+def test_mlflow_has_the_settings_the_curve_and_the_scores(tmp_path):
     tracking = pytest.importorskip("mlflow.tracking", reason="MLflow is not installed (extra mlflow)")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     watched("mlflow", tmp_path)
-    client = tracking.MlflowClient(tracking_uri=f"file:{tmp_path / 'mlruns'}")
+    client = tracking.MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("stillhouse")
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
