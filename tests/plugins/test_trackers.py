@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 
 import pytest
 
@@ -34,6 +35,7 @@ def watched(name, folder, **settings):
             observer.on_run_end(SUMMARY)
         elif name == "wandb":
             observer._run.finish()  # as at the end of a process: one has a run's id at a time
+            time.sleep(1.1)  # its folder is named by the second: two starts in one would share it
 
 
 def test_mlflow_has_the_settings_the_curve_and_the_scores(tmp_path):
