@@ -61,7 +61,7 @@ class Update:
         step, info = self._step, self._step.info
         if self._parts:
             part = self._parts.popleft()
-            if not step.plugins.implements("batch_transform"):
+            if part is not given and not step.plugins.implements("batch_transform"):
                 _same_batch(part, given)
         else:
             batch = step.complete(step.read(given))
