@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from stillhouse.api import (
@@ -39,6 +40,19 @@ class FitNetsConfig(MethodConfig):
         "teacher's that guides it.",
     )
     weight: float = Field(1.0, gt=0, description="Weight of the hint.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_pair(cls, given: Any) -> Any:
+        """``student_layer`` and ``teacher_layer`` together are one pair of ``layers``."""
+        if not isinstance(given, Mapping) or not {"student_layer", "teacher_layer"} <= given.keys():
+            return given
+        rest = {
+            name: value for name, value in given.items() if name not in ("student_layer", "teacher_layer")
+        }
+        if "layers" in rest:
+            raise ValueError("layers are given twice: as layers, and as student_layer with teacher_layer")
+        return {**rest, "layers": {given["student_layer"]: given["teacher_layer"]}}
 
 
 class Regressor(nn.Module):

@@ -6,7 +6,7 @@ from torch import nn
 from toys import loop
 
 from stillhouse.api import ConfigError, Feature, FeaturePair
-from stillhouse_baselines.fitnets import FitNets, Regressor
+from stillhouse_baselines.fitnets import FitNets, FitNetsConfig, Regressor
 
 
 def test_the_hint_is_the_mean_squared_error():
@@ -44,3 +44,10 @@ def test_features_with_places_meet_at_the_smaller_number_of_them():
 def test_a_module_that_is_not_there_is_refused_with_the_nearest():
     with pytest.raises(ConfigError, match=r"teacher.head: no such module"):
         loop(["kd", {"name": "fitnets", "layers": {"0": "head"}}])
+
+
+def test_one_pair_may_be_named_by_two_settings():
+    pair = FitNetsConfig(student_layer="0", teacher_layer="2")
+    assert pair == FitNetsConfig(layers={"0": "2"})
+    with pytest.raises(ValueError, match="given twice"):
+        FitNetsConfig(student_layer="0", teacher_layer="2", layers="last")
