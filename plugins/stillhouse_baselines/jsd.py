@@ -15,9 +15,8 @@ from stillhouse.api import (
     StudentOut,
     Targets,
     hookimpl,
-    label_loss,
 )
-from stillhouse.kernels import softmax_kl
+from stillhouse_baselines.divergences import divergence_and_labels
 
 
 class JSDConfig(MethodConfig):
@@ -45,17 +44,14 @@ class JSD(Method):
     def loss_terms(
         self, student_out: StudentOut, targets: Targets, batch: Batch, info: StepInfo
     ) -> dict[str, LossTerm]:
-        config, logits = self.config, student_out.logits
-        jsd = softmax_kl(
-            logits,
-            targets.soft,
-            temperature=config.temperature,
+        return divergence_and_labels(
+            "jsd",
+            student_out,
+            targets,
+            batch,
+            info,
+            temperature=self.config.temperature,
+            alpha=self.config.alpha,
             divergence="jsd",
-            beta=config.beta,
-            mask=batch.mask,
-            count=info.rows,
+            beta=self.config.beta,
         )
-        terms = {"jsd": LossTerm(jsd, config.alpha)}
-        if config.alpha < 1 and targets.has_labels:
-            terms["ce"] = LossTerm(label_loss(logits, targets, batch, info), 1 - config.alpha)
-        return terms

@@ -15,9 +15,8 @@ from stillhouse.api import (
     StudentOut,
     Targets,
     hookimpl,
-    label_loss,
 )
-from stillhouse.kernels import softmax_kl
+from stillhouse_baselines.divergences import divergence_and_labels
 
 
 class ReverseKLConfig(MethodConfig):
@@ -44,16 +43,13 @@ class ReverseKL(Method):
     def loss_terms(
         self, student_out: StudentOut, targets: Targets, batch: Batch, info: StepInfo
     ) -> dict[str, LossTerm]:
-        config, logits = self.config, student_out.logits
-        kl = softmax_kl(
-            logits,
-            targets.soft,
-            temperature=config.temperature,
+        return divergence_and_labels(
+            "kl",
+            student_out,
+            targets,
+            batch,
+            info,
+            temperature=self.config.temperature,
+            alpha=self.config.alpha,
             divergence="reverse",
-            mask=batch.mask,
-            count=info.rows,
         )
-        terms = {"kl": LossTerm(kl, config.alpha)}
-        if config.alpha < 1 and targets.has_labels:
-            terms["ce"] = LossTerm(label_loss(logits, targets, batch, info), 1 - config.alpha)
-        return terms
