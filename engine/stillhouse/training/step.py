@@ -169,7 +169,7 @@ class DistillStep:
         self.schedule = StageSchedule(stages, steps, self.trained)
         self.driven = False  # whether a loop of ours enters and leaves the stages
         self._started = self._finished = False
-        self._watched = 0
+        self._watched, self.closed = 0, False
         self._wiring = Wiring(self)
         self._hold(stages[0])
 
@@ -188,6 +188,11 @@ class DistillStep:
         """
         if not torch.is_grad_enabled():
             return self._evaluated(model, batch)
+        if self.closed:
+            raise ConfigError(
+                "the step was closed, by close() or at the end of its with, and a training batch came; expected it inside "
+                "the with, or another attach()"
+            )
         try:
             if not self.update.open:
                 self.update.refuse_more()
@@ -478,6 +483,7 @@ class DistillStep:
 
     def close(self) -> None:
         """Remove the hooks from the models; what a stage held still can be trained again."""
+        self.closed = True
         self._held.release()
         self.captures.close()
         self.teachers.close()

@@ -183,6 +183,15 @@ class TestEmbedded:
         step(Wrapper(), Batch(*toys.rows(8)))
         assert calls == [8]
 
+    def test_a_closed_step_evaluates_but_trains_no_more(self):
+        student = toys.net(seed=1)
+        step, batch = step_of("kd", student), Batch(*toys.rows(8))
+        step.close()
+        with torch.no_grad():
+            assert step(student, batch).loss > 0
+        with pytest.raises(ConfigError, match="the step was closed"):
+            step(student, batch)
+
     def test_leaves_nothing_on_the_models(self):
         student, teacher = toys.net(seed=1), toys.net(16, seed=2)
         step = step_of("kd", student, teacher)
