@@ -103,7 +103,7 @@ def test_annealing_goes_from_soft_labels_to_labels():
     made = several({"name": "tcmd", "annealing": True}, data=multitask_splits(unlabelled=False), steps=24)
     method = made.step.plugins.plugins[0].method
     batch = made.splits.train.batch(torch.arange(30, 42))
-    made.step.begin(made.step.stages[-1])
+    made.step.progress.begin(made.step.stages[-1])
     made.step.info.stage_steps = 11
     ends = {}
     for index in (0, 5, 10):
@@ -121,7 +121,7 @@ def test_annealing_goes_from_soft_labels_to_labels():
 def test_a_label_counts_among_its_own_tasks_classes():
     made = several({"name": "tcmd", "alpha": 0.0}, data=multitask_splits(unlabelled=False))
     method = made.step.plugins.plugins[0].method
-    made.step.begin(made.step.stages[-1])
+    made.step.progress.begin(made.step.stages[-1])
     batch = made.splits.train.batch(torch.arange(36, 42))
     _, terms = made.step(method.network, batch)
     logits = made.step.run.student(batch.inputs["inputs"])[:, 3:]

@@ -77,7 +77,7 @@ def test_one_task_reduces_to_kd(network):
     made = loop(method, teacher=net(16, seed=2))
     batch, step = made.splits.train.batch(torch.arange(8)), made.step
     for stage in step.stages:
-        step.begin(stage)
+        step.progress.begin(stage)
         model = step.model(stage)
         loss, _ = step(model, batch)
         reference = step.run.models["tcmd.specialist0"] if stage.teacher is None else step.teacher

@@ -157,7 +157,7 @@ class _Distilling(Trainer):  # type: ignore[misc]
             or not self._is_student(step)
         ):
             step = self._attach()
-        with step.released():
+        with step.modules.released():
             prepared = super()._prepare_for_training(max_steps, *args, **named)
         host.refuse_unused(step, prepared[0])
         return prepared

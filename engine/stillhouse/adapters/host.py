@@ -98,7 +98,7 @@ def attach(
 
 def beside(step: DistillStep) -> list[nn.Parameter]:
     """Parameters that are trained beside the student."""
-    return [parameter for name in step.auxiliary for parameter in step.parameters(name)]
+    return [parameter for name in step.auxiliary for parameter in step.modules.parameters(name)]
 
 
 def add_groups(optimizer: torch.optim.Optimizer, step: DistillStep, *, scheduled: bool) -> None:
@@ -147,7 +147,7 @@ def refuse_unused(step: DistillStep, model: nn.Module) -> None:
     if not isinstance(model, nn.parallel.DistributedDataParallel) or finds:
         return
     for stage in step.stages:
-        if STUDENT not in step.trained(stage):
+        if STUDENT not in step.modules.of(stage):
             raise ConfigError(
                 f"stage '{stage.name}' does not train the student, and DistributedDataParallel waits for its gradients; "
                 "expected find_unused_parameters=True (Trainer: ddp_find_unused_parameters=True)"

@@ -292,7 +292,7 @@ def _stages(loop: Loop) -> list[dict[str, Any]]:
             "data": stage.data,
             "model": stage.model,
             "teacher": stage.teacher,
-            "train": ", ".join(loop.step.trained(stage)),
+            "train": ", ".join(loop.step.modules.of(stage)),
         }
         for stage, steps in zip(loop.step.stages, loop.lengths, strict=True)
     ]

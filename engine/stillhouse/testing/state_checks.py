@@ -84,7 +84,7 @@ def auxiliary_modules_are_found_trained_and_saved(subject: Subject, folder: Path
     """Modules with weights of their own are given in auxiliary_modules, trained, and travel in checkpoints."""
     rig = Rig(subject, everything(subject, folder=folder))
     _none_hidden(rig)
-    trainable = [name for name in rig.step.auxiliary if rig.step.parameters(name)]
+    trainable = [name for name in rig.step.auxiliary if rig.step.modules.parameters(name)]
     if not rig.step.auxiliary:
         raise NotApplicable("has no auxiliary modules")
     before = rig.weights()

@@ -41,7 +41,7 @@ class Loop:
     ) -> None:
         self.step, self.splits, self.settings, self.device = step, splits, settings, device
         self.watcher = watcher
-        self.schedule = step.drive(settings.steps)
+        self.schedule = step.progress.drive(settings.steps)
         self.random = RandomState.seeded(settings.seed)
         self.optimizer: torch.optim.Optimizer | None = None
         self._span = -1  # the stages that the optimizer was made for
@@ -109,14 +109,13 @@ class Loop:
 
     def _enter(self) -> None:
         """Begin the stage, or take it up in its middle after a resume."""
-        step, at = self.step, self.at
-        stage = self.schedule.stage
+        step, stage = self.step, self.schedule.stage
         self.split = self.splits.stage(stage.data)
-        if at.stage_step == 0:
-            step.plugins.notify("on_stage_start", run=step.run, stage=stage)
+        if self.at.stage_step == 0:
+            step.progress.announce()
         kept = self.watcher.keep(self, self.split)
         rows = step.plugins.stage_rows(step.run, stage, self.split)
-        step.set_up(stage, kept)
+        step.progress.set_up(stage, kept)
         if self._stand_in is not None and step.answers.stand_in is not None:
             step.answers.stand_in.load_state_dict(self._stand_in)
         self._stand_in = None
@@ -143,10 +142,7 @@ class Loop:
         return self.split.stream(order.rest(at.stage_step, self.schedule.length, rows), reading)
 
     def _leave(self) -> None:
-        step, stage = self.step, self.schedule.stage
-        step.teachers.check(step.plugins, whole=True)
-        step.plugins.notify("on_stage_end", run=step.run, stage=stage)
-        self.schedule.leave()
+        self.step.progress.leave()
         self._batches = None
         self.watcher.stage_ended(self)
 

@@ -13,8 +13,7 @@ No loop, no optimizer. ``stillhouse.Distillation(...).attach(student, ...)`` mak
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -29,11 +28,10 @@ from stillhouse.contract.context import STUDENT, TARGET, RunContext, Stage, Step
 from stillhouse.contract.kinds import TaskKind, kind_of
 from stillhouse.contract.outputs import StudentOut, Targets
 from stillhouse.contract.splits import Splits
-from stillhouse.errors import CheckpointError, ConfigError, PluginError
+from stillhouse.errors import ConfigError, PluginError
 from stillhouse.models.calling import unwrapped
 from stillhouse.models.captures import Captures
 from stillhouse.models.heads import Heads
-from stillhouse.models.integrity import StillHeld
 from stillhouse.plugin.dispatch import Plugin, Plugins
 from stillhouse.plugin.load import MethodLike, as_plugins
 from stillhouse.plugin.watch import UPDATES, check_kept, guarded, watched
@@ -41,7 +39,10 @@ from stillhouse.softlabels import SoftLabels
 from stillhouse.training.answers import Answers
 from stillhouse.training.compatibility import EMBEDDED, check_fit, check_stages, row_shape
 from stillhouse.training.host import StepHost
+from stillhouse.training.modules import TrainedModules
 from stillhouse.training.output import StepOutput, diverged, refuse_dead, total_of
+from stillhouse.training.progress import Progress
+from stillhouse.training.resuming import restore, state_of
 from stillhouse.training.stages import StageSchedule
 from stillhouse.training.teaching import Teachers
 from stillhouse.training.update import Reduce, Update
@@ -119,9 +120,9 @@ class DistillStep:
         self.captures = Captures({**models, **self.teachers.models})
         self.answers = Answers(self, self.teachers, soft_labels)
         self._rows: Callable[[Batch], tuple[int, ...]] | None = None
-        self._held = StillHeld()
         self.heads = Heads()
         self.info = StepInfo(kind=self.kind)
+        self.modules = TrainedModules(models)
         self.update = Update(self, reduce)
         self.run = RunContext(
             models,
@@ -152,7 +153,7 @@ class DistillStep:
         check_fit(self.plugins, models, self.teachers.first, run, offers=offers, stored=stored)
         self.plugins.wrap(lambda call: guarded(call, run))
         self.plugins.notify("on_run_start", run=run)
-        self.auxiliary = self.plugins.auxiliary_modules(run)
+        self.auxiliary = self.modules.auxiliary = self.plugins.auxiliary_modules(run)
         for name, auxiliary in self.auxiliary.items():
             models[name] = auxiliary.module.to(self.device, auxiliary.dtype or self._like.dtype)
             self.captures.offer(name, auxiliary.module)
@@ -165,13 +166,11 @@ class DistillStep:
         if not self.plugins.implements("teacher_forward") and not stored:
             self.heads.offer(self.teachers.models, probe.for_teacher, self.kind)
         self.teachers.counter.calls = 0
-        self.stages = stages
-        self.schedule = StageSchedule(stages, steps, self.trained)
-        self.driven = False  # whether a loop of ours enters and leaves the stages
-        self._started = self._finished = False
+        self.stages = self.modules.stages = stages
+        self.progress = Progress(self, stages, steps)
         self._watched, self.closed = 0, False
         self._wiring = Wiring(self)
-        self._hold(stages[0])
+        self.progress.hold(stages[0])
 
     # One step, as the paper writes it.
 
@@ -197,10 +196,7 @@ class DistillStep:
             if not self.update.open:
                 self.update.refuse_more()
                 self.begin_update([batch])
-            if STUDENT not in self.trained(
-                self.info.stage
-            ):  # a trainer's model.train() wakes what the stage holds still
-                self._held.hold(self.run.models, self.trained(self.info.stage))
+            self.modules.hold_again()
             output = self._computed(model, self.update.part(batch).to(self.device))
         except BaseException:
             self.update.abandon()
@@ -248,7 +244,7 @@ class DistillStep:
             elif taken := self.captures.take(name):
                 out = StudentOut(out.logits, {**taken, **out.features})
         self.kind.check(batch, out.logits, f"the {name}")
-        if torch.is_grad_enabled() and name in self.trained(self.info.stage):
+        if torch.is_grad_enabled() and name in self.modules.of(self.info.stage):
             refuse_dead(name, out)
         return out
 
@@ -277,7 +273,9 @@ class DistillStep:
             In place of them, where the trainer has counted: rows of the whole update over all ranks, those of them
             with a label (default: all), and how many micro-batches will come.
         """
-        self._next_update()
+        self.end_update()
+        self.teachers.check(self.plugins)
+        self.progress.next()
         if self._watched <= UPDATES:
             self._watch()
         if batches is not None:
@@ -298,25 +296,8 @@ class DistillStep:
         made = self.update.close()
         if made:
             self.plugins.on_update_end(self.info, made if metrics is None else metrics)
-            self.schedule.advance()
-            self.info.index, self.info.stage_index = self.schedule.at.step, self.schedule.at.stage_step
+            self.progress.advance()
         return made
-
-    def _next_update(self) -> None:
-        self.end_update()
-        self.teachers.check(self.plugins)
-        if self.driven:
-            return
-        if not self._started:
-            if not self.schedule.known and len(self.stages) > 1:
-                names = ", ".join(stage.name for stage in self.stages)
-                raise ConfigError(
-                    f"the method has the stages {names}; expected steps=, the updates that they share"
-                )
-            self.begin(self.schedule.stage)
-        while self.schedule.stage_done and self.schedule.at.stage + 1 < len(self.stages):
-            self._leave_stage()
-            self.begin(self.schedule.stage)
 
     def _evaluated(self, model: nn.Module, given: Any) -> StepOutput:
         batch, info = self.complete(self.read(given)), self.info
@@ -362,52 +343,18 @@ class DistillStep:
 
     # Stages.
 
-    def begin(self, stage: Stage, kept: SoftLabels | None = None) -> None:
-        """Enter a stage at its beginning: the plugins are told, and it is set up."""
-        if self.schedule.stage is not stage:
-            self.schedule.jump(stage)
-        self.plugins.notify("on_stage_start", run=self.run, stage=stage)
-        self.set_up(stage, kept)
-
-    def set_up(self, stage: Stage, kept: SoftLabels | None = None) -> None:
-        """What is trained, what is held still, and who answers in the teacher's place.
-
-        kept
-            Soft labels of the stage's split, read in place of a call. Without them, a stage against a
-            model's outputs keeps a frozen copy of that model.
-        """
-        at = self.schedule.at
-        self.info.stage, self.info.stage_steps = stage, self.schedule.lengths[self.stages.index(stage)]
-        self.info.index, self.info.stage_index = at.step, at.stage_step
-        self._started, self._watched = True, 0
-        self._hold(stage)
-        self.answers.set_up(stage, kept)
-
-    def _hold(self, stage: Stage) -> None:
-        self.info.stage = stage
-        self._held.hold(self.run.models, self.trained(stage))
-        self.answers.hold(stage)
-
-    def _leave_stage(self) -> None:
-        self.teachers.check(self.plugins, whole=True)
-        self.plugins.notify("on_stage_end", run=self.run, stage=self.info.stage)
-        self.schedule.leave()
-
-    def trained(self, stage: Stage) -> tuple[str, ...]:
-        """Names of the modules that a stage trains."""
-        if stage.train is not None:
-            return stage.train
-        return (*((stage.model,) if stage.model else ()), *self.auxiliary)
+    @property
+    def schedule(self) -> StageSchedule:
+        """The stages, their lengths, and where the step stands."""
+        return self.progress.schedule
 
     def model(self, stage: Stage | None = None) -> nn.Module:
         """The model whose outputs the stage's losses read; the student where they read none."""
         return self.run.models[(stage or self.info.stage).model or STUDENT]
 
-    def drive(self, steps: int) -> StageSchedule:
-        """From now on a loop enters and leaves the stages, which share ``steps``; the schedule that it follows."""
-        self.driven = True
-        self.schedule = StageSchedule(self.stages, steps, self.trained)
-        return self.schedule
+    def watch_anew(self) -> None:
+        """Look at what the plugins do in the next few updates: a stage begins."""
+        self._watched = 0
 
     # What a trainer does with it.
 
@@ -430,40 +377,17 @@ class DistillStep:
     def teacher_calls(self, calls: int) -> None:
         self.teachers.counter.calls = calls
 
-    @contextmanager
-    def released(self) -> Iterator[None]:
-        """Nothing is held still while a trainer looks for what can be trained (an optimizer, a wrapper over ranks)."""
-        self._held.release()
-        try:
-            yield
-        finally:
-            self._held.hold(self.run.models, self.trained(self.info.stage))
-
-    def parameters(self, name: str) -> list[nn.Parameter]:
-        """A module's parameters that are trained, now or in another stage."""
-        return [p for p in self.run.models[name].parameters() if p.requires_grad or self._held.holds(p)]
-
     def parameter_groups(self, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """An optimizer group for each trained module, with its own options; a shared parameter stands in the first.
 
         names
             Default: every module that some stage trains.
         """
-        every = dict.fromkeys(name for stage in self.stages for name in self.trained(stage))
-        seen: set[int] = set()
-        groups = []
-        for name in every if names is None else names:
-            own = [p for p in self.parameters(name) if id(p) not in seen]
-            seen.update(map(id, own))
-            if own:
-                options = self.auxiliary[name].options if name in self.auxiliary else {}
-                groups.append({"params": own, **options})
-        return groups
+        return self.modules.groups(names)
 
     def zero_grad(self) -> None:
         """Clear the gradients of everything that is trained: the student, the target and the auxiliary modules."""
-        for model in self.run.models.values():
-            model.zero_grad(set_to_none=True)
+        self.modules.zero_grad()
 
     def to(self, device: torch.device | str) -> DistillStep:
         """Move teachers, target and auxiliary modules; the student is its owner's to move."""
@@ -475,16 +399,12 @@ class DistillStep:
     def finish(self) -> None:
         """End the last update, the last stage and the run; done at the end of a ``with``."""
         self.end_update()
-        if self._finished or self.driven or not self._started:
-            return
-        self._finished = True
-        self._leave_stage()
-        self.plugins.notify("on_run_end", run=self.run)
+        self.progress.finish()
 
     def close(self) -> None:
         """Remove the hooks from the models; what a stage held still can be trained again."""
         self.closed = True
-        self._held.release()
+        self.modules.release()
         self.captures.close()
         self.teachers.close()
 
@@ -509,44 +429,14 @@ class DistillStep:
         """
         if not self.update.open:
             self.end_update()
-        stand = self.answers.stand_in
-        return {
-            "made_for": self._made_for(),
-            "started": self._started,
-            "position": self.schedule.state_dict(),
-            "models": {
-                name: model.state_dict() for name, model in self.run.models.items() if name != STUDENT
-            },
-            "plugins": self.plugins.state_dict(),
-            "teacher_calls": self.teacher_calls,
-            # A model that was copied when the stage began: it can't be made again from the model trained since.
-            "stand_in": None if stand is None else stand.state_dict(),
-        }
-
-    def _made_for(self) -> dict[str, Any]:
-        return {"methods": list(self.run.method_names), "stages": list(self.schedule.lengths)}
+        return state_of(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where ``state_dict`` was taken; the student's weights are there already."""
-        made_for, own = state["made_for"], self._made_for()
-        for what, value in own.items():
-            if made_for.get(what) != value:
-                raise CheckpointError(
-                    f"the state was made with {what} {made_for.get(what)}, this step has {value}; expected the same: attach "
-                    "with the methods and steps of the run that goes on"
-                )
-        self.update.abandon()
-        for name, content in state["models"].items():
-            self.run.models[name].load_state_dict(content)
-        self.plugins.load_state_dict(state["plugins"])
-        self.schedule.load_state_dict(state["position"])
-        self.teacher_calls = state["teacher_calls"]
-        if not state["started"]:  # the first update begins the stage, and tells the plugins
-            self._hold(self.schedule.stage)
-            return
-        self.set_up(self.schedule.stage)
-        if state["stand_in"] is not None and self.answers.stand_in is not None:
-            self.answers.stand_in.load_state_dict(state["stand_in"])
+        """Go on from where ``state_dict`` was taken; the student's weights are there already.
+
+        Raises CheckpointError where it is of other methods or another number of steps.
+        """
+        restore(self, state)
 
 
 def _with_decoder_inputs(batch: Batch, student: nn.Module) -> Batch:

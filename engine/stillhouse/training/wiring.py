@@ -28,7 +28,7 @@ class Wiring:
     def watch(self, loss: Tensor) -> None:
         """Look when the gradient of this loss is taken: then the update before has been used."""
         step = self._step
-        if step.driven or step.info.micro or not step.auxiliary:
+        if step.progress.driven or step.info.micro or not step.auxiliary:
             return
         loss.register_hook(lambda gradient: self._look())  # type: ignore[no-untyped-call]
 
@@ -36,15 +36,15 @@ class Wiring:
         step = self._step
         beside = [
             p
-            for name in step.trained(step.info.stage)
+            for name in step.modules.of(step.info.stage)
             if name in step.auxiliary
-            for p in step.parameters(name)
+            for p in step.modules.parameters(name)
         ]
         own = [
             p
-            for name in step.trained(step.info.stage)
+            for name in step.modules.of(step.info.stage)
             if name not in step.auxiliary
-            for p in step.parameters(name)
+            for p in step.modules.parameters(name)
         ]
         if not beside or not own:
             return

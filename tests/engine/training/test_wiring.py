@@ -103,7 +103,7 @@ def test_without_modules_beside_the_student_there_is_nothing_to_see():
 
 def test_the_loop_of_a_run_is_not_watched():
     trainer = Trainer(trains=("student",))
-    trainer.step.drive(9)
-    trainer.step.begin(trainer.step.stages[0])
+    trainer.step.progress.drive(9)
+    trainer.step.progress.begin(trainer.step.stages[0])
     for _ in range(3):
         trainer.update()
