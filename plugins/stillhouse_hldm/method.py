@@ -33,7 +33,7 @@ from stillhouse.api import (
     soft_loss,
 )
 from stillhouse_hldm.history import History
-from stillhouse_hldm.weighting import DWA, Fixed, GradNorm, Simplex, Uncertainty, Weighting
+from stillhouse_hldm.weighting import DWA, Fixed, GradNorm, Part, Simplex, Uncertainty, Weighting
 
 POINTS = 400
 """How many points the plot of the weights has."""
@@ -213,9 +213,8 @@ class HLDM(Method):
             for (name, term), weight in zip(terms.items(), weights, strict=True)
         }
         if torch.is_grad_enabled():
-            objective = self.weighting.objective(
-                slots, constant, lambda: self._norms(losses, info), info.share
-            )
+            part = Part(slots, constant, info.share, info.last, lambda: self._gradients(losses, info))
+            objective = self.weighting.objective(part)
             if objective is not None:
                 loss, own = objective
                 # The terms are in the sum already: this one adds its gradient and its own part.
@@ -242,21 +241,18 @@ class HLDM(Method):
             if name not in names and info.stage.name == "train":
                 raise ConfigError(f"hldm: '{name}' is no term of this run; its terms are {', '.join(names)}")
 
-    def _norms(self, losses: list[Tensor], info: StepInfo) -> Tensor:
-        """Norm of each term's gradient at the model's, or the chosen layer's, trained parameters ``(n,)``."""
+    def _gradients(self, losses: list[Tensor], info: StepInfo) -> list[list[Tensor]]:
+        """Each term's gradient at the model's, or the chosen layer's, trained parameters."""
         model = self._run.models[info.stage.model or self._run.target_name]
         if self.config.layer is not None:
             model = dict(model.named_modules()).get(self.config.layer, model)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        found = []
-        for loss in losses:
-            if not loss.requires_grad:
-                found.append(loss.new_zeros(()))
-                continue
-            grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-            squares = [grad.float().square().sum() for grad in grads if grad is not None]
-            found.append(torch.stack(squares).sum().sqrt() if squares else loss.new_zeros(()))
-        return torch.stack(found).detach()
+        return [
+            list(torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True))
+            if loss.requires_grad
+            else [torch.zeros_like(parameter) for parameter in parameters]
+            for loss in losses
+        ]
 
     @hookimpl
     def on_update_end(self, info: StepInfo, metrics: Mapping[str, Tensor]) -> None:

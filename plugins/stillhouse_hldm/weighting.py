@@ -7,6 +7,7 @@ in the student's loss; ``objective`` is the loss of the weighting's own paramete
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,29 @@ from stillhouse.api import ConfigError
 SLOTS = 32
 """How many terms a run may have."""
 
-Norms = Callable[[], Tensor]
-"""Gives each term's gradient norm ``(n,)``; called only where it is needed, for it costs a backward pass a term."""
+Gradient = list[Tensor]
+"""A term's gradient, a tensor for each parameter that is looked at."""
+
+
+@dataclass
+class Part:
+    """What one micro-batch gives of its update.
+
+    slots, losses
+        The terms and their parts of the update's values ``(n,)``, without a graph.
+    share
+        Part of the update's rows.
+    last
+        Whether the update is whole with it.
+    gradients
+        Gives each term's gradient; called only where it is needed, for it costs a backward pass a term.
+    """
+
+    slots: Tensor
+    losses: Tensor
+    share: float
+    last: bool
+    gradients: Callable[[], list[Gradient]]
 
 
 class Weighting(nn.Module):
@@ -45,12 +67,10 @@ class Weighting(nn.Module):
         """The weights ``(n,)`` of the terms in ``slots``, without a graph."""
         return torch.ones(len(slots))
 
-    def objective(
-        self, slots: Tensor, losses: Tensor, norms: Norms, share: float
-    ) -> tuple[Tensor, Tensor] | None:
+    def objective(self, part: Part) -> tuple[Tensor, Tensor] | None:
         """The loss that trains the weighting, and the part of it that is shown and is no term's; or None.
 
-        losses ``(n,)`` without a graph: this micro-batch's part of each; ``share``: its part of the update.
+        Summed over an update's micro-batches it does not depend on how the update was split.
         """
         return None
 
@@ -91,11 +111,11 @@ class Uncertainty(Weighting):
     def weights(self, slots: Tensor) -> Tensor:
         return (-self.s.detach()[slots]).exp()
 
-    def objective(self, slots: Tensor, losses: Tensor, norms: Norms, share: float) -> tuple[Tensor, Tensor]:
-        scales = losses.new_tensor([self.scales.get(self.names[slot], 1.0) for slot in slots.tolist()])
-        s = self.s[slots]
-        own = share * s.sum()
-        return ((-s).exp() * losses / scales).sum() + own, own
+    def objective(self, part: Part) -> tuple[Tensor, Tensor]:
+        named = [self.scales.get(self.names[slot], 1.0) for slot in part.slots.tolist()]
+        s = self.s[part.slots]
+        own = part.share * s.sum()
+        return ((-s).exp() * part.losses / part.losses.new_tensor(named)).sum() + own, own
 
 
 class Simplex(Weighting):
@@ -112,10 +132,10 @@ class Simplex(Weighting):
     def weights(self, slots: Tensor) -> Tensor:
         return self.theta.detach()[slots].softmax(0)
 
-    def objective(self, slots: Tensor, losses: Tensor, norms: Norms, share: float) -> tuple[Tensor, Tensor]:
-        logs = self.theta[slots].log_softmax(0)
-        own = share * self.entropy * (logs.exp() * logs).sum()
-        return (logs.exp() * losses).sum() + own, own
+    def objective(self, part: Part) -> tuple[Tensor, Tensor]:
+        logs = self.theta[part.slots].log_softmax(0)
+        own = part.share * self.entropy * (logs.exp() * logs).sum()
+        return (logs.exp() * part.losses).sum() + own, own
 
 
 class GradNorm(Weighting):
@@ -124,6 +144,9 @@ class GradNorm(Weighting):
     Minimises ``sum_i |w_i G_i - mean(w G) r_i ** alpha|``, the second part held constant, with G_i the norm of
     L_i's gradient and r_i the loss over its first value, divided by the terms' mean of that. The weights sum to
     the number of terms. They are trained as logarithms, so that none turns negative.
+
+    Norms and rates are those of the whole update: its micro-batches' losses and gradients are added up, and the last one
+    trains the weights. Over several ranks they are those of the rank's own part.
     """
 
     initial: Tensor
@@ -133,22 +156,48 @@ class GradNorm(Weighting):
         self.alpha = alpha
         self.theta = nn.Parameter(torch.zeros(SLOTS))
         self.register_buffer("initial", torch.full((SLOTS,), torch.inf))
+        self.prepare()
+
+    def prepare(self) -> None:
+        self._losses: dict[int, Tensor] = {}
+        self._gradients: dict[int, Gradient] = {}
+        self._share = 0.0
 
     def weights(self, slots: Tensor) -> Tensor:
         return len(slots) * self.theta.detach()[slots].softmax(0)
 
-    def objective(self, slots: Tensor, losses: Tensor, norms: Norms, share: float) -> tuple[Tensor, Tensor]:
-        whole = losses / share  # as large as the update's
+    def objective(self, part: Part) -> tuple[Tensor, Tensor] | None:
+        self._add(part)
+        if not part.last:
+            return None
+        slots = torch.tensor(sorted(self._losses), device=self.theta.device)
+        whole = torch.stack([self._losses[slot] for slot in slots.tolist()]) / self._share
+        norms = torch.stack([_norm(self._gradients[slot], whole) for slot in slots.tolist()]) / self._share
         first = self.initial[slots]
         self.initial[slots] = torch.where(first.isinf(), whole, first)
         ratio = whole / self.initial[slots].clamp(min=1e-12)
         rate = ratio / ratio.mean().clamp(min=1e-12)
         theta = self.theta[slots]
         # Normalising after each update, as the paper does: the normaliser has no gradient.
-        norm = self.weights(slots) * (theta - theta.detach()).exp() * norms() / share
+        norm = self.weights(slots) * (theta - theta.detach()).exp() * norms
         target = norm.detach().mean() * rate**self.alpha
-        own = share * (norm - target).abs().sum()
+        own = self._share * (norm - target).abs().sum()
+        self.prepare()  # gradients as large as the model are not kept until the next update
         return own, own.detach() * 0
+
+    def _add(self, part: Part) -> None:
+        self._share += part.share
+        for slot, loss, gradient in zip(part.slots.tolist(), part.losses, part.gradients(), strict=True):
+            known = self._gradients.get(slot)
+            self._losses[slot] = self._losses[slot] + loss if known else loss
+            self._gradients[slot] = (
+                gradient if not known else [a + b for a, b in zip(known, gradient, strict=True)]
+            )
+
+
+def _norm(gradient: Gradient, like: Tensor) -> Tensor:
+    squares = [part.float().square().sum() for part in gradient]
+    return torch.stack(squares).sum().sqrt() if squares else like.new_zeros(())
 
 
 class DWA(Weighting):

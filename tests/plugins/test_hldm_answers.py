@@ -12,6 +12,11 @@ from stillhouse.api import ConfigError
 from stillhouse_hldm import HLDM, HLDMConfig, weighting
 
 
+def whole(slots, losses, norms=None):
+    """An update in one micro-batch whose terms have gradients of these norms."""
+    return weighting.Part(slots, losses, 1.0, True, lambda: [[norm] for norm in norms])
+
+
 def learned(weigh, constants, *, steps=2000, lr=0.05):
     """Train a weighting on constant losses; its slots' weights, by term."""
     names = [f"t{number}" for number in range(len(constants))]
@@ -20,7 +25,7 @@ def learned(weigh, constants, *, steps=2000, lr=0.05):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         weigh.prepare()
-        loss, _ = weigh.objective(slots, losses, lambda: losses, 1.0)
+        loss, _ = weigh.objective(whole(slots, losses, losses))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -72,9 +77,9 @@ def test_under_gradnorm_with_alpha_0_the_weighted_gradient_norms_become_equal():
 
 
 def test_unweighted_norms_under_gradnorm_are_seen(monkeypatch):
-    def blind(self, slots, losses, norms, share):
-        theta = self.theta[slots]
-        own = ((theta - theta.detach()).exp() * norms() - norms().mean()).abs().sum()
+    def blind(self, part):
+        theta = self.theta[part.slots]
+        own = ((theta - theta.detach()).exp() * part.losses - part.losses.mean()).abs().sum()
         return own, own.detach() * 0
 
     monkeypatch.setattr(weighting.GradNorm, "objective", blind)
@@ -130,7 +135,7 @@ def test_another_entropy_on_the_simplex_is_seen(factor, monkeypatch):
     def broken(self, *given):
         whole, own = sound(self, *given)
         terms = whole - own
-        logs = self.theta[given[0]].log_softmax(0)
+        logs = self.theta[given[0].slots].log_softmax(0)
         return terms + factor * self.entropy * (logs.exp() * logs).sum(), own
 
     monkeypatch.setattr(weighting.Simplex, "objective", broken)
@@ -157,7 +162,7 @@ def test_t_squared_does_not_turn_the_distillation_term_down():
     slots = weigh.slots([name])
     optimizer = torch.optim.Adam(weigh.parameters(), lr=0.02)
     for _ in range(1500):
-        loss, _ = weigh.objective(slots, torch.tensor([kd * temperature**2]), lambda: None, 1.0)
+        loss, _ = weigh.objective(whole(slots, torch.tensor([kd * temperature**2])))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -70,9 +70,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on ``device``; itself where all of it is there."""
-        first = self.inputs if isinstance(self.inputs, Tensor) else tensors_in(self.inputs)[0][1]
-        held = (first, self.labels, self.mask, self.probabilities)
-        if all(tensor is None or tensor.device == device for tensor in held):
+        held = [tensor for name in _FIELDS for _, tensor in tensors_in(getattr(self, name))]
+        if all(tensor.device == device for tensor in held):
             return self
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 

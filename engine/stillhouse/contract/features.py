@@ -36,13 +36,16 @@ class Feature:
     """One module's output.
 
     role, name
-        Whose, and its dotted name, ``hidden_states.N`` or ``name:input``.
+        Whose (``teacher``, one of several teachers by name, or a model's name), and its dotted name,
+        ``hidden_states.N`` or ``name:input``.
     shape
         On the probe.
     tokens
         Whether it is ``(B, L, H)``.
     own_rows
         Whether its positions may be the batch's rows; an encoder's, before a decoder, are not.
+    taught
+        Whether it is a teacher's, who may read other inputs.
     """
 
     role: str
@@ -50,6 +53,12 @@ class Feature:
     shape: tuple[int, ...]
     tokens: bool
     own_rows: bool
+    taught: bool = False
+
+    @property
+    def key(self) -> str:
+        """Its name in a model's answer: of several teachers with the teacher's name before it."""
+        return f"{self.role}.{self.name}" if self.taught and self.role != TEACHER else self.name
 
     @property
     def width(self) -> int:
@@ -58,7 +67,7 @@ class Feature:
 
     def of(self, out: StudentOut | TeacherOut) -> Tensor:
         """The feature in a model's answer; ConfigError where the model was not called."""
-        found = out.features.get(self.name)
+        found = out.features.get(self.key)
         if found is None:
             raise ConfigError(
                 f"no feature {self.role}.{self.name} came with this batch; expected the model to be called: kept soft "
@@ -70,7 +79,7 @@ class Feature:
         """Bool ``(B, L)``: which tokens of ``value`` count; ``(B,)``: which samples, of other features; None: all."""
         if not self.tokens:
             return batch.mask if batch.mask is None or batch.mask.dim() == 1 else batch.mask.flatten(1).any(1)
-        inputs = batch.for_teacher if self.role == TEACHER else batch.inputs
+        inputs = batch.for_teacher if self.taught else batch.inputs
         mask = token_mask(inputs, batch, own_rows=self.own_rows)
         return mask if mask is not None and mask.shape == value.shape[:2] else None
 
@@ -99,7 +108,7 @@ class FeaturePair:
         return student, teacher
 
     def __str__(self) -> str:
-        return f"{self.student.role}.{self.student.name} -> {TEACHER}.{self.teacher.name}"
+        return f"{self.student.role}.{self.student.name} -> {self.teacher.role}.{self.teacher.name}"
 
 
 def token_mask(inputs: Any, batch: Batch, *, own_rows: bool = True) -> Tensor | None:
@@ -159,16 +168,27 @@ def feature_mean(values: Tensor, feature: Feature, batch: Batch, info: StepInfo)
 def feature_pairs(run: RunContext, layers: Layers | Sequence[tuple[str, str]]) -> list[FeaturePair]:
     """The pairs that ``layers`` says, asked of the engine and measured on the probe. For ``on_run_start``.
 
+    With several teachers a teacher's layer has the teacher's name before it, as in ``{"layers.2": "big.layers.5"}``.
+
     Raises ConfigError for a layer that is not there (with the nearest names), that gives no floats ``(B, ...)``, or
     whose tokens are not the partner's.
     """
     role = run.target_name
     assert run.teacher is not None
+    several = [name for name in run.teachers if name != TEACHER]
     if isinstance(layers, str):
+        if len(several) > 1:
+            raise ConfigError(
+                f"{run.caller}.layers is {layers}, and there are several teachers ({', '.join(several)}); expected the "
+                f"student's layers with a teacher's by name, as in {{layer: {several[0]}.layer}}"
+            )
         named = _ruled(run, role, layers)
     else:
         named = list(layers.items()) if isinstance(layers, Mapping) else list(layers)
-    pairs = [FeaturePair(feature(run, role, own), feature(run, TEACHER, other)) for own, other in named]
+    pairs = [
+        FeaturePair(feature(run, role, own), feature(run, *_whose(run, several, other)))
+        for own, other in named
+    ]
     for pair in pairs:
         if pair.student.tokens != pair.teacher.tokens or (
             pair.student.tokens and pair.student.shape[:2] != pair.teacher.shape[:2]
@@ -178,6 +198,29 @@ def feature_pairs(run: RunContext, layers: Layers | Sequence[tuple[str, str]]) -
             shapes = f"{pair.student.shape[1:]} -> {pair.teacher.shape[1:]}"
             run.chose(f"layer.{pair.student.name}", str(pair), f"{layers}, features {shapes}")
     return pairs
+
+
+def _whose(run: RunContext, several: Sequence[str], layer: str) -> tuple[str, str]:
+    """The teacher that a layer is named of, and the layer's own name."""
+    if len(several) < 2:
+        return TEACHER, layer
+    for name in several:
+        if layer.startswith(f"{name}."):
+            return name, layer.removeprefix(f"{name}.")
+    raise ConfigError(
+        f"{run.caller}.layers: '{layer}' says no teacher, and there are several; expected "
+        + " or ".join(f"{name}.{layer}" for name in several)
+    )
+
+
+def _model(run: RunContext, role: str) -> nn.Module:
+    model = run.teachers.get(role, run.teacher) if _teaches(run, role) else run.models[role]
+    assert model is not None
+    return model
+
+
+def _teaches(run: RunContext, role: str) -> bool:
+    return role == TEACHER or role in run.teachers
 
 
 def feature(run: RunContext, role: str, name: str) -> Feature:
@@ -190,11 +233,9 @@ def feature(run: RunContext, role: str, name: str) -> Feature:
         raise ConfigError(
             f"{run.caller}: {role}.{name} gives {got} of shape {shape}; expected floats (B, ...): name another module"
         )
-    model = run.teacher if role == TEACHER else run.models[role]
-    assert model is not None
-    return Feature(
-        role, name, tuple(found.shape), _tokens(run, model, role, name, found), _decodes(model, name)
-    )
+    model = _model(run, role)
+    tokens = _tokens(run, model, role, name, found)
+    return Feature(role, name, tuple(found.shape), tokens, _decodes(model, name), _teaches(run, role))
 
 
 def _ruled(run: RunContext, role: str, rule: str) -> list[tuple[str, str]]:
@@ -255,8 +296,7 @@ def called(run: RunContext, role: str) -> list[str]:
 
     Raises ConfigError for fewer than two: then no module stands before the head.
     """
-    model = run.teacher if role == TEACHER else run.models[role]
-    assert model is not None
+    model = _model(run, role)
     seen: dict[str, bool] = {}
 
     def keeper(name: str) -> Any:
@@ -288,8 +328,7 @@ def called(run: RunContext, role: str) -> list[str]:
 
 def _middle(run: RunContext, role: str) -> str:
     """The middle one of the modules without children and dropout."""
-    model = run.teacher if role == TEACHER else run.models[role]
-    assert model is not None
+    model = _model(run, role)
     found: list[str] = [
         name
         for name, module in model.named_modules()
@@ -313,7 +352,7 @@ def _tokens(run: RunContext, model: nn.Module, role: str, name: str, found: Tens
     if isinstance(module, _CHANNELS_FIRST):
         return False
     assert run.probe is not None
-    inputs = run.probe.for_teacher if role == TEACHER else run.probe.inputs
+    inputs = run.probe.for_teacher if _teaches(run, role) else run.probe.inputs
     fits = [run.probe.mask]
     if isinstance(inputs, Mapping):
         fits += [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -79,8 +80,14 @@ class Answers:
         # A model of this run reads what the student reads.
         inputs = batch.inputs if self._own else batch.for_teacher
         found = {name: self._called(name, model, inputs) for name, model in self._models.items()}
+        if len(found) > 1:
+            return _together(found, step.kind.labels == "classes")
+        (name, out), *_ = found.items()
+        # One of several by name: its features are found as they are where all of them answer.
         return (
-            next(iter(found.values())) if len(found) == 1 else _together(found, step.kind.labels == "classes")
+            out
+            if name == TEACHER or self._own
+            else replace(out, features={**out.features, **_named(name, out)})
         )
 
     def _called(self, name: str, model: nn.Module, inputs: object) -> TeacherOut:
@@ -110,7 +117,10 @@ def _together(found: Mapping[str, TeacherOut], classes: bool) -> TeacherOut:
                 f"teacher '{name}' gives other outputs than the first; expected the same shape of each"
             )
         given.append(out.logits.float().log_softmax(-1) if classes else out.logits.float())
-    features = {
-        f"{name}.{module}": value for name, out in found.items() for module, value in out.features.items()
-    }
+    features = {key: value for name, out in found.items() for key, value in _named(name, out).items()}
     return TeacherOut(torch.stack(given).mean(0), features, dict(found))
+
+
+def _named(teacher: str, out: TeacherOut) -> dict[str, Tensor]:
+    """A teacher's features with its name before them."""
+    return {f"{teacher}.{module}": value for module, value in out.features.items()}

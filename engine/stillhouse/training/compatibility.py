@@ -27,7 +27,7 @@ EMBEDDED = OFFERED - {"student_update"}
 def check_fit(
     plugins: Plugins,
     models: Mapping[str, nn.Module],
-    teacher: nn.Module | None,
+    teachers: Mapping[str, nn.Module],
     run: RunContext,
     *,
     offers: frozenset[str] = OFFERED,
@@ -43,7 +43,7 @@ def check_fit(
     probe, kind, needs = run.probe, run.kind, plugins.requires
     assert probe is not None
     asks = needs & {"logits", "hidden_states"}
-    if asks and teacher is None and not (stored and asks == {"logits"}):
+    if asks and not teachers and not (stored and asks == {"logits"}):
         _refuse(plugins, min(asks), "needs a teacher, and there is none; name one")
     if "labels" in needs and not probe.has_labels:
         _refuse(plugins, "labels", "needs labels, and the training split has none")
@@ -55,21 +55,24 @@ def check_fit(
     outputs_by_name = {name: outputs(model, probe.inputs, kind) for name, model in models.items()}
     for name, own in outputs_by_name.items():
         kind.check(probe, own, f"the {name}")
-    given = None if teacher is None else outputs(teacher, probe.for_teacher, kind)
     _check_labels(kind, min(own.shape[-1] for own in outputs_by_name.values()), probe, run.splits)
-    if teacher is None or given is None or not asks:
-        return
-    if "deterministic_teacher" in needs:
-        stochastic = stochastic_module(teacher, probe.for_teacher, kind)
-        if stochastic is not None:
-            _refuse(
-                plugins,
-                "deterministic_teacher",
-                f"is for deterministic teachers, and this one gave two answers to one batch: {stochastic} "
-                "is stochastic; put it in eval mode, or use the method 'kd', which asks it anew each step",
-            )
-    for name, own in outputs_by_name.items():
-        _compare_outputs(plugins, run, name, own, given)
+    for teacher in {id(model): model for model in teachers.values()}.values() if asks else ():
+        if "deterministic_teacher" in needs:
+            _refuse_stochastic(plugins, teacher, probe, kind)
+        given = outputs(teacher, probe.for_teacher, kind)
+        for name, own in outputs_by_name.items():
+            _compare_outputs(plugins, run, name, own, given)
+
+
+def _refuse_stochastic(plugins: Plugins, teacher: nn.Module, probe: Batch, kind: TaskKind) -> None:
+    stochastic = stochastic_module(teacher, probe.for_teacher, kind)
+    if stochastic is not None:
+        _refuse(
+            plugins,
+            "deterministic_teacher",
+            f"is for deterministic teachers, and this one gave two answers to one batch: {stochastic} "
+            "is stochastic; put it in eval mode, or use the method 'kd', which asks it anew each step",
+        )
 
 
 def _check_labels(kind: TaskKind, classes: int, probe: Batch, splits: Splits | None) -> None:
@@ -80,15 +83,20 @@ def _check_labels(kind: TaskKind, classes: int, probe: Batch, splits: Splits | N
     if splits is not None:
         known = [(f"{name}.labels", getattr(split, "labels", None)) for name, split in splits.items()]
     for name, labels in known:
-        if not isinstance(labels, Tensor) or labels.is_floating_point():
-            continue
-        wrong = (labels != IGNORE) & ((labels < 0) | (labels >= classes))
-        if wrong.any():
-            row = int(wrong.reshape(len(labels), -1).any(-1).nonzero()[0])
-            raise DataError(
-                f"{name} holds {int(labels[wrong][0])}, first in row {row}; expected 0 to {classes - 1}, as the "
-                f"models have {classes} outputs, or {IGNORE} for no label: give the models more outputs, or mend the labels"
-            )
+        refuse_labels(labels, classes, name)
+
+
+def refuse_labels(labels: Any, classes: int, name: str = "the batch's labels") -> None:
+    """DataError where class numbers are not from 0 to ``classes - 1``, and not ``-100``."""
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        return
+    wrong = (labels != IGNORE) & ((labels < 0) | (labels >= classes))
+    if wrong.any():
+        row = int(wrong.reshape(len(labels), -1).any(-1).nonzero()[0])
+        raise DataError(
+            f"{name} {'hold' if ' ' in name else 'holds'} {int(labels[wrong][0])}, first in row {row}; expected 0 to {classes - 1}, as the "
+            f"models have {classes} outputs, or {IGNORE} for no label: give the models more outputs, or mend the labels"
+        )
 
 
 def _compare_outputs(plugins: Plugins, run: RunContext, name: str, own: Tensor, given: Tensor) -> None:

@@ -37,7 +37,7 @@ from stillhouse.plugin.load import MethodLike, as_plugins
 from stillhouse.plugin.watch import UPDATES, check_kept, guarded, watched
 from stillhouse.softlabels import SoftLabels
 from stillhouse.training.answers import Answers
-from stillhouse.training.compatibility import EMBEDDED, check_fit, check_stages, row_shape
+from stillhouse.training.compatibility import EMBEDDED, check_fit, check_stages, refuse_labels, row_shape
 from stillhouse.training.host import StepHost
 from stillhouse.training.modules import TrainedModules
 from stillhouse.training.output import StepOutput, diverged, refuse_dead, total_of
@@ -150,7 +150,7 @@ class DistillStep:
         run, models = self.run, self.run.models
         self._rows = row_shape(self.kind, models[STUDENT], probe)
         run.probe = probe = self.complete(probe)
-        check_fit(self.plugins, models, self.teachers.first, run, offers=offers, stored=stored)
+        check_fit(self.plugins, models, self.teachers.models, run, offers=offers, stored=stored)
         self.plugins.wrap(lambda call: guarded(call, run))
         self.plugins.notify("on_run_start", run=run)
         self.auxiliary = self.modules.auxiliary = self.plugins.auxiliary_modules(run)
@@ -201,7 +201,7 @@ class DistillStep:
         except BaseException:
             self.update.abandon()
             raise
-        if self._watched <= UPDATES and output.loss.requires_grad:
+        if self.watching and output.loss.requires_grad:
             self._wiring.watch(output.loss)
         self.update.made(output.metrics)
         return output
@@ -219,8 +219,11 @@ class DistillStep:
         student_out = self._student_out(model, batch)
         try:
             terms = plugins.loss_terms(student_out, teacher_out, targets, batch, info)
-        except ValueError as error:
-            diverged(error, student_out, info)
+        except (ValueError, IndexError, RuntimeError) as error:
+            if self.kind.labels == "classes" and student_out is not None:
+                refuse_labels(batch.labels, student_out.logits.shape[-1])
+            if isinstance(error, ValueError):
+                diverged(error, student_out, info)
             raise
         loss = total_of(terms := plugins.combine_terms(terms, info))
         self.heads.learn()
@@ -271,18 +274,17 @@ class DistillStep:
             the rows that come out are counted (on the CPU, where the batches are there), over all ranks.
         rows, labelled, micros
             In place of them, where the trainer has counted: rows of the whole update over all ranks, those of them
-            with a label (default: all), and how many micro-batches will come.
+            with a label (default: all, which is checked), and how many micro-batches will come.
         """
         self.end_update()
         self.teachers.check(self.plugins)
         self.progress.next()
-        if self._watched <= UPDATES:
+        if self.watching:
             self._watch()
         if batches is not None:
             self.update.announce(batches)
         elif rows is not None:
-            self.update.expect(rows, rows if labelled is None else labelled, micros)
-            self.update.by_trainer = True
+            self.update.expect(rows, labelled, micros)
         else:
             raise ConfigError(
                 "begin_update() got neither batches nor rows; expected the micro-batches, or rows="
@@ -351,6 +353,11 @@ class DistillStep:
     def model(self, stage: Stage | None = None) -> nn.Module:
         """The model whose outputs the stage's losses read; the student where they read none."""
         return self.run.models[(stage or self.info.stage).model or STUDENT]
+
+    @property
+    def watching(self) -> bool:
+        """Whether this is one of a stage's first updates, in which more is looked at."""
+        return self._watched <= UPDATES
 
     def watch_anew(self) -> None:
         """Look at what the plugins do in the next few updates: a stage begins."""

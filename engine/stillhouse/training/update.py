@@ -30,28 +30,40 @@ class Update:
 
     def __init__(self, step: DistillStep, reduce: Reduce | None) -> None:
         self._step, self._reduce = step, reduce
-        self._parts: deque[Batch] = deque()
+        self._parts: deque[tuple[Any, Batch]] = deque()  # as it was given, and transformed
         self._metrics: dict[str, Tensor] = {}
         self.open, self._used = 0, False
         self.by_trainer = False  # whether the trainer has counted the rows of this update
+        self._assumed = False  # and has not said how many of them have a label
 
     def announce(self, batches: Sequence[Any]) -> None:
         """Transform these micro-batches, and count the rows that come out, over all ranks."""
         step = self._step
         if not batches:
             raise ConfigError("begin_update() got no micro-batch; expected one at least")
-        self._metrics, self.by_trainer = {}, False
-        self._parts = deque(self._transformed(step.complete(step.read(batch))) for batch in batches)
-        if len(self._parts) == 1 and self._reduce is None:
-            rows, labelled = step.kind.rows(self._parts[0]), step.kind.labelled(self._parts[0])
+        self._metrics = {}
+        parts = [self._transformed(step.complete(step.read(batch))) for batch in batches]
+        if len(parts) == 1 and self._reduce is None:
+            rows, labelled = step.kind.rows(parts[0]), step.kind.labelled(parts[0])
         else:
-            counts = [(step.kind.rows(part), step.kind.labelled(part)) for part in self._parts]
+            counts = [(step.kind.rows(part), step.kind.labelled(part)) for part in parts]
             total = torch.tensor(counts, dtype=torch.float64).sum(0)
             rows, labelled = (total if self._reduce is None else self._reduce(total)).tolist()
-        self.expect(rows, labelled, len(self._parts))
+        self._parts = deque(zip(batches, parts, strict=True))
+        self._await(rows, labelled, len(parts))
+        self.by_trainer = self._assumed = False
 
-    def expect(self, rows: float, labelled: float, micros: int) -> None:
-        """So many rows in so many micro-batches are to come."""
+    def expect(self, rows: float, labelled: float | None, micros: int) -> None:
+        """So many rows in so many micro-batches are to come, as the trainer has counted them."""
+        if not rows > 0 or micros < 1 or not 0 <= (rows if labelled is None else labelled) <= rows:
+            raise ConfigError(
+                f"begin_update got rows={rows}, labelled={labelled}, micros={micros}; expected rows above 0, labelled from 0 to "
+                "rows, and one micro-batch at least"
+            )
+        self._await(rows, rows if labelled is None else labelled, micros)
+        self.by_trainer, self._assumed = True, labelled is None
+
+    def _await(self, rows: float, labelled: float, micros: int) -> None:
         info = self._step.info
         info.rows, info.labelled = max(rows, 1.0), labelled
         info.micro, info.micros, self.open = 0, micros, micros
@@ -60,9 +72,9 @@ class Update:
         """The micro-batch that was announced; else the given one, transformed."""
         step, info = self._step, self._step.info
         if self._parts:
-            part = self._parts.popleft()
-            if part is not given and not step.plugins.implements("batch_transform"):
-                _same_batch(part, given)
+            announced, part = self._parts.popleft()
+            if announced is not given and part is not given:
+                _same_batch(announced, given, contents=step.watching)
         else:
             batch = step.complete(step.read(given))
             part = self._transformed(batch)
@@ -71,10 +83,23 @@ class Update:
                     f"a batch transform made {step.kind.rows(part):.0f} rows of {step.kind.rows(batch):.0f}, and they "
                     "had been counted before it; expected begin_update(batches), which counts after it"
                 )
+        if self._assumed:
+            self._all_labelled(part)
         info.micro = info.micros - self.open
         whole = info.micros == 1 and self._reduce is None
         info.share = 1.0 if whole else step.kind.rows(part) / info.rows
         return part
+
+    def _all_labelled(self, part: Batch) -> None:
+        """Every row has a label, or none of the update's has; else the labels' mean would have another divisor."""
+        rows, labelled = self._step.kind.rows(part), self._step.kind.labelled(part)
+        if self.open == self._step.info.micros and not labelled:
+            self._step.info.labelled = 0.0
+        if labelled != (rows if self._step.info.labelled else 0.0):
+            raise ConfigError(
+                f"begin_update(rows=) came without labelled=, and {labelled:.0f} of this micro-batch's {rows:.0f} rows have a "
+                "label; expected labelled=, the update's rows with one: losses on labels are divided by it"
+            )
 
     def refuse_more(self) -> None:
         """Raise where the trainer has counted an update's rows, and hands in more micro-batches than it said."""
@@ -131,17 +156,36 @@ class Update:
         return given if given is batch else step.complete(given)
 
 
-def _same_batch(announced: Batch, given: Any) -> None:
-    """Raise where another micro-batch comes than was announced."""
-    if isinstance(given, Mapping):  # a loader's own names: labels stand among the inputs
-        given = {name: value for name, value in given.items() if name in announced.inputs}
-    inputs = (
-        given.inputs if isinstance(given, Batch) else given[0] if isinstance(given, tuple | list) else given
-    )
-    told = [tuple(tensor.shape) for _, tensor in tensors_in(announced.inputs)]
-    came = [tuple(tensor.shape) for _, tensor in tensors_in(inputs)]
-    if not set(came) <= set(told):
+def _same_batch(announced: Any, given: Any, *, contents: bool) -> None:
+    """Raise where another micro-batch comes than was announced.
+
+    contents
+        Look at the numbers too; else at shapes alone, which cost no pass over the data.
+    """
+    told, came = _inputs(announced), _inputs(given)
+    for name in sorted(told.keys() & came.keys()):
+        one, other = told[name], came[name]
+        if one.shape != other.shape:
+            what = f"with {name} of shape {tuple(one.shape)}, and one of {tuple(other.shape)} came"
+        elif contents and one.dtype == other.dtype and not torch.equal(one.to(other.device), other):
+            what = f"and one with other {name} came"
+        else:
+            continue
         raise ConfigError(
-            f"begin_update was told of a micro-batch with inputs of shape {told[0]}, and one of {came[0]} came; expected "
-            "the micro-batches in the order in which they were announced"
+            f"begin_update was told of a micro-batch {what}; expected the micro-batches in the order in which they were "
+            "announced"
         )
+    if not told.keys() & came.keys():
+        raise ConfigError(
+            f"begin_update was told of a micro-batch with {', '.join(told)}, and one with {', '.join(came)} came; expected the "
+            "micro-batches that were announced"
+        )
+
+
+def _inputs(given: Any) -> dict[str, Tensor]:
+    """The tensors of a batch's inputs by path, whether it is a Batch or what a loader gives."""
+    if isinstance(given, Batch):
+        given = given.inputs
+    elif isinstance(given, tuple | list) and given:
+        given = given[0]
+    return dict(tensors_in(given))

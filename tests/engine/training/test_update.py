@@ -93,8 +93,32 @@ class TestAnnounced:
             student=Named(), probe={"inputs": toys.rows(3)[0]} if isinstance(given, dict) else toys.rows(3)
         )
         step.begin_update([announced])
-        with pytest.raises(ConfigError, match=r"inputs of shape \(3, 6\), and one of \(4, 6\) came"):
+        with pytest.raises(ConfigError, match=r"inputs\S* of shape \(3, 6\), and one of \(4, 6\) came"):
             step.update.part(given)
+
+    @pytest.mark.parametrize("transformed", [False, True])
+    def test_announced_parts_in_another_order_are_refused(self, transformed):
+        step = step_of(Halves() if transformed else toys.Squares())
+        first, second = micros(5, 5)
+        step.begin_update([first, second])
+        with pytest.raises(
+            ConfigError, match=r"one with other inputs came; expected the micro-batches in the order"
+        ):
+            step.update.part(second)
+
+    def test_a_part_that_was_copied_on_its_way_is_the_announced_one(self):
+        step = step_of()
+        first, second = micros(5, 5)
+        step.begin_update([first, second])
+        assert step.update.part(replace(first, inputs=first.inputs.clone())) is first
+
+    def test_another_kind_of_batch_than_was_announced_is_refused(self):
+        step = step_of()
+        step.begin_update(micros(5))
+        with pytest.raises(
+            ConfigError, match=r"told of a micro-batch with inputs, and one with inputs.x came"
+        ):
+            step.update.part({"x": toys.rows(5)[0]})
 
 
 class TestCountedByTheTrainer:
@@ -106,6 +130,40 @@ class TestCountedByTheTrainer:
         assert (step.info.rows, step.info.labelled, step.info.micros, step.info.share) == (10, 3, 2, 0.4)
         step.begin_update(rows=10)
         assert (step.info.labelled, step.info.micros) == (10, 1)
+
+    def test_rows_without_a_word_of_labels_are_all_labelled_or_none(self):
+        step = step_of()
+        x, y = toys.rows(5)
+        for batch, labelled in ((Batch(x, y), 10), (Batch(x), 0), (Batch(x, torch.full_like(y, IGNORE)), 0)):
+            step.begin_update(rows=10, micros=2)
+            for _ in range(2):
+                step.update.part(batch)
+                assert step.info.labelled == labelled
+                step.update.made({})
+
+    @pytest.mark.parametrize("unlabelled", [(0, 1), (1, 0), (0.5, 0.5)])
+    def test_partly_labelled_rows_without_a_word_of_labels_are_refused(self, unlabelled):
+        """Else the cross-entropy would be divided by rows that have no label."""
+        step = step_of()
+        x, y = toys.rows(4)
+        step.begin_update(rows=8, micros=2)
+        found = [Batch(x, torch.where(torch.arange(4) < 4 * part, IGNORE, y)) for part in unlabelled]
+        if unlabelled[0] in (0, 1):
+            step.update.part(found[0])
+            step.update.made({})
+        with pytest.raises(
+            ConfigError, match=r"came without labelled=.*expected labelled=, the update's rows with one"
+        ):
+            step.update.part(found[1])
+
+    @pytest.mark.parametrize(
+        "given",
+        [{"rows": 0}, {"rows": 4, "labelled": 5}, {"rows": 4, "labelled": -1}, {"rows": 4, "micros": 0}],
+        ids=str,
+    )
+    def test_counts_that_cannot_be_are_refused(self, given):
+        with pytest.raises(ConfigError, match=r"begin_update got rows=.*expected rows above 0"):
+            step_of().begin_update(**given)
 
     def test_a_transform_that_changes_their_number_is_refused(self):
         step = step_of(Halves())
@@ -159,7 +217,7 @@ class TestMetrics:
     def test_parts_that_never_came_are_forgotten_with_their_update(self):
         step, given = step_of(), micros(3, 5)
         step.begin_update(given)
-        step.begin_update(rows=4)
+        step.begin_update(rows=4, labelled=3)
         (batch,) = micros(5)
         assert step.update.part(batch) is batch
 
