@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import warnings
 
+import pytest
+import toys
+
+from stillhouse import Distillation
 from stillhouse.api import Stage
+from stillhouse.errors import StillhouseWarning
 from stillhouse.training.stages import StageSchedule, stage_lengths
 
 A, B, C = Stage("a", 1), Stage("b", 2), Stage("c", steps=4)
@@ -109,3 +114,44 @@ def test_the_position_comes_back():
     assert walk(again) == [("b", done, 3 + done) for done in range(1, 6)] + [
         ("c", n, 9 + n) for n in range(4)
     ]
+
+
+class TestALoopOfAnotherLength:
+    """Methods share ``steps`` out between stages and schedules: a loop that makes fewer or more is told."""
+
+    @staticmethod
+    def attach(steps: int | None, method: str = "pddm"):
+        return Distillation(method, teacher=toys.net(12, seed=1)).attach(
+            toys.net(), probe=toys.rows(4), steps=steps
+        )
+
+    def run(self, steps: int | None, made: int, method: str = "kd") -> None:
+        with self.attach(steps, method) as step:
+            for _ in range(made):
+                step(step.run.student, toys.rows(4)).loss.backward()
+                step.zero_grad()
+
+    def test_a_shorter_one_is_told_at_its_end(self):
+        with pytest.warns(
+            StillhouseWarning, match=r"ended after 3 updates, and steps=5; expected steps= as many"
+        ):
+            self.run(5, 3)
+
+    def test_stages_that_never_began_are_named(self):
+        with pytest.warns(
+            StillhouseWarning, match=r"ended after 1 updates, and steps=6, and the stages \w+.* never began"
+        ):
+            self.run(6, 1, "sld")
+
+    def test_a_longer_one_is_told_once_at_its_first_update_too_many(self):
+        with pytest.warns(
+            StillhouseWarning, match=r"update 3 begins, and steps=2: the last stage goes on"
+        ) as told:
+            self.run(2, 6)
+        assert len(told) == 1
+
+    @pytest.mark.parametrize(("steps", "made"), [(3, 3), (None, 2), (4, 0)])
+    def test_one_as_long_as_it_said_is_not(self, steps, made):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", StillhouseWarning)
+            self.run(steps, made)

@@ -262,6 +262,15 @@ class TestDifferentNumbersOfOutputs:
         with pytest.raises(DataError, match=r"labels holds? 3, first in row 1; expected 0 to 2"):
             step_of("hard_labels", toys.net(outputs=3), probe=(x, torch.tensor([0, 3, 1, 2])))
 
+    @pytest.mark.parametrize("label", [4, -1])
+    @pytest.mark.parametrize("method", ["hard_labels", "kd", "dkd", "dist", "reverse_kl", "hldm"])
+    def test_labels_beyond_them_in_a_later_batch_are_refused_by_row(self, method, label):
+        step, (x, y) = step_of(method, toys.net(seed=1), toys.net(16, seed=2)), toys.rows(4)
+        step(step.run.student, (x, y)).loss.backward()
+        y[2] = label
+        with pytest.raises(DataError, match=rf"labels hold {label}, first in row 2; expected 0 to 3"):
+            step(step.run.student, (x, y))
+
 
 class TestTeacher:
     @pytest.mark.parametrize("method", ["kd", "sld"])
