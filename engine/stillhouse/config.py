@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -133,6 +134,9 @@ class RunConfig(Training):
     )
     task: Named
     teacher: TeacherConfig | None = Field(None, description="Default: the task's first teacher.")
+    teachers: dict[str, TeacherConfig] = Field(
+        default_factory=dict, description="Several teachers by name, in place of teacher: their mean answers."
+    )
     student: StudentConfig | None = Field(None, description="Default: the task's first student.")
     target: StudentConfig | None = Field(None, description="Another model to end with; default: the student.")
     method: MethodSpec | None = Field(None, description="The method and its settings.")
@@ -158,6 +162,17 @@ class RunConfig(Training):
         return [value] if isinstance(value, str | Mapping) else value
 
     @model_validator(mode="after")
+    def _one_way_to_name_teachers(self) -> RunConfig:
+        if self.teacher is not None and self.teachers:
+            raise ValueError("expected either 'teacher' (one) or 'teachers' (several by name), got both")
+        for name in self.teachers:
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) or name in ("student", "target", "teacher"):
+                raise ValueError(
+                    f"teachers: got the name '{name}'; expected letters, digits, _ and -, and not student, target or teacher"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _one_way_to_name_methods(self) -> RunConfig:
         if (self.method is None) == (not self.methods):
             raise ValueError("expected either 'method' (one) or 'methods' (a list)")
@@ -169,6 +184,13 @@ class RunConfig(Training):
         if self.method is not None:
             return [("method", self.method)]
         return [(f"methods.{number}", method) for number, method in enumerate(self.methods)]
+
+    @property
+    def named_teachers(self) -> dict[str, TeacherConfig]:
+        """The teachers by their path in the config: ``teacher``, or ``teachers.NAME`` each."""
+        if self.teacher is not None:
+            return {"teacher": self.teacher}
+        return {f"teachers.{name}": spec for name, spec in self.teachers.items()}
 
     @property
     def run_dir(self) -> Path:

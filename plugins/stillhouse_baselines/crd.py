@@ -124,7 +124,7 @@ class CRD(Method):
         return pairs
 
     def _sides(self, run: RunContext) -> list[tuple[str, Any]]:
-        return [(run.target_name, self.pair.student), ("teacher", self.pair.teacher)]
+        return [(side.role, side) for side in (self.pair.student, self.pair.teacher)]
 
     def _rows(self, run: RunContext) -> tuple[int, int]:
         """Samples of the labelled and of the unlabelled split."""

@@ -43,8 +43,8 @@ class Stage:
     train
         Names of the modules whose parameters are trained; None: ``model`` and every auxiliary module.
     teacher
-        Whose outputs are ``teacher_out``: ``teacher``; another teacher of the run by name, or several (their mean); a model's name (it
-        stands still for the stage: its soft labels are kept, or a frozen copy answers); None: nobody's.
+        Whose outputs are ``teacher_out``: ``teacher`` (of several their mean); some of several by name (their mean); a model's
+        name (it stands still for the stage: its soft labels are kept, or a frozen copy answers); None: nobody's.
     """
 
     name: str

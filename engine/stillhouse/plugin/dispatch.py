@@ -235,8 +235,7 @@ class Plugins:
                 raise call.wrong(given, "a list of Stage")
             return tuple(_in_full(stage, call.plugin.name, run) for stage in given), call.plugin.name
         teacher = TEACHER if run.teacher is not None or self.requires & {"logits"} else None
-        several = tuple(name for name in run.teachers if name != TEACHER)
-        return (Stage("train", teacher=several if len(several) > 1 else teacher),), None
+        return (_in_full(Stage("train", teacher=teacher), "", run),), None
 
     def stage_rows(self, run: RunContext, stage: Stage, split: Split) -> Tensor | None:
         """The sample numbers that a plugin chose for the stage, checked; None for all of them."""
@@ -283,12 +282,15 @@ class Plugins:
 
 
 def _in_full(stage: Stage, plugin: str, run: RunContext) -> Stage:
-    """The stage with the plugin's own modules under their full names."""
+    """The stage with the plugin's own modules under their full names, and every teacher where there are several."""
 
     def full(name: str | None) -> str | None:
         return f"{plugin}.{name}" if f"{plugin}.{name}" in run.models and name not in run.models else name
 
     teacher = full(stage.teacher) if isinstance(stage.teacher, str | None) else stage.teacher
+    several = tuple(name for name in run.teachers if name != TEACHER)
+    if teacher == TEACHER and len(several) > 1:
+        teacher = several
     train = None if stage.train is None else tuple(str(full(name)) for name in stage.train)
     return replace(stage, model=full(stage.model), teacher=teacher, train=train)
 

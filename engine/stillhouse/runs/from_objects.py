@@ -23,13 +23,14 @@ from stillhouse.contract.metrics import (
     metrics_named,
 )
 from stillhouse.errors import ConfigError
-from stillhouse.models.integrity import digest, prepare_to_train
+from stillhouse.models.integrity import prepare_to_train
 from stillhouse.plugin.load import MethodLike, as_plugins
 from stillhouse.runs import directory
 from stillhouse.runs.data import as_splits, batch_size_of, sample
 from stillhouse.runs.display import Display
 from stillhouse.runs.display import display as default_display
 from stillhouse.runs.resolve import Parts, pick_device
+from stillhouse.runs.teachers import digest_given
 from stillhouse.runs.train import Summary, make
 from stillhouse.runs.weights import load
 from stillhouse.training import optim
@@ -49,7 +50,7 @@ class Distilled:
 
 def distill(
     student: nn.Module,
-    teacher: nn.Module | None,
+    teacher: nn.Module | Mapping[str, nn.Module] | None,
     data: Any,
     *,
     method: MethodLike | Sequence[MethodLike] = "sld",
@@ -66,7 +67,7 @@ def distill(
 
     student, teacher, target
         Modules whose forward takes a batch's inputs and gives logits. The teacher is frozen: no
-        gradient, eval mode. ``target``: another model to end with; it is the one returned.
+        gradient, eval mode; several by name are one, their mean. ``target``: another model to end with; it is the one returned.
     data
         ``(inputs, labels)`` or inputs as tensors, anything with ``__len__`` and ``__getitem__`` (a Dataset, one of the
         library ``datasets``), a DataLoader, an IterableDataset, or a mapping with some of train, validation, test,
@@ -119,9 +120,7 @@ def distill(
         kept = directory.read_manifest(folder)
         before = directory.origin(kept["data"], kept["teacher"].get("digest"))
         made_from = replace(splits, test=None).fingerprint()
-        directory.same_origin(
-            folder, before, directory.origin(made_from, None if teacher is None else digest(teacher))
-        )
+        directory.same_origin(folder, before, directory.origin(made_from, digest_given(teacher)))
         load(final, folder / directory.STUDENT)
     return Distilled(final, summary["scores"], summary)
 

@@ -176,6 +176,10 @@ def _form(
 
 def _teacher(parts: Parts, splits: Splits, device: torch.device, say: Callable[[str], None]) -> nn.Module:
     spec = parts.config.teacher
+    if parts.config.teachers:
+        raise ConfigError(
+            f"teachers: got {len(parts.config.teachers)}; expected one teacher, for labels are bound to what gave them"
+        )
     if spec is None or "teacher" not in parts.builders:
         raise ConfigError(
             "this config's methods take no teacher; expected a config with one, such as mnist1d-kd"

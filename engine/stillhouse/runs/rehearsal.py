@@ -21,7 +21,7 @@ from stillhouse.contract.context import STUDENT, TARGET
 from stillhouse.contract.splits import Split, Splits
 from stillhouse.errors import ConfigError, Diverged, StillhouseError, StillhouseWarning
 from stillhouse.runs import teachers
-from stillhouse.runs.resolve import Parts, builder_of, comes_trained
+from stillhouse.runs.resolve import Parts, builder_of, by_name, comes_trained
 from stillhouse.softlabels import SoftLabels
 from stillhouse.training.compatibility import OFFERED
 from stillhouse.training.loop import Loop
@@ -42,21 +42,20 @@ def rehearse(parts: Parts, data: Splits, device: torch.device) -> None:
         warnings.simplefilter("ignore", StillhouseWarning)  # the run itself will tell
         try:
             refuse_too_large(parts.config, "batch_size", data.stage("all"))
-            teacher = parts.builders["teacher"]().to(device) if "teacher" in parts.builders else None
-            spec = parts.config.teacher
-            _students(parts, data, device, teacher)
-            if (
-                teacher is not None
-                and spec is not None
-                and spec.checkpoint is None
-                and not comes_trained(parts)
-            ):
-                _teachers(parts, data, device, teachers.training(spec.train, parts.task))
+            specs = parts.config.named_teachers
+            asked = {path: parts.builders[path]().to(device) for path in specs if path in parts.builders}
+            _students(parts, data, device, by_name(asked))
+            for path, spec in specs.items():
+                if path in asked and spec.checkpoint is None and not comes_trained(parts, spec):
+                    settings = teachers.training(spec.train, parts.task, f"{path}.train")
+                    _teachers(parts, data, device, path, settings)
         finally:
             outside.restore()
 
 
-def _students(parts: Parts, data: Splits, device: torch.device, teacher: nn.Module | None) -> None:
+def _students(
+    parts: Parts, data: Splits, device: torch.device, teacher: nn.Module | Mapping[str, nn.Module] | None
+) -> None:
     config = parts.config
     torch.manual_seed(config.seed)
     models = {role: parts.builders[role]().to(device) for role in (STUDENT, TARGET) if role in parts.builders}
@@ -82,14 +81,14 @@ def _students(parts: Parts, data: Splits, device: torch.device, teacher: nn.Modu
         _Rehearsal(step, data, config, device, _Watcher()).run()
 
 
-def _teachers(parts: Parts, data: Splits, device: torch.device, settings: Training) -> None:
+def _teachers(parts: Parts, data: Splits, device: torch.device, path: str, settings: Training) -> None:
     torch.manual_seed(settings.seed)
-    model = parts.builders["teacher"]().to(device)
+    model = parts.builders[path]().to(device)
     seen = teachers.teacher_view(data.train)
-    refuse_too_large(settings, "teacher.train.batch_size", seen)
+    refuse_too_large(settings, f"{path}.train.batch_size", seen)
     probe = seen.probe(2).to(device)
     with closing(DistillStep("hard_labels", student=model, probe=probe, task=parts.task.kind)) as step:
-        _Rehearsal(step, Splits(seen), settings, device, _Watcher(), who="teacher.train: ").run()
+        _Rehearsal(step, Splits(seen), settings, device, _Watcher(), who=f"{path}.train: ").run()
 
 
 def offers(data: Splits) -> frozenset[str]:

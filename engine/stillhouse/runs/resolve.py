@@ -37,8 +37,8 @@ class Parts:
     methods: list[Plugin]
     observers: list[Observer]
     builders: dict[str, Callable[[], nn.Module]]
-    teacher: nn.Module | None = None
-    """A teacher handed over as an object, in place of a builder."""
+    teacher: nn.Module | Mapping[str, nn.Module] | None = None
+    """A teacher handed over as an object, or several by name, in place of builders."""
     folder: Path | None = None
     """The run directory; None keeps nothing."""
     lock: Lock | None = None
@@ -62,16 +62,16 @@ def resolve(config: RunConfig) -> Parts:
     needs = Plugins(methods).requires
     chosen: dict[str, Any] = {"task": _full(config.task, dump(task.config))}
     builders = {}
+    chosen |= {"teacher": None, "teachers": {}}
     if needs & {"logits", "hidden_states"}:
-        spec = _named(config.teacher or TeacherConfig(), task.teachers, task, "teachers")  # type: ignore[call-arg]
-        builders["teacher"], given = builder_of(spec, task.teachers, "teacher")
-        settings = teachers.training(spec.train, task)
-        optim.check(settings.optimizer, settings.scheduler)
-        chosen["teacher"] = {**_full(spec, given), "checkpoint": spec.checkpoint, "train": dump(settings)}
-        if spec.checkpoint is not None:
-            chosen["teacher"].pop("train")
-    else:
-        chosen["teacher"] = None
+        for path, given_teacher in (config.named_teachers or {"teacher": TeacherConfig()}).items():  # type: ignore[call-arg]
+            spec = _named(given_teacher, task.teachers, task, "teachers")
+            builders[path], full = _teacher(path, spec, task)
+            _, _, name = path.partition(".")
+            if name:
+                chosen["teachers"][name] = full
+            else:
+                chosen["teacher"] = full
     student = config.student or StudentConfig()  # type: ignore[call-arg]
     for role, given_spec in ((STUDENT, student), (TARGET, config.target)):
         if given_spec is not None:
@@ -88,10 +88,27 @@ def resolve(config: RunConfig) -> Parts:
     return Parts(resolved, task, methods, observers, builders, folder=resolved.run_dir)
 
 
-def comes_trained(parts: Parts) -> bool:
+def comes_trained(parts: Parts, spec: TeacherConfig) -> bool:
     """Whether the teacher's builder gives it with its weights, so that none are trained."""
-    spec = parts.config.teacher
-    return spec is not None and getattr(parts.task.teachers.get(spec.name), "trained", False) is True
+    return getattr(parts.task.teachers.get(spec.name), "trained", False) is True
+
+
+def _teacher(path: str, spec: TeacherConfig, task: Task) -> tuple[Callable[[], nn.Module], dict[str, Any]]:
+    """What builds the teacher at a path of the config, and its config with every default filled in."""
+    build, given = builder_of(spec, task.teachers, path)
+    settings = teachers.training(spec.train, task, f"{path}.train")
+    optim.check(settings.optimizer, settings.scheduler)
+    full = {**_full(spec, given), "checkpoint": spec.checkpoint, "train": dump(settings)}
+    if spec.checkpoint is not None:
+        full.pop("train")
+    return build, full
+
+
+def by_name(models: Mapping[str, nn.Module]) -> nn.Module | dict[str, nn.Module] | None:
+    """Teachers by their path in the config as a step takes them: one, several by name, or None."""
+    if len(models) < 2:
+        return next(iter(models.values()), None)
+    return {path.partition(".")[2]: model for path, model in models.items()}
 
 
 def _full(spec: Named, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,12 +25,12 @@ from stillhouse.training.step import DistillStep
 __all__ = ["fingerprint", "load", "teacher_view", "trained", "training"]
 
 
-def training(given: Mapping[str, Any], task: Task) -> Training:
-    """A teacher's training settings: the task's, overridden by the config's ``teacher.train``."""
+def training(given: Mapping[str, Any], task: Task, path: str = "teacher.train") -> Training:
+    """A teacher's training settings: the task's, overridden by the config's at ``path``."""
     try:
         return Training.model_validate({**task.teacher_training, **given})
     except ValidationError as error:
-        raise ConfigError(explain(error, Training, "teacher.train")) from None
+        raise ConfigError(explain(error, Training, path)) from None
 
 
 def fingerprint(
@@ -86,6 +86,21 @@ def trained(
     )
     cache.write(made_from, plain_state(model))
     return model, {**made_from, "key": key, "digest": digest(model), "found": "trained"}
+
+
+def digest_given(teacher: nn.Module | Mapping[str, nn.Module] | None) -> str | None:
+    """The digest of a teacher that was handed over as an object, or of several by name; None without one."""
+    if not isinstance(teacher, Mapping):
+        return None if teacher is None else digest(teacher)
+    if len(teacher) == 1:
+        return digest(next(iter(teacher.values())))
+    return digest_of({name: {"digest": digest(model)} for name, model in teacher.items()})
+
+
+def digest_of(each: Mapping[str, Mapping[str, Any]]) -> str:
+    """One digest of several teachers, each by its name and its own."""
+    told = json.dumps({name: facts["digest"] for name, facts in each.items()})
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def teacher_view(split: Split) -> Split:

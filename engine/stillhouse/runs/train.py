@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from stillhouse.api import Task
-from stillhouse.config import Named, RunConfig, dump
+from stillhouse.config import Named, RunConfig, TeacherConfig, dump
 from stillhouse.contract.batch import Batch
 from stillhouse.contract.context import STUDENT, TARGET
 from stillhouse.contract.metrics import higher_is_better
@@ -31,7 +31,7 @@ from stillhouse.runs.interrupts import Interrupted
 from stillhouse.runs.lock import Lock
 from stillhouse.runs.recorder import Recorder
 from stillhouse.runs.rehearsal import offers, rehearse
-from stillhouse.runs.resolve import Parts, builder_of, comes_trained, pick_device, resolve
+from stillhouse.runs.resolve import Parts, builder_of, by_name, comes_trained, pick_device, resolve
 from stillhouse.training.loop import Loop
 from stillhouse.training.random_state import RandomState
 from stillhouse.training.step import DistillStep
@@ -244,40 +244,65 @@ def _told(parts: Parts, manifest: dict[str, Any]) -> Iterator[Callable[[dict[str
 
 def teacher_of(
     parts: Parts, data: Splits, device: torch.device, say: Callable[[str], None]
-) -> tuple[nn.Module | None, dict[str, Any]]:
-    spec = parts.config.teacher
-    facts: dict[str, Any]
-    if parts.teacher is not None:
-        model, facts = parts.teacher.to(device), {"found": "given", "digest": digest(parts.teacher)}
-    elif "teacher" not in parts.builders or spec is None:
-        return None, {}
-    elif spec.checkpoint is not None:
-        model = parts.builders["teacher"]().to(device)
-        weights.load(model, spec.checkpoint)
-        facts = {"found": str(spec.checkpoint), "digest": digest(model)}
-    elif comes_trained(parts):
-        model = parts.builders["teacher"]().to(device)
-        facts = {"found": f"as {spec.name} gives it", "digest": digest(model)}
+) -> tuple[nn.Module | dict[str, nn.Module] | None, dict[str, Any]]:
+    """The run's teacher, or several by name, and what the manifest says of it."""
+    found: dict[str, tuple[nn.Module, dict[str, Any]]] = {}
+    if isinstance(parts.teacher, Mapping):
+        for name, given in parts.teacher.items():
+            found[f"teachers.{name}"] = given.to(device), {"found": "given", "digest": digest(given)}
+    elif parts.teacher is not None:
+        facts: dict[str, Any] = {"found": "given", "digest": digest(parts.teacher)}
+        found["teacher"] = parts.teacher.to(device), facts
     else:
-        settings = teachers.training(spec.train, parts.task).model_copy(
-            update={"device": parts.config.device}
-        )
-        named = {"name": spec.name, **spec.settings}
-        model, made = teachers.trained(
-            parts.builders["teacher"],
-            named,
-            data,
-            settings,
-            device,
-            say,
-            kind=parts.task.kind,
-        )
-        facts = dict(made)
+        for path, spec in parts.config.named_teachers.items():
+            if path in parts.builders:
+                found[path] = _made(parts, path, spec, data, device, say)
     if data.validation is not None and data.validation.labelled:
-        facts["validation"] = score(
-            parts.task, model, data.validation, device, teacher=True, config=parts.config
-        )
-    return model, facts
+        for model, facts in found.values():
+            facts["validation"] = score(
+                parts.task, model, data.validation, device, teacher=True, config=parts.config
+            )
+    return by_name({path: model for path, (model, _) in found.items()}), _together(
+        {path: facts for path, (_, facts) in found.items()}, parts.task.metric
+    )
+
+
+def _made(
+    parts: Parts,
+    path: str,
+    spec: TeacherConfig,
+    data: Splits,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The teacher at a path of the config: read, as its builder gives it, or trained once."""
+    build = parts.builders[path]
+    if spec.checkpoint is not None:
+        model = build().to(device)
+        weights.load(model, spec.checkpoint)
+        return model, {"found": str(spec.checkpoint), "digest": digest(model)}
+    if comes_trained(parts, spec):
+        model = build().to(device)
+        return model, {"found": f"as {spec.name} gives it", "digest": digest(model)}
+    settings = teachers.training(spec.train, parts.task, f"{path}.train").model_copy(
+        update={"device": parts.config.device}
+    )
+    named = {"name": spec.name, **spec.settings}
+    model, made = teachers.trained(build, named, data, settings, device, say, kind=parts.task.kind)
+    return model, dict(made)
+
+
+def _together(facts: Mapping[str, dict[str, Any]], metric: str) -> dict[str, Any]:
+    """What is said of the teacher; of several one digest, the best one's scores, and each in full by name."""
+    if len(facts) < 2:
+        return next(iter(facts.values()), {})
+    each = {path.partition(".")[2]: own for path, own in facts.items()}
+    said = {"found": f"{len(each)} teachers", "digest": teachers.digest_of(each), "each": each}
+    scored = {name: own["validation"] for name, own in each.items() if "validation" in own}
+    if scored:
+        pick = max if higher_is_better(metric) else min
+        said["validation"] = scored[pick(scored, key=lambda name: scored[name][metric])]
+    return said
 
 
 def _probe(data: Splits, device: torch.device) -> Batch:

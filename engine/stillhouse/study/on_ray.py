@@ -86,7 +86,7 @@ class Ray:
 
 def _teachers(plan: Plan) -> dict[str, bytes]:
     """The plan's trained teachers as they are kept, by file name."""
-    names = sorted({entry.facts.teacher_file for entry in plan.entries if entry.facts.teacher_file})
+    names = sorted({name for entry in plan.entries for name in entry.facts.teacher_files})
     folder = cache_dir() / TEACHERS
     return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 

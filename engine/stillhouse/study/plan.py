@@ -37,8 +37,8 @@ OPEN = tuple(key for key in FREE if key not in ("threads", "device", "evaluate_b
 class Facts(BaseModel):
     """What is known of a method on a pair once its data and teacher are made.
 
-    teacher, teacher_file
-        The digest of its weights; the file of the cache that holds them, where it was trained for the study.
+    teacher, teacher_files
+        The digest of its weights; the files of the cache that hold them, of each that was trained for the study.
     metric, higher, metrics
         The score that decides, whether more of it is better, and all that the task gives.
     refused
@@ -48,7 +48,7 @@ class Facts(BaseModel):
     model_config = STRICT
     data: dict[str, str] = Field(default_factory=dict)
     teacher: str | None = None
-    teacher_file: str | None = None
+    teacher_files: list[str] = Field(default_factory=list)
     teacher_scores: dict[str, float] = Field(default_factory=dict)
     metric: str = ""
     higher: bool = True

@@ -166,7 +166,7 @@ def prepare_pair(configs: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[dict
         facts[method] = Facts(
             data=made.data,
             higher=higher_is_better(made.metric),
-            teacher_file=_teacher_file(made.teacher),
+            teacher_files=_teacher_files(made.teacher),
             teacher=made.teacher.get("digest"),
             teacher_scores=made.teacher.get("validation", {}),
             metric=made.metric,
@@ -176,12 +176,14 @@ def prepare_pair(configs: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[dict
     return facts, [name for name, module in sys.modules.items() if importable(name, module)]
 
 
-def _teacher_file(facts: Mapping[str, Any]) -> str | None:
-    """The file in the cache that a trained teacher is kept in."""
-    if "key" not in facts:
-        return None
+def _teacher_files(facts: Mapping[str, Any]) -> list[str]:
+    """The files in the cache that trained teachers are kept in."""
     told = ("key", "digest", "found", "validation")
-    return Cache(TEACHERS).path({name: value for name, value in facts.items() if name not in told}).name
+    return [
+        Cache(TEACHERS).path({name: value for name, value in own.items() if name not in told}).name
+        for own in facts.get("each", {"teacher": facts}).values()
+        if "key" in own
+    ]
 
 
 def importable(name: str, module: Any) -> bool:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stillhouse.contract.batch import Batch
 from stillhouse.contract.context import TEACHER, Stage
 from stillhouse.contract.outputs import TeacherOut
-from stillhouse.errors import ConfigError, DataError
+from stillhouse.errors import DataError
 from stillhouse.models.stand_in import stand_in
 from stillhouse.softlabels import SoftLabels
-from stillhouse.training.teaching import Teachers
+from stillhouse.training.teaching import Teachers, named, together
 
 if TYPE_CHECKING:
     from stillhouse.training.step import DistillStep
@@ -81,13 +79,13 @@ class Answers:
         inputs = batch.inputs if self._own else batch.for_teacher
         found = {name: self._called(name, model, inputs) for name, model in self._models.items()}
         if len(found) > 1:
-            return _together(found, step.kind.labels == "classes")
+            return together(found, classes=step.kind.labels == "classes")
         (name, out), *_ = found.items()
         # One of several by name: its features are found as they are where all of them answer.
         return (
             out
             if name == TEACHER or self._own
-            else replace(out, features={**out.features, **_named(name, out)})
+            else replace(out, features={**out.features, **named(name, out)})
         )
 
     def _called(self, name: str, model: nn.Module, inputs: object) -> TeacherOut:
@@ -102,25 +100,3 @@ def names_of(stage: Stage) -> tuple[str, ...]:
     if stage.teacher is None:
         return ()
     return (stage.teacher,) if isinstance(stage.teacher, str) else stage.teacher
-
-
-def _together(found: Mapping[str, TeacherOut], classes: bool) -> TeacherOut:
-    """Several teachers as one: the mean of their log-probabilities, or of their outputs where these are none.
-
-    The geometric mean of the distributions (Hinton et al. 2015, arXiv:1503.02531, section 3): it commutes with the
-    temperature.
-    """
-    given: list[Tensor] = []
-    for name, out in found.items():
-        if not isinstance(out.logits, Tensor) or (given and out.logits.shape != given[0].shape):
-            raise ConfigError(
-                f"teacher '{name}' gives other outputs than the first; expected the same shape of each"
-            )
-        given.append(out.logits.float().log_softmax(-1) if classes else out.logits.float())
-    features = {key: value for name, out in found.items() for key, value in _named(name, out).items()}
-    return TeacherOut(torch.stack(given).mean(0), features, dict(found))
-
-
-def _named(teacher: str, out: TeacherOut) -> dict[str, Tensor]:
-    """A teacher's features with its name before them."""
-    return {f"{teacher}.{module}": value for module, value in out.features.items()}

@@ -117,6 +117,11 @@ class DistillStep:
         # The first parameter says where the student is, and what its numbers are; it goes along when the student moves.
         self._like = next((p for p in student.parameters() if p.is_floating_point()), torch.zeros(()))
         self.teachers = Teachers(teacher, models, moving=teacher_moves)
+        if soft_labels is not None and self.teachers.several:
+            raise ConfigError(
+                f"got soft_labels beside the teachers {', '.join(self.teachers.several)}; expected the labels, which stand for one, or "
+                "teachers"
+            )
         self.captures = Captures({**models, **self.teachers.models})
         self.answers = Answers(self, self.teachers, soft_labels)
         self._rows: Callable[[Batch], tuple[int, ...]] | None = None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from stillhouse.contract.context import STUDENT, TARGET, TEACHER
+from stillhouse.contract.outputs import TeacherOut
 from stillhouse.errors import ConfigError
 from stillhouse.models.integrity import Counter, checksum, freeze, version
 from stillhouse.models.stand_in import AdaptersOff
@@ -20,6 +22,8 @@ class Teachers:
         The one that is called ``teacher``; None where there is none.
     models
         By name; ``teacher`` is the first of them.
+    several
+        Their names where there are several.
     """
 
     def __init__(
@@ -31,6 +35,8 @@ class Teachers:
     ) -> None:
         self.models = _named(given, models)
         self.first = next(iter(self.models.values()), None)
+        names = [name for name in self.models if name != TEACHER]
+        self.several = tuple(names) if len(names) > 1 else ()
         self.counter = Counter()
         self.moving = moving
         every = {id(model): model for model in self.models.values()}
@@ -95,9 +101,9 @@ def _named(
     if isinstance(given, nn.Module):
         return {TEACHER: given}
     for name in given:
-        if name in (STUDENT, TARGET):
+        if name in (STUDENT, TARGET) or "." in name:
             raise ConfigError(
-                f"a teacher is called '{name}', which is the {name}'s own name; call it otherwise"
+                f"a teacher is called '{name}'; expected a name that is not student or target, and without a dot"
             )
     if not given:
         raise ConfigError("teacher is an empty mapping; expected at least one teacher by name, or None")
@@ -114,3 +120,25 @@ def _refuse_shared(models: Mapping[str, nn.Module], teacher: nn.Module) -> None:
                     f"the {role}'s '{name}' is the same tensor as one of the teacher's, which stays frozen; "
                     "expected models of their own: copy.deepcopy one of them, or freeze what they share"
                 )
+
+
+def together(found: Mapping[str, TeacherOut], *, classes: bool) -> TeacherOut:
+    """Several teachers as one: the mean of their log-probabilities, or of their outputs where these are none.
+
+    The geometric mean of the distributions (Hinton et al. 2015, arXiv:1503.02531, section 3): it commutes with the
+    temperature.
+    """
+    given: list[Tensor] = []
+    for name, out in found.items():
+        if not isinstance(out.logits, Tensor) or (given and out.logits.shape != given[0].shape):
+            raise ConfigError(
+                f"teacher '{name}' gives other outputs than the first; expected the same shape of each"
+            )
+        given.append(out.logits.float().log_softmax(-1) if classes else out.logits.float())
+    features = {key: value for name, out in found.items() for key, value in named(name, out).items()}
+    return TeacherOut(torch.stack(given).mean(0), features, dict(found))
+
+
+def named(teacher: str, out: TeacherOut) -> dict[str, Tensor]:
+    """A teacher's features with its name before them."""
+    return {f"{teacher}.{module}": value for module, value in out.features.items()}

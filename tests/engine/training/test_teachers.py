@@ -128,3 +128,33 @@ def test_every_teacher_is_asked_whether_it_is_deterministic():
 
     with pytest.raises(ConfigError, match=r"is for deterministic teachers"):
         attached({"method": "sld"}, net(4, 3), {"a": net(8, 1), "b": Noisy()}, toys.rows(6))
+
+
+def test_what_a_plugin_asks_the_teacher_is_answered_by_all_of_them():
+    class Asks(ByTurns):
+        @hookimpl
+        def on_run_start(self, run):
+            super().on_run_start(run)
+            self.given = run.outputs("teacher").logits
+            with pytest.raises(ConfigError, match=r"there are several teachers; expected one of a, b"):
+                run.capture("teacher", "body")
+
+    teachers, (x, y), method = {"a": net(8, 1), "b": net(12, 2)}, toys.rows(6), Asks()
+    Distillation(method, teacher=teachers).attach(net(4, 3), probe=(x, y), steps=2).close()
+    each = [model(x).log_softmax(-1) for model in teachers.values()]
+    torch.testing.assert_close(method.given, (each[0] + each[1]) / 2)
+
+
+def test_a_stage_against_the_teacher_is_against_all_of_them():
+    """SLD names its stages: none of them may hear the first teacher alone."""
+    teachers, batch = {"a": net(8, 1), "b": net(12, 2)}, toys.rows(6)
+    with attached({"method": "sld"}, net(4, 3), teachers, batch, steps=4) as step:
+        taught = [stage.teacher for stage in step.stages if stage.teacher is not None]
+    assert taught
+    assert all(teacher == ("a", "b") or teacher in ("student", "target") for teacher in taught)
+
+
+@pytest.mark.parametrize("name", ["student", "a.b"])
+def test_names_that_mean_something_else_are_refused(name):
+    with pytest.raises(ConfigError, match=rf"a teacher is called '{name}'; expected a name"):
+        attached({"method": "kd"}, net(4, 3), {name: net(8, 1), "b": net(12, 2)}, toys.rows(6))
