@@ -12,6 +12,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -42,6 +43,19 @@ def _usable(path: Path) -> Path:
 
 
 UserPath = Annotated[Path, AfterValidator(_usable)]
+
+
+def _text(place: object) -> object:
+    """A path from Python as the text that a config has."""
+    return str(place) if isinstance(place, Path) else place
+
+
+def _place(place: str) -> str:
+    """A path as the user means it, or a URI as it is."""
+    return place if "://" in place else str(_usable(Path(place)))
+
+
+UserPlace = Annotated[str, BeforeValidator(_text), AfterValidator(_place), Field(min_length=1)]
 
 
 class Named(BaseModel):
@@ -133,6 +147,9 @@ class RunConfig(Training):
     )
     task: Named
     teacher: TeacherConfig | None = Field(None, description="Default: the task's first teacher.")
+    soft_labels: UserPlace | None = Field(
+        None, description="Directory or URI of kept labels, read in place of asking the teacher."
+    )
     student: StudentConfig | None = Field(None, description="Default: the task's first student.")
     target: StudentConfig | None = Field(None, description="Another model to end with; default: the student.")
     method: MethodSpec | None = Field(None, description="The method and its settings.")

@@ -20,9 +20,10 @@ from stillhouse.config import Named, RunConfig, Training
 from stillhouse.contract.context import STUDENT, TARGET
 from stillhouse.contract.splits import Split, Splits
 from stillhouse.errors import ConfigError, Diverged, StillhouseError, StillhouseWarning
-from stillhouse.runs import teachers
+from stillhouse.runs import stored, teachers
 from stillhouse.runs.resolve import Parts, builder_of, comes_trained
 from stillhouse.softlabels import SoftLabels
+from stillhouse.training import labels
 from stillhouse.training.compatibility import OFFERED
 from stillhouse.training.loop import Loop
 from stillhouse.training.random_state import RandomState
@@ -42,7 +43,9 @@ def rehearse(parts: Parts, data: Splits, device: torch.device) -> None:
         warnings.simplefilter("ignore", StillhouseWarning)  # the run itself will tell
         try:
             refuse_too_large(parts.config, "batch_size", data.stage("all"))
-            teacher = parts.builders["teacher"]().to(device) if "teacher" in parts.builders else None
+            kept = stored.labels_of(parts, data, device)
+            asked = "teacher" in parts.builders and kept is None
+            teacher = parts.builders["teacher"]().to(device) if asked else None
             spec = parts.config.teacher
             _students(parts, data, device, teacher)
             if (
@@ -76,9 +79,11 @@ def _students(parts: Parts, data: Splits, device: torch.device, teacher: nn.Modu
         batch_size=config.batch_size,
         seed=config.seed,
         offers=offers(data),
+        soft_labels=parts.soft_labels,
         build=build,
     )
     with closing(step):
+        stored.check_stages(step, data)
         _Rehearsal(step, data, config, device, _Watcher()).run()
 
 
@@ -158,7 +163,7 @@ class _Watcher:
     def stage_ended(self, loop: Loop) -> None: ...
 
     def keep(self, loop: Loop, split: Split) -> SoftLabels | None:
-        return None
+        return labels.stored(loop)
 
 
 def refuse_too_large(settings: Training | RunConfig, path: str, split: Split) -> None:

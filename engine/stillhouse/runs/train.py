@@ -24,7 +24,7 @@ from stillhouse.files import digest as file_digest
 from stillhouse.files import write_bytes, write_json
 from stillhouse.files.tensors import tensor_bytes
 from stillhouse.models.integrity import digest
-from stillhouse.runs import contents, directory, page, teachers, weights
+from stillhouse.runs import contents, directory, page, stored, teachers, weights
 from stillhouse.runs.display import Display
 from stillhouse.runs.evaluate import Sealed, check_score, score
 from stillhouse.runs.interrupts import Interrupted
@@ -145,11 +145,13 @@ def train(
         dir=folder,
         offers=offers(data),
         say=display.say,
+        soft_labels=parts.soft_labels,
         build=lambda spec: builder_of(Named.model_validate(dict(spec)), parts.task.students, "network")[
             0
         ]().to(device),
     )
     with closing(step):  # after an error too: nothing stays frozen, no hook stays on the caller's models
+        stored.check_stages(step, data)
         for name, auxiliary in step.auxiliary.items():
             display.say(f"auxiliary module {name}: {_size(auxiliary.module):,} parameters")
         final = step.model(step.stages[-1])
@@ -157,7 +159,7 @@ def train(
             weights.check_saveable(final)
         check_score(parts.task, final, data, device)
         fingerprints = data.fingerprint()
-        origin = directory.origin(fingerprints, teacher_facts.get("digest"))
+        origin = directory.origin(fingerprints, teacher_facts)
         recorder = Recorder(
             config, parts.task, data.validation, device, display, folder, parts.observers, origin, parts.lock
         )
@@ -203,7 +205,7 @@ def _begin(
     """Claim the directory, tell the observers, and take up the last checkpoint where there is one."""
     config, say = parts.config, recorder.display.say
     if resume and (before := directory.kept(folder)) is not None:
-        origin = directory.origin(before["data"], before["teacher"].get("digest"))
+        origin = directory.origin(before["data"], before["teacher"])
         directory.same_origin(folder, origin, recorder.origin)
     kept = directory.claim(config, manifest, overwrite=overwrite)
     for observer in parts.observers:
@@ -247,6 +249,8 @@ def teacher_of(
 ) -> tuple[nn.Module | None, dict[str, Any]]:
     spec = parts.config.teacher
     facts: dict[str, Any]
+    if (labels := stored.labels_of(parts, data, device, say)) is not None:
+        return None, stored.facts(labels)
     if parts.teacher is not None:
         model, facts = parts.teacher.to(device), {"found": "given", "digest": digest(parts.teacher)}
     elif "teacher" not in parts.builders or spec is None:
