@@ -13,6 +13,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -43,6 +44,19 @@ def _usable(path: Path) -> Path:
 
 
 UserPath = Annotated[Path, AfterValidator(_usable)]
+
+
+def _text(place: object) -> object:
+    """A path from Python as the text that a config has."""
+    return str(place) if isinstance(place, Path) else place
+
+
+def _place(place: str) -> str:
+    """A path as the user means it, or a URI as it is."""
+    return place if "://" in place else str(_usable(Path(place)))
+
+
+UserPlace = Annotated[str, BeforeValidator(_text), AfterValidator(_place), Field(min_length=1)]
 
 
 class Named(BaseModel):
@@ -137,6 +151,9 @@ class RunConfig(Training):
     teachers: dict[str, TeacherConfig] = Field(
         default_factory=dict, description="Several teachers by name, in place of teacher: their mean answers."
     )
+    soft_labels: UserPlace | None = Field(
+        None, description="Directory or URI of kept labels, read in place of asking the teacher."
+    )
     student: StudentConfig | None = Field(None, description="Default: the task's first student.")
     target: StudentConfig | None = Field(None, description="Another model to end with; default: the student.")
     method: MethodSpec | None = Field(None, description="The method and its settings.")
@@ -165,6 +182,10 @@ class RunConfig(Training):
     def _one_way_to_name_teachers(self) -> RunConfig:
         if self.teacher is not None and self.teachers:
             raise ValueError("expected either 'teacher' (one) or 'teachers' (several by name), got both")
+        if self.soft_labels is not None and self.teachers:
+            raise ValueError(
+                "expected either 'soft_labels', which are one teacher's, or 'teachers', got both"
+            )
         for name in self.teachers:
             if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) or name in ("student", "target", "teacher"):
                 raise ValueError(

@@ -46,6 +46,8 @@ __all__ = [
 ]
 
 FORMAT = 1
+LABELS = "soft labels: "
+"""Before what an origin says of kept labels."""
 IN_PYTHON = " (in Python: resume=True, overwrite=True, dir=DIR)"
 FREE = (
     "out",
@@ -285,16 +287,25 @@ def same_origin(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any])
     """
     for name, new in now.items():
         if before.get(name) != new:
-            what = name if name == "teacher" else f"{name} split"
+            kept = name.removeprefix(LABELS)
+            what = (
+                f"{kept} of soft labels" if kept != name else name if name == "teacher" else f"{name} split"
+            )
             raise CheckpointError(
-                f"{folder} holds a run with another {what} (digest {before.get(name)} there, {new} here); "
+                f"{folder} holds a run with another {what} ({before.get(name)} there, {new} here); "
                 f"out=DIR puts this one elsewhere, --overwrite replaces it{IN_PYTHON}"
             )
 
 
-def origin(data: Mapping[str, str], teacher: str | None) -> dict[str, Any]:
-    """What a run is made from besides its config: digests of the splits and of the teacher's weights."""
-    return {**data, "teacher": teacher}
+def origin(data: Mapping[str, str], teacher: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run is made from besides its config: digests of the splits and of the teacher's weights, or of its labels.
+
+    teacher
+        What the manifest says of it.
+    """
+    labels = teacher.get("soft_labels", {})
+    kept = {f"{LABELS}{name}": value for name, value in labels.items()}
+    return {**data, "teacher": teacher.get("digest"), **kept}
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:

@@ -22,15 +22,15 @@ from stillhouse.contract.metrics import (
     higher_is_better,
     metrics_named,
 )
+from stillhouse.contract.splits import Splits
 from stillhouse.errors import ConfigError
 from stillhouse.models.integrity import prepare_to_train
 from stillhouse.plugin.load import MethodLike, as_plugins
-from stillhouse.runs import directory
+from stillhouse.runs import directory, stored, teachers
 from stillhouse.runs.data import as_splits, batch_size_of, sample
 from stillhouse.runs.display import Display
 from stillhouse.runs.display import display as default_display
 from stillhouse.runs.resolve import Parts, pick_device
-from stillhouse.runs.teachers import digest_given
 from stillhouse.runs.train import Summary, make
 from stillhouse.runs.weights import load
 from stillhouse.training import optim
@@ -118,11 +118,19 @@ def distill(
     if found:
         folder = config.run_dir
         kept = directory.read_manifest(folder)
-        before = directory.origin(kept["data"], kept["teacher"].get("digest"))
+        before = directory.origin(kept["data"], kept["teacher"])
         made_from = replace(splits, test=None).fingerprint()
-        directory.same_origin(folder, before, directory.origin(made_from, digest_given(teacher)))
+        directory.same_origin(folder, before, directory.origin(made_from, _facts(parts, splits, shown)))
         load(final, folder / directory.STUDENT)
     return Distilled(final, summary["scores"], summary)
+
+
+def _facts(parts: Parts, splits: Splits, shown: Display) -> dict[str, Any]:
+    """What a run of these objects would say of its teacher."""
+    labels = stored.labels_of(parts, splits, pick_device(parts.config.device), shown.say)
+    if labels is not None:
+        return stored.facts(labels)
+    return {"digest": teachers.digest_given(parts.teacher)}
 
 
 class _HandedOver(Task):

@@ -9,10 +9,11 @@ from typing import Any
 from stillhouse.config import RunConfig
 from stillhouse.contract.context import STUDENT
 from stillhouse.errors import ConfigError, Diverged
+from stillhouse.runs.answering import teacher_of
 from stillhouse.runs.evaluate import score
 from stillhouse.runs.rehearsal import rehearse
 from stillhouse.runs.resolve import pick_device, resolve
-from stillhouse.runs.train import cpu_threads, teacher_of
+from stillhouse.runs.train import cpu_threads
 from stillhouse.training.random_state import RandomState
 
 

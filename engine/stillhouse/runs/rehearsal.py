@@ -20,9 +20,10 @@ from stillhouse.config import Named, RunConfig, Training
 from stillhouse.contract.context import STUDENT, TARGET
 from stillhouse.contract.splits import Split, Splits
 from stillhouse.errors import ConfigError, Diverged, StillhouseError, StillhouseWarning
-from stillhouse.runs import teachers
+from stillhouse.runs import stored, teachers
 from stillhouse.runs.resolve import Parts, builder_of, by_name, comes_trained
 from stillhouse.softlabels import SoftLabels
+from stillhouse.training import labels
 from stillhouse.training.compatibility import OFFERED
 from stillhouse.training.loop import Loop
 from stillhouse.training.random_state import RandomState
@@ -42,7 +43,7 @@ def rehearse(parts: Parts, data: Splits, device: torch.device) -> None:
         warnings.simplefilter("ignore", StillhouseWarning)  # the run itself will tell
         try:
             refuse_too_large(parts.config, "batch_size", data.stage("all"))
-            specs = parts.config.named_teachers
+            specs = {} if stored.labels_of(parts, data, device) else parts.config.named_teachers
             asked = {path: parts.builders[path]().to(device) for path in specs if path in parts.builders}
             _students(parts, data, device, by_name(asked))
             for path, spec in specs.items():
@@ -75,9 +76,11 @@ def _students(
         batch_size=config.batch_size,
         seed=config.seed,
         offers=offers(data),
+        soft_labels=parts.soft_labels,
         build=build,
     )
     with closing(step):
+        stored.check_stages(step, data)
         _Rehearsal(step, data, config, device, _Watcher()).run()
 
 
@@ -157,7 +160,7 @@ class _Watcher:
     def stage_ended(self, loop: Loop) -> None: ...
 
     def keep(self, loop: Loop, split: Split) -> SoftLabels | None:
-        return None
+        return labels.stored(loop)
 
 
 def refuse_too_large(settings: Training | RunConfig, path: str, split: Split) -> None:

@@ -23,6 +23,7 @@ from stillhouse.plugin.dispatch import Plugin, Plugins
 from stillhouse.plugin.load import configured, load_methods
 from stillhouse.runs import teachers
 from stillhouse.runs.lock import Lock
+from stillhouse.softlabels import StoredLabels
 from stillhouse.training import optim
 
 NamedT = TypeVar("NamedT", bound=Named)
@@ -43,6 +44,8 @@ class Parts:
     """The run directory; None keeps nothing."""
     lock: Lock | None = None
     """What holds the run directory while the run goes on."""
+    soft_labels: StoredLabels | None = None
+    """Kept labels that the config names, once they were opened and compared with the rest of it."""
     rebuilt: bool = True
     """Whether ``builders`` make new models at each call: not where models were handed over."""
 
@@ -62,8 +65,9 @@ def resolve(config: RunConfig) -> Parts:
     needs = Plugins(methods).requires
     chosen: dict[str, Any] = {"task": _full(config.task, dump(task.config))}
     builders = {}
-    chosen |= {"teacher": None, "teachers": {}}
-    if needs & {"logits", "hidden_states"}:
+    asks = bool(needs & {"logits", "hidden_states"})
+    chosen |= {"teacher": None, "teachers": {}, "soft_labels": config.soft_labels if asks else None}
+    if asks and (config.soft_labels is None or config.teacher is not None):
         for path, given_teacher in (config.named_teachers or {"teacher": TeacherConfig()}).items():  # type: ignore[call-arg]
             spec = _named(given_teacher, task.teachers, task, "teachers")
             builders[path], full = _teacher(path, spec, task)

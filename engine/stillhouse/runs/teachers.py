@@ -56,11 +56,14 @@ def trained(
     device: torch.device,
     say: Callable[[str], None],
     kind: str = "classification",
+    path: str = "teacher",
 ) -> tuple[nn.Module, dict[str, str]]:
     """The teacher from the cache, else trained on the labelled split and kept there.
 
     kind
         What a batch means.
+    path
+        Where the config names it, for messages.
 
     Returns the model and its fingerprint, with ``key`` (that of the fingerprint), ``digest`` (that of the weights) and
     ``found`` (``kept`` or ``trained``).
@@ -74,15 +77,15 @@ def trained(
     kept = cache.read(made_from)
     if kept is not None:
         fill(model, kept, f"weights {cache.path(made_from)}")
-        say(f"teacher {named['name']}: kept from an earlier run ({key})")
+        say(f"{path} {named['name']}: kept from an earlier run ({key})")
         return model, {**made_from, "key": key, "digest": digest(model), "found": "kept"}
-    say(f"teacher {named['name']}: training it once, {settings.steps} updates ({key})")
+    say(f"{path} {named['name']}: training it once, {settings.steps} updates ({key})")
     step = DistillStep("hard_labels", student=model, probe=data.probe(2).to(device), task=kind)
     loop = Loop(step, Splits(data), settings, device, _Silent())
     loop.run()
     step.close()
     refuse_broken(
-        model, f"teacher {named['name']}: after {settings.steps} updates", "lower teacher.train.optimizer.lr"
+        model, f"{path} {named['name']}: after {settings.steps} updates", f"lower {path}.train.optimizer.lr"
     )
     cache.write(made_from, plain_state(model))
     return model, {**made_from, "key": key, "digest": digest(model), "found": "trained"}

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from stillhouse.api import Task
-from stillhouse.config import Named, RunConfig, TeacherConfig, dump
+from stillhouse.config import Named, RunConfig, dump
 from stillhouse.contract.batch import Batch
 from stillhouse.contract.context import STUDENT, TARGET
 from stillhouse.contract.metrics import higher_is_better
@@ -23,15 +23,15 @@ from stillhouse.errors import Diverged, WriteFailed
 from stillhouse.files import digest as file_digest
 from stillhouse.files import write_bytes, write_json
 from stillhouse.files.tensors import tensor_bytes
-from stillhouse.models.integrity import digest
-from stillhouse.runs import contents, directory, page, teachers, weights
+from stillhouse.runs import contents, directory, page, stored, weights
+from stillhouse.runs.answering import teacher_of
 from stillhouse.runs.display import Display
 from stillhouse.runs.evaluate import Sealed, check_score, score
 from stillhouse.runs.interrupts import Interrupted
 from stillhouse.runs.lock import Lock
 from stillhouse.runs.recorder import Recorder
 from stillhouse.runs.rehearsal import offers, rehearse
-from stillhouse.runs.resolve import Parts, builder_of, by_name, comes_trained, pick_device, resolve
+from stillhouse.runs.resolve import Parts, builder_of, pick_device, resolve
 from stillhouse.training.loop import Loop
 from stillhouse.training.random_state import RandomState
 from stillhouse.training.step import DistillStep
@@ -145,11 +145,13 @@ def train(
         dir=folder,
         offers=offers(data),
         say=display.say,
+        soft_labels=parts.soft_labels,
         build=lambda spec: builder_of(Named.model_validate(dict(spec)), parts.task.students, "network")[
             0
         ]().to(device),
     )
     with closing(step):  # after an error too: nothing stays frozen, no hook stays on the caller's models
+        stored.check_stages(step, data)
         for name, auxiliary in step.auxiliary.items():
             display.say(f"auxiliary module {name}: {_size(auxiliary.module):,} parameters")
         final = step.model(step.stages[-1])
@@ -157,7 +159,7 @@ def train(
             weights.check_saveable(final)
         check_score(parts.task, final, data, device)
         fingerprints = data.fingerprint()
-        origin = directory.origin(fingerprints, teacher_facts.get("digest"))
+        origin = directory.origin(fingerprints, teacher_facts)
         recorder = Recorder(
             config, parts.task, data.validation, device, display, folder, parts.observers, origin, parts.lock
         )
@@ -203,7 +205,7 @@ def _begin(
     """Claim the directory, tell the observers, and take up the last checkpoint where there is one."""
     config, say = parts.config, recorder.display.say
     if resume and (before := directory.kept(folder)) is not None:
-        origin = directory.origin(before["data"], before["teacher"].get("digest"))
+        origin = directory.origin(before["data"], before["teacher"])
         directory.same_origin(folder, origin, recorder.origin)
     kept = directory.claim(config, manifest, overwrite=overwrite)
     for observer in parts.observers:
@@ -240,69 +242,6 @@ def _told(parts: Parts, manifest: dict[str, Any]) -> Iterator[Callable[[dict[str
             with suppress(Exception):  # one that fails here too would hide the error
                 observer.on_run_failed(error)
         raise
-
-
-def teacher_of(
-    parts: Parts, data: Splits, device: torch.device, say: Callable[[str], None]
-) -> tuple[nn.Module | dict[str, nn.Module] | None, dict[str, Any]]:
-    """The run's teacher, or several by name, and what the manifest says of it."""
-    found: dict[str, tuple[nn.Module, dict[str, Any]]] = {}
-    if isinstance(parts.teacher, Mapping):
-        for name, given in parts.teacher.items():
-            found[f"teachers.{name}"] = given.to(device), {"found": "given", "digest": digest(given)}
-    elif parts.teacher is not None:
-        facts: dict[str, Any] = {"found": "given", "digest": digest(parts.teacher)}
-        found["teacher"] = parts.teacher.to(device), facts
-    else:
-        for path, spec in parts.config.named_teachers.items():
-            if path in parts.builders:
-                found[path] = _made(parts, path, spec, data, device, say)
-    if data.validation is not None and data.validation.labelled:
-        for model, facts in found.values():
-            facts["validation"] = score(
-                parts.task, model, data.validation, device, teacher=True, config=parts.config
-            )
-    return by_name({path: model for path, (model, _) in found.items()}), _together(
-        {path: facts for path, (_, facts) in found.items()}, parts.task.metric
-    )
-
-
-def _made(
-    parts: Parts,
-    path: str,
-    spec: TeacherConfig,
-    data: Splits,
-    device: torch.device,
-    say: Callable[[str], None],
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The teacher at a path of the config: read, as its builder gives it, or trained once."""
-    build = parts.builders[path]
-    if spec.checkpoint is not None:
-        model = build().to(device)
-        weights.load(model, spec.checkpoint)
-        return model, {"found": str(spec.checkpoint), "digest": digest(model)}
-    if comes_trained(parts, spec):
-        model = build().to(device)
-        return model, {"found": f"as {spec.name} gives it", "digest": digest(model)}
-    settings = teachers.training(spec.train, parts.task, f"{path}.train").model_copy(
-        update={"device": parts.config.device}
-    )
-    named = {"name": spec.name, **spec.settings}
-    model, made = teachers.trained(build, named, data, settings, device, say, kind=parts.task.kind)
-    return model, dict(made)
-
-
-def _together(facts: Mapping[str, dict[str, Any]], metric: str) -> dict[str, Any]:
-    """What is said of the teacher; of several one digest, the best one's scores, and each in full by name."""
-    if len(facts) < 2:
-        return next(iter(facts.values()), {})
-    each = {path.partition(".")[2]: own for path, own in facts.items()}
-    said = {"found": f"{len(each)} teachers", "digest": teachers.digest_of(each), "each": each}
-    scored = {name: own["validation"] for name, own in each.items() if "validation" in own}
-    if scored:
-        pick = max if higher_is_better(metric) else min
-        said["validation"] = scored[pick(scored, key=lambda name: scored[name][metric])]
-    return said
 
 
 def _probe(data: Splits, device: torch.device) -> Batch:

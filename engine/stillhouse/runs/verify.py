@@ -13,7 +13,7 @@ from typing import Any
 from stillhouse.config import dump, parse, validate
 from stillhouse.errors import CheckpointError, DamagedFile, StillhouseError
 from stillhouse.files import check_seal, digest, read_bytes, read_json, read_text
-from stillhouse.runs import checkpoint, directory
+from stillhouse.runs import checkpoint, directory, stored
 from stillhouse.runs.directory import CHECKPOINTS, CONFIG, MANIFEST, METRICS, SOFT_LABELS, SUMMARY
 from stillhouse.runs.lock import described, holder
 from stillhouse.runs.metrics import read_rows
@@ -45,6 +45,8 @@ def verify(folder: Path) -> list[File]:
         found.append(_checked(f"{CHECKPOINTS}/{path.name}", partial(_check_checkpoint, path, newest)))
     for path in sorted((folder / SOFT_LABELS).glob("*.safetensors")):
         found.append(_checked(f"{SOFT_LABELS}/{path.name}", partial(_check_sealed, path)))
+    if (kept := _soft_labels(folder)) and not (folder / SUMMARY).exists():
+        found.append(_checked(f"soft labels {kept['config']['soft_labels']}", lambda: stored.verify(kept)))
     if (folder / SUMMARY).exists():
         files: dict[str, str] = {}
         found.append(
@@ -66,6 +68,15 @@ def _checked(name: str, check: Callable[[], object]) -> File:
     except StillhouseError as error:
         return File(name, ok=False, detail=str(error))
     return File(name, ok=True)
+
+
+def _soft_labels(folder: Path) -> dict[str, Any]:
+    """The manifest of a run that reads kept labels, which a resume needs as they were; empty for others."""
+    try:
+        manifest = directory.read_manifest(folder)
+    except DamagedFile:
+        return {}
+    return manifest if "soft_labels" in manifest["teacher"] else {}
 
 
 def _check_config(folder: Path) -> None:

@@ -35,6 +35,8 @@ class SoftLabels(ABC):
 
     form: Form
     fingerprint: dict[str, str]
+    data: str = "all"
+    """The rows that ids 0, 1, ... are, as ``Splits.stage`` names them."""
 
     @staticmethod
     def open(where: str | Path) -> StoredLabels:
@@ -54,6 +56,14 @@ class SoftLabels(ABC):
     @abstractmethod
     def __len__(self) -> int:
         """Number of samples."""
+
+    def __str__(self) -> str:
+        """Where they are, as messages name it."""
+        return "in memory"
+
+    @abstractmethod
+    def count(self, first: int, stop: int) -> int:
+        """How many of the samples ``first`` to ``stop - 1`` are there."""
 
     @abstractmethod
     def lookup(self, ids: Tensor, mask: Tensor | None = None) -> Labels:
@@ -82,3 +92,30 @@ class SoftLabels(ABC):
     @abstractmethod
     def blocks(self, size: int = 4096) -> Iterator[tuple[Tensor, Labels]]:
         """Every sample in order of its id, in blocks: the ids, and their answers. Memory stays that of a block."""
+
+
+class Shifted(SoftLabels):
+    """The same labels for rows that begin to count ``by`` samples later: unlabelled ones, kept behind the labelled."""
+
+    def __init__(self, labels: SoftLabels, by: int) -> None:
+        self.form, self.fingerprint, self.data = labels.form, labels.fingerprint, labels.data
+        self._labels, self._by = labels, by
+
+    def __len__(self) -> int:
+        return len(self._labels) - self._by
+
+    def __str__(self) -> str:
+        return str(self._labels)
+
+    def count(self, first: int, stop: int) -> int:
+        return self._labels.count(first + self._by, stop + self._by)
+
+    def lookup(self, ids: Tensor, mask: Tensor | None = None) -> Labels:
+        return self._labels.lookup(ids + self._by, mask)
+
+    def features(self, ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        return self._labels.features(ids + self._by, mask)
+
+    def blocks(self, size: int = 4096) -> Iterator[tuple[Tensor, Labels]]:
+        for ids, labels in self._labels.blocks(size):
+            yield ids - self._by, labels

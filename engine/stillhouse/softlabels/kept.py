@@ -51,6 +51,9 @@ class HeldLabels(SoftLabels):
     def __len__(self) -> int:
         return len(self.logits)
 
+    def count(self, first: int, stop: int) -> int:
+        return max(0, min(stop, len(self)) - max(first, 0))
+
     def lookup(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         if self._pages is None:
             return self.logits[ids]

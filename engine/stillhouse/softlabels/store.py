@@ -43,6 +43,7 @@ class StoredLabels(SoftLabels):
                 f"soft labels {where} are of version {self.about.get('version')}; expected {VERSION}"
             )
         self.form = Form.read(self.about["form"])
+        self.data = str(self.about.get("data", "all"))
         shards = sorted(name for name in names if name.startswith(PREFIX) and name.endswith(".json"))
         self.manifests = [read_manifest(where, name) for name in shards]
         for manifest in self.manifests:
@@ -91,6 +92,15 @@ class StoredLabels(SoftLabels):
 
     def __len__(self) -> int:
         return self._count
+
+    def __str__(self) -> str:
+        return str(self.place)
+
+    def count(self, first: int, stop: int) -> int:
+        if self._ids is not None:
+            ends = torch.searchsorted(self._ids, torch.tensor([first, max(first, stop)]))
+            return int(ends[1] - ends[0])
+        return int((self._ends.clamp(max=stop) - self._firsts.clamp(min=first)).clamp(min=0).sum())
 
     @property
     def ids(self) -> Tensor:

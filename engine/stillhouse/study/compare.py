@@ -11,7 +11,7 @@ from stillhouse.runs.resolve import resolve
 from stillhouse.study.plan import Plan, Trial, entry_of
 from stillhouse.study.schema import OWN_KEYS
 
-OWN = ("method", "methods", "teacher", "teachers", "observers", *OWN_KEYS)
+OWN = ("method", "methods", "teacher", "teachers", "soft_labels", "observers", *OWN_KEYS)
 """What compared runs may differ in."""
 
 

@@ -23,6 +23,7 @@ from stillhouse.runs import directory
 from stillhouse.runs.display import Lines
 from stillhouse.runs.interrupts import Interrupted
 from stillhouse.runs.prepare import prepare
+from stillhouse.runs.stored import identity
 from stillhouse.runs.train import Summary, run
 from stillhouse.study.plan import Cell, Facts
 
@@ -129,7 +130,7 @@ def _check_origin(made_from: Mapping[str, Any], manifest: Mapping[str, Any]) -> 
                 f"the {name} split is {found} here and {made_from['data'].get(name)} where the study was prepared; "
                 "expected the same data on every machine, and unchanged files"
             )
-    teacher = manifest["teacher"].get("digest")
+    teacher = identity(manifest["teacher"])
     if teacher != made_from["teacher"]:
         raise CheckpointError(
             f"the teacher is {teacher} here and {made_from['teacher']} where the study was prepared; expected the same"
@@ -167,7 +168,7 @@ def prepare_pair(configs: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[dict
             data=made.data,
             higher=higher_is_better(made.metric),
             teacher_files=_teacher_files(made.teacher),
-            teacher=made.teacher.get("digest"),
+            teacher=identity(made.teacher),
             teacher_scores=made.teacher.get("validation", {}),
             metric=made.metric,
             metrics=made.metrics,

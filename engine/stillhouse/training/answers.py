@@ -27,7 +27,7 @@ class Answers:
     """
 
     def __init__(self, step: DistillStep, teachers: Teachers, stored: SoftLabels | None) -> None:
-        self._step, self._teachers, self._stored = step, teachers, stored
+        self._step, self._teachers, self.stored = step, teachers, stored
         self._kept: SoftLabels | None = None
         self._models: dict[str, nn.Module] = {}
         self._own = False
@@ -40,7 +40,7 @@ class Answers:
             model's outputs keeps a frozen copy of that model.
         """
         self.hold(stage)
-        self._kept = self._stored if kept is None and stage.teacher == TEACHER else kept
+        self._kept = self.stored if kept is None and stage.teacher == TEACHER else kept
         run = self._step.run
         if self._own and kept is None:
             assert run.probe is not None
@@ -50,7 +50,7 @@ class Answers:
     def hold(self, stage: Stage) -> None:
         """The teachers that the stage names; a model of the run answers from ``set_up`` on."""
         self._own = stage.teacher in self._step.run.models
-        self._kept = self._stored if stage.teacher == TEACHER else None
+        self._kept = self.stored if stage.teacher == TEACHER else None
         named = names_of(stage)
         self._models = {name: self._teachers.models[name] for name in named if name in self._teachers.models}
 

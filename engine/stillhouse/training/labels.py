@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stillhouse.contract.context import TEACHER
-from stillhouse.contract.splits import Split
+from stillhouse.contract.context import TEACHER, Stage
+from stillhouse.contract.splits import Split, Splits
 from stillhouse.models.calling import evaluating, forward
 from stillhouse.models.integrity import digest, stochastic_module
 from stillhouse.softlabels import SoftLabels, write_soft_labels
+from stillhouse.softlabels.base import Shifted
+from stillhouse.softlabels.fingerprint import differs
 from stillhouse.softlabels.kept import there_is_room
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ def keep(loop: Loop, split: Split, folder: Path | None) -> SoftLabels | None:
     teacher's are not: they can.
     """
     step, stage = loop.step, loop.schedule.stage
+    if (given := stored(loop)) is not None:
+        return given
     if stage.teacher is None or not split.fixed or step.plugins.implements("batch_transform"):
         return None
     if stage.teacher == TEACHER:
@@ -43,6 +47,30 @@ def keep(loop: Loop, split: Split, folder: Path | None) -> SoftLabels | None:
     if path is not None:
         labels.save(path)
     return labels
+
+
+def stored(loop: Loop) -> SoftLabels | None:
+    """The labels that the step was given in the teacher's place, as the loop's stage counts its rows; None without."""
+    stage, given = loop.schedule.stage, loop.step.answers.stored
+    return None if given is None or stage.teacher != TEACHER else of_stage(given, stage, loop.splits)
+
+
+def of_stage(labels: SoftLabels, stage: Stage, splits: Splits) -> SoftLabels:
+    """Labels of ``splits.stage(labels.data)`` as the stage counts its rows.
+
+    Raises CheckpointError where they are not those of every row of the stage.
+    """
+    length, by = len(splits.stage(stage.data)), 0
+    if splits.unlabelled is not None and labels.data != stage.data:
+        by = len(splits.train) if stage.data == "unlabelled" else 0
+        by -= len(splits.train) if labels.data == "unlabelled" else 0
+    there = labels.count(by, by + length)
+    if there < length:
+        raise differs(
+            str(labels), "data", f"{there:,} samples", f"{length:,} {stage.data} ones in stage {stage.name}",
+            "label the rest into the same directory, with --data all",
+        )  # fmt: skip
+    return Shifted(labels, by) if by else labels
 
 
 def _worth_keeping(loop: Loop, split: Split, folder: Path | None) -> bool:
