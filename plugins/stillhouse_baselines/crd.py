@@ -200,7 +200,20 @@ class CRD(Method):
             raise ConfigError(
                 f"{name}: got a batch without ids, and others had them; expected 'ids' (B,) in each"
             )
+        if (
+            not isinstance(batch.ids, Tensor)
+            or batch.ids.shape != (len(batch),)
+            or batch.ids.is_floating_point()
+        ):
+            got = (
+                f"{batch.ids.dtype} {tuple(batch.ids.shape)}"
+                if isinstance(batch.ids, Tensor)
+                else type(batch.ids).__name__
+            )
+            raise ConfigError(f"{name}: ids are {got}; expected whole numbers ({len(batch)},), one a sample")
         index = batch.ids + start
+        if index.device.type == "cpu" and len(index) and int(index.min()) < 0:
+            raise ConfigError(f"{name}: got the sample number {int(index.min())}; expected 0 or more")
         if index.device.type == "cpu" and len(index) and int(index.max()) >= len(self.memory.student):
             raise ConfigError(
                 f"{name}: got the sample number {int(index.max())}; expected fewer than {len(self.memory.student)}, the rows "

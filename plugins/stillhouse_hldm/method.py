@@ -204,7 +204,9 @@ class HLDM(Method):
         losses = [term.weight * term.value for term in terms.values()]
         constant = torch.stack([loss.detach().float() for loss in losses])
         self._check(names, constant, info)
-        if info.micro == 0:
+        if (
+            info.micro == 0 and torch.is_grad_enabled()
+        ):  # an evaluation in the middle of an update changes nothing
             self.weighting.prepare()
         slots = self.weighting.slots(names).to(constant.device)
         weights = self.weighting.weights(slots).to(constant.device)

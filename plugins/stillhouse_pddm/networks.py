@@ -100,8 +100,10 @@ def flow(
     """
     with watching(network) as seen:
         outputs = outputs_of(network, inputs, parameters)
-    hidden = []
+    hidden, rows = [], len(outputs)
     for name, output in list(seen.items())[:-1]:
+        if len(output) != rows:  # no value a sample: an embedding of positions
+            continue
         flat = units(network, name, output)
         hidden.append(flat.view(len(output), -1, flat.shape[-1]).mean(1))
     return outputs, [a.T @ b / len(a) for a, b in pairwise(hidden)]

@@ -63,7 +63,8 @@ class TaskKind:
         Raises DataError for labels or masks that don't fit the kind, and for a tuple of other length.
         """
         if isinstance(given, Batch):
-            return given
+            labels = self._labels(given.labels)
+            return given if labels is given.labels else replace(given, labels=labels)
         found: dict[str, Any] = {}
         if isinstance(given, tuple | list):
             if len(given) not in (1, 2):
@@ -94,14 +95,24 @@ class TaskKind:
                 )
             labels = _shift(labels, IGNORE)
         mask = found.get("mask")
-        mask = self._mask(inputs, labels) if mask is None else mask
+        inputs = _packed_as_models_read_it(inputs)
+        if not tensors_in(inputs):
+            raise DataError(
+                f"got a batch of {type(inputs).__name__} without a tensor; expected inputs as tensors (B, ...)"
+            )
+        if mask is None:
+            mask = self._mask(inputs, labels)
+        elif self.shifted and isinstance(mask, Tensor) and mask.dim() == 2 and mask.dtype == torch.bool:
+            # It says which tokens count, as the labels do: position i counts if the token that it predicts does.
+            mask = _shift(mask, False) & _next_token(inputs, _attention(inputs, decoder=False))
         return Batch(inputs, labels, found.get("ids"), found.get("teacher_inputs"), mask)
 
     def _mask(self, inputs: Any, labels: Tensor | None) -> Tensor | None:
         """Which rows count, by the labels and the attention mask; None where neither says it."""
         if self.positions is False:
             return None
-        attention = _attention(inputs, decoder=self.name == "seq2seq_lm") if self.positions else None
+        positions = self.positions or (labels is not None and labels.dim() > 1)
+        attention = _attention(inputs, decoder=self.name == "seq2seq_lm") if positions else None
         if labels is None or labels.dim() < 2:
             return _next_token(inputs, attention) if self.shifted else attention
         mask = labels != IGNORE
@@ -119,8 +130,10 @@ class TaskKind:
         labels: Tensor = given if isinstance(given, Tensor) else torch.as_tensor(given)
         if self.labels in ("flags", "numbers"):
             labels = labels if labels.is_floating_point() else labels.float()
-            if labels.isnan().any():
-                raise DataError(f"labels of {self} hold NaN; expected numbers: drop those rows, or mend them")
+            if not labels.isfinite().all():
+                raise DataError(
+                    f"labels of {self} hold NaN or infinity; expected numbers: drop those rows, or mend them"
+                )
             if (
                 self.labels == "flags"
                 and labels.numel()
@@ -146,6 +159,9 @@ class TaskKind:
         if batch.mask is not None or self.positions is False:
             return batch
         mask = self._mask(batch.inputs, batch.labels)
+        if mask is None and rows and self.positions is None:
+            mask = _attention(batch.inputs, decoder=False)
+            mask = mask if mask is not None and mask.shape[1:] == tuple(rows) else None
         if mask is None and rows:
             first = tensors_in(batch.inputs)[0][1]
             mask = torch.ones(len(batch), *rows, dtype=torch.bool, device=first.device)
@@ -162,6 +178,10 @@ class TaskKind:
         known = self.known(batch.labels, batch.probabilities)
         if known is None:
             return self.rows(batch) if batch.has_labels else 0.0
+        if batch.mask is not None and batch.mask.shape != known.shape:
+            raise DataError(
+                f"the mask is {tuple(batch.mask.shape)}, and the labels are {tuple(known.shape)}; expected an entry a row of each"
+            )
         return float((known if batch.mask is None else known & batch.mask).sum())
 
     def known(self, labels: Tensor | None, probabilities: Tensor | None = None) -> Tensor | None:
@@ -291,6 +311,8 @@ def _given_labels(given: Any) -> Any:
 
 def _names_itself(inputs: Any, labels: Any) -> bool:
     """Whether the labels of tokens are these tokens, as a causal model is given them."""
+    if isinstance(inputs, Mapping):
+        return any(_names_itself(item, labels) for item in inputs.values())
     if not isinstance(inputs, Tensor) or not isinstance(labels, Tensor) or inputs.is_floating_point():
         return False
     if inputs.dim() != 2 or inputs.shape != labels.shape:
@@ -317,6 +339,26 @@ def _attention(inputs: Any, *, decoder: bool) -> Tensor | None:
         else None
     )
     return found.bool() if isinstance(found, Tensor) and found.dim() == 2 else None
+
+
+def _packed_as_models_read_it(inputs: Any) -> Any:
+    """Packed rows without their attention mask: where one is given, transformers looks across the texts of a row.
+
+    Raises DataError where that mask says more than that every token is real.
+    """
+    attention = _attention(inputs, decoder=False)
+    places = inputs.get("position_ids") if isinstance(inputs, Mapping) else None
+    if attention is None or not isinstance(places, Tensor) or places.shape != attention.shape:
+        return inputs
+    anew = (places[:, 1:] == 0) & attention[:, 1:] & attention[:, :-1]
+    if not anew.any():
+        return inputs
+    if not attention.all():
+        raise DataError(
+            "got packed rows (position_ids that begin anew) with an attention mask that leaves tokens out, under which "
+            "transformers looks across the texts of a row; expected packed rows without padding and without the mask"
+        )
+    return {name: value for name, value in inputs.items() if name != "attention_mask"}
 
 
 def _shift(values: Tensor, last: Any) -> Tensor:

@@ -152,6 +152,25 @@ class TensorSplit:
         return TensorSplit(self.inputs, None, self.teacher_inputs, self.mask, self.extra, self.fixed)
 
 
+def _refuse_unlike(name: str, split: TensorSplit, train: TensorSplit) -> None:
+    """DataError where a split's rows can't be what the training split's are: told now, and not at the run's end."""
+    own, trained = dict(split.named()), dict(train.named())
+    for field_name in own.keys() & trained.keys():
+        one, other = own[field_name], trained[field_name]
+        row, expected = tuple(one.shape[1:]), tuple(other.shape[1:])
+        # Rows of whole numbers may be texts, each split as long as its longest.
+        same = (
+            len(row) == len(expected)
+            if not other.is_floating_point() and field_name != "labels"
+            else row == expected
+        )
+        if not same or one.is_floating_point() != other.is_floating_point():
+            raise DataError(
+                f"{name}.{field_name} are {one.dtype} with rows {row}, and train.{field_name} {other.dtype} with rows {expected}; "
+                "expected the same of every split"
+            )
+
+
 def _tensors(name: str, value: Any) -> list[tuple[str, Tensor]]:
     return [] if value is None else tensors_in(value, name)
 
@@ -186,6 +205,8 @@ class Splits:
                     f"the {name} split has no labels; expected some, since it is there to be scored: give it labels, or "
                     "leave it out"
                 )
+            if name != "train" and isinstance(split, TensorSplit) and isinstance(self.train, TensorSplit):
+                _refuse_unlike(name, split, self.train)
 
     def fingerprint(self) -> dict[str, str]:
         """Each split's digest, by name."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -54,6 +55,10 @@ class Captures:
         if not of_output and (path not in modules or path == "" or side not in ("", "input")):
             offered = nearest(path, [module for module in modules if module])
             raise ConfigError(f"{role}.{name}: no such module in {type(model).__name__}{offered}")
+        if isinstance(modules.get(path), torch.jit.ScriptModule):
+            raise ConfigError(
+                f"{role}.{name}: a scripted module shows no features; expected the model as it was before"
+            )
         names.append(name)
         if of_output:
             self._of_output.add((role, name))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stillhouse.contract.head import Head
@@ -41,8 +40,8 @@ class Heads:
         """One forward pass; the logits are a Head where the role's output layer is left to the loss."""
         layer = self._layers.get(role) if role in self._layers and _whole(model) else None
         if layer is not None and layer is not (own := find_layer(unwrapped(model))):
-            layer = own if own is not None and _plain(own) else None  # a copy that stands in for the model
-        if layer is None:
+            layer = own  # a copy that stands in for the model
+        if layer is None or not _plain(layer):  # somebody may have taken hold of it since
             return call(model, inputs, kind, asks)
         with handing_on(layer):
             out = call(model, inputs, kind, asks)
@@ -70,26 +69,42 @@ def find_layer(model: nn.Module) -> nn.Linear | None:
 def output_layer(model: nn.Module, inputs: Any, kind: TaskKind) -> nn.Linear | None:
     """The linear layer whose output is the model's logits, unchanged; None where there is no such layer, or a small one.
 
-    Shown on ``inputs``, not guessed: the model is called as it is, and with the layer handing on what it reads.
-    A layer that others have taken hold of (hooks, a parametrisation, a forward of its own, shards) stays as it is.
+    Shown on ``inputs``, not guessed: the model is called with the layer giving large random numbers, which have to come out as
+    they are (a soft cap, a scale or a bias behind the layer changes them, whatever the weights are now), and with the
+    layer handing on what it reads. A layer that others have taken hold of (hooks, a parametrisation, a forward of its own,
+    shards) stays as it is.
     """
     layer = find_layer(model)
     if layer is None or layer.out_features < SMALLEST or not _plain(layer):
         return None
+    drawn: list[Tensor] = []
+
+    def draw(hidden: Tensor) -> Tensor:
+        drawn.append(100 * torch.randn(*hidden.shape[:-1], layer.out_features).to(hidden))
+        return drawn[-1]
+
     with torch.random.fork_rng(), evaluating(model):
-        logits = forward(model, inputs, kind)
-        with handing_on(layer):
-            hidden = forward(model, inputs, kind)
-    if hidden.shape[:-1] != logits.shape[:-1] or hidden.shape[-1] != layer.in_features:
+        with _giving(layer, draw):
+            logits = forward(model, inputs, kind)
+        try:
+            with handing_on(layer):
+                hidden = forward(model, inputs, kind)
+        except RuntimeError:  # what stands behind the layer takes logits of its width alone
+            return None
+    if len(drawn) != 1 or logits.shape != drawn[0].shape or not torch.equal(logits, drawn[0].to(logits)):
         return None
-    own = F.linear(hidden.to(layer.weight.dtype), layer.weight, layer.bias)
-    return layer if torch.allclose(own.float(), logits.float(), 1e-3, 1e-4) else None
+    fits = hidden.shape == (*logits.shape[:-1], layer.in_features)
+    return layer if fits else None
+
+
+def handing_on(layer: nn.Linear) -> AbstractContextManager[None]:
+    """The layer gives what it is given, so that a model's logits are the hidden states that they would be made of."""
+    return _giving(layer, _same)
 
 
 @contextmanager
-def handing_on(layer: nn.Linear) -> Iterator[None]:
-    """The layer gives what it is given, so that a model's logits are the hidden states that they would be made of."""
-    layer.forward = _same  # type: ignore[method-assign,assignment]
+def _giving(layer: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    layer.forward = forward  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

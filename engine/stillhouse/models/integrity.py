@@ -17,7 +17,9 @@ from stillhouse.models.calling import DEFAULT, evaluating, forward
 
 def freeze(model: nn.Module) -> nn.Module:
     """No gradient, eval mode."""
-    return model.requires_grad_(False).eval()
+    for parameter in model.parameters():  # a scripted module has no requires_grad_ of its own
+        parameter.requires_grad_(False)
+    return model.eval()
 
 
 def _state(model: nn.Module) -> Iterator[Tensor]:

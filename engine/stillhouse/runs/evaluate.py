@@ -17,6 +17,7 @@ from stillhouse.contract.splits import Split, Splits
 from stillhouse.contract.task import Task
 from stillhouse.errors import ConfigError, DataError, StillhouseError
 from stillhouse.models.calling import evaluating, forward
+from stillhouse.training.compatibility import refuse_labels
 
 BATCH = 1024
 """Rows scored at once, at most, where nothing is said."""
@@ -212,6 +213,10 @@ class Sealed:
     def __init__(self, split: Split | None) -> None:
         self._split = split
         self.opened = 0
+
+    def check_labels(self, classes: int) -> None:
+        """DataError where a class number of the test labels has no output: told before training; the rows stay unseen."""
+        refuse_labels(getattr(self._split, "labels", None), classes, "test.labels")
 
     def open(self) -> Split | None:
         """The split, the first time; RuntimeError after that."""

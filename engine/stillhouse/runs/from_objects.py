@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from stillhouse.api import Task
-from stillhouse.config import dump, validate
+from stillhouse.config import Training, dump, validate
 from stillhouse.contract.context import STUDENT, TARGET
 from stillhouse.contract.kinds import TaskKind, kind_of
 from stillhouse.contract.metrics import (
@@ -23,9 +23,9 @@ from stillhouse.contract.metrics import (
     metrics_named,
 )
 from stillhouse.contract.splits import Splits
-from stillhouse.errors import ConfigError
+from stillhouse.errors import ConfigError, nearest
 from stillhouse.models.integrity import prepare_to_train
-from stillhouse.plugin.load import MethodLike, as_plugins
+from stillhouse.plugin.load import MethodLike, as_plugins, configured
 from stillhouse.runs import directory, stored, teachers
 from stillhouse.runs.data import as_splits, batch_size_of, sample
 from stillhouse.runs.display import Display
@@ -87,7 +87,7 @@ def distill(
         A run directory to keep; without it nothing is written. ``resume`` goes on with an unfinished run there,
         ``overwrite`` starts over.
     training
-        Any key of a run's ``Training`` and logging settings: ``steps=9000``, ``batch_size=128``,
+        ``observers``, and any key of a run's ``Training`` and logging settings: ``steps=9000``, ``batch_size=128``,
         ``optimizer={"lr": 2e-3}``, ``scheduler="CosineAnnealingLR"``, ``seed=1``, ``device="cpu"`` ...
 
     Raises ConfigError, DataError or PluginError before any training where something doesn't fit.
@@ -98,6 +98,7 @@ def distill(
     described = _HandedOver(kind, score)
     if "batch_size" not in training and (own := batch_size_of(data)) is not None:
         training["batch_size"] = own
+    _refuse_unused(training, dir, resume=resume, overwrite=overwrite)
     config = validate({"name": "distill", "task": "objects", "method": "objects", **training, "out": dir})
     optim.check(config.optimizer, config.scheduler)
     plugins = as_plugins(method)
@@ -109,7 +110,10 @@ def distill(
     builders: dict[str, Callable[[], nn.Module]] = {STUDENT: lambda: student}
     if target is not None:
         builders[TARGET] = lambda: target
-    parts = Parts(config, described, plugins, [], builders, teacher, config.out, rebuilt=False)
+    observers = [
+        configured("observer", spec, f"observers.{number}")[1] for number, spec in enumerate(config.observers)
+    ]
+    parts = Parts(config, described, plugins, observers, builders, teacher, config.out, rebuilt=False)
     final = target or student
     shown = display or default_display()
     summary, found = make(
@@ -123,6 +127,30 @@ def distill(
         directory.same_origin(folder, before, directory.origin(made_from, _facts(parts, splits, shown)))
         load(final, folder / directory.STUDENT)
     return Distilled(final, summary["scores"], summary)
+
+
+KEYS = frozenset(Training.model_fields) | {
+    "name", "observers", "soft_labels", "threads", "log_every", "validate_every", "evaluate_batch_size", "checkpoint_every",
+}  # fmt: skip
+"""Keys of a run's config that may be given here; the others are arguments of their own, or say what objects say."""
+
+
+def _refuse_unused(
+    training: Mapping[str, Any], dir: str | Path | None, *, resume: bool, overwrite: bool
+) -> None:
+    """ConfigError for what would be dropped without a word."""
+    for name in training:
+        if name == "out":
+            raise ConfigError("got out; expected dir, the run directory to keep")
+        if name not in KEYS:
+            raise ConfigError(f"got {name}, which is no setting here{nearest(name, KEYS)}")
+    for name, given in (
+        ("resume", resume),
+        ("overwrite", overwrite),
+        ("observers", training.get("observers")),
+    ):
+        if given and dir is None:
+            raise ConfigError(f"got {name} and no dir; expected the run directory that it is about")
 
 
 def _facts(parts: Parts, splits: Splits, shown: Display) -> dict[str, Any]:

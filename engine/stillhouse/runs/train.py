@@ -158,6 +158,8 @@ def train(
         if folder is not None:
             weights.check_saveable(final)
         check_score(parts.task, final, data, device)
+        if step.kind.labels == "classes":
+            sealed.check_labels(step.classes)
         fingerprints = data.fingerprint()
         origin = directory.origin(fingerprints, teacher_facts)
         recorder = Recorder(

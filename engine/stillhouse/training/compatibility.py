@@ -32,8 +32,10 @@ def check_fit(
     *,
     offers: frozenset[str] = OFFERED,
     stored: bool = False,
-) -> None:
+) -> int:
     """Raise ConfigError where a method needs what is not offered, or models don't fit it; DataError for the labels.
+
+    Returns how many classes every model of the run has an output for.
 
     Depends on what the models are, not on their weights: a teacher need not be trained yet.
 
@@ -55,13 +57,15 @@ def check_fit(
     outputs_by_name = {name: outputs(model, probe.inputs, kind) for name, model in models.items()}
     for name, own in outputs_by_name.items():
         kind.check(probe, own, f"the {name}")
-    _check_labels(kind, min(own.shape[-1] for own in outputs_by_name.values()), probe, run.splits)
+    classes = min(own.shape[-1] for own in outputs_by_name.values())
+    _check_labels(kind, classes, probe, run.splits)
     for teacher in {id(model): model for model in teachers.values()}.values() if asks else ():
         if "deterministic_teacher" in needs:
             _refuse_stochastic(plugins, teacher, probe, kind)
         given = outputs(teacher, probe.for_teacher, kind)
         for name, own in outputs_by_name.items():
             _compare_outputs(plugins, run, name, own, given)
+    return classes
 
 
 def _refuse_stochastic(plugins: Plugins, teacher: nn.Module, probe: Batch, kind: TaskKind) -> None:

@@ -57,7 +57,8 @@ class Progress:
         if schedule.stage_done and not self._told:
             self._told = True
             _warn(
-                f"update {schedule.at.step + 1} begins, and steps={sum(schedule.lengths)}: the last stage goes on beyond its end"
+                f"update {schedule.at.step + 1} begins, of {sum(schedule.lengths)} that the stages have: the last one goes on beyond "
+                "its end"
             )
 
     def begin(self, stage: Stage, kept: SoftLabels | None = None) -> None:
@@ -123,7 +124,7 @@ class Progress:
             return
         left = ", ".join(stage.name for stage in self.stages[schedule.at.stage + 1 :])
         unseen = f", and the stages {left} never began" if left else ""
-        _warn(f"the loop ended after {schedule.at.step} updates, and steps={expected}{unseen}")
+        _warn(f"the loop ended after {schedule.at.step} updates, of {expected} that the stages have{unseen}")
 
 
 def _warn(what: str) -> None:

@@ -110,6 +110,10 @@ class DistillStep:
         loaded = (
             isinstance(method, list) and bool(method) and all(isinstance(item, Plugin) for item in method)
         )
+        if not divided_by > 0:
+            raise ConfigError(f"divided_by is {divided_by}; expected what the trainer divides by, above 0")
+        if steps is not None and (not isinstance(steps, int) or steps < 1):
+            raise ConfigError(f"steps is {steps!r}; expected the number of updates, 1 at least, or None")
         self.plugins = Plugins(method if loaded else as_plugins(method))  # type: ignore[arg-type]
         self.kind = kind_of(task, probe)
         self.divided_by, self.host = divided_by, StepHost(self, say)
@@ -155,7 +159,9 @@ class DistillStep:
         run, models = self.run, self.run.models
         self._rows = row_shape(self.kind, models[STUDENT], probe)
         run.probe = probe = self.complete(probe)
-        check_fit(self.plugins, models, self.teachers.models, run, offers=offers, stored=stored)
+        self.classes = check_fit(
+            self.plugins, models, self.teachers.models, run, offers=offers, stored=stored
+        )
         self.plugins.wrap(lambda call: guarded(call, run))
         self.plugins.notify("on_run_start", run=run)
         self.auxiliary = self.modules.auxiliary = self.plugins.auxiliary_modules(run)
@@ -218,15 +224,18 @@ class DistillStep:
             teacher_out = self.answers.give(batch)
             soft = None if teacher_out is None else teacher_out.logits
             targets = Targets(batch.labels, soft, batch.probabilities)
-            targets = plugins.label_transform(targets, batch, teacher_out, info)
+            try:
+                targets = plugins.label_transform(targets, batch, teacher_out, info)
+            except (ValueError, IndexError, RuntimeError):
+                self.refuse_labels(batch)
+                raise
             if plugins.implements("label_transform"):
                 self.update.recount(batch, targets)
         student_out = self._student_out(model, batch)
         try:
             terms = plugins.loss_terms(student_out, teacher_out, targets, batch, info)
         except (ValueError, IndexError, RuntimeError) as error:
-            if self.kind.labels == "classes" and student_out is not None:
-                refuse_labels(batch.labels, student_out.logits.shape[-1])
+            self.refuse_labels(batch)
             if isinstance(error, ValueError):
                 diverged(error, student_out, info)
             raise
@@ -323,6 +332,11 @@ class DistillStep:
         if self.kind.name == "seq2seq_lm" and isinstance(batch.inputs, Mapping):
             batch = _with_decoder_inputs(batch, unwrapped(self.run.models[STUDENT]))
         return batch
+
+    def refuse_labels(self, batch: Batch) -> None:
+        """DataError where class numbers of the batch have no output: asked when something failed."""
+        if self.kind.labels == "classes":
+            refuse_labels(batch.labels, self.classes)
 
     def complete(self, batch: Batch) -> Batch:
         """The batch with a mask wherever its rows are positions."""
@@ -454,6 +468,12 @@ class DistillStep:
 def _with_decoder_inputs(batch: Batch, student: nn.Module) -> Batch:
     """The decoder's inputs, made from the labels as the model makes them, where the batch has none."""
     make = getattr(student, "prepare_decoder_input_ids_from_labels", None)
-    if "decoder_input_ids" in batch.inputs or batch.labels is None or make is None:
+    if batch.labels is None or make is None:
         return batch
-    return replace(batch, inputs={**batch.inputs, "decoder_input_ids": make(labels=batch.labels)})
+    made = {"decoder_input_ids": make(labels=batch.labels)}
+    teacher = batch.teacher_inputs  # ids of their own where the batch has some
+    return replace(
+        batch,
+        inputs={**made, **batch.inputs},
+        teacher_inputs={**made, **teacher} if isinstance(teacher, Mapping) else teacher,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +100,15 @@ def _named(
             )
         return {TEACHER: AdaptersOff(models[STUDENT])}
     if isinstance(given, nn.Module):
-        return {TEACHER: given}
+        return {TEACHER: _hookable(given)}
+    if not isinstance(given, Mapping):
+        raise ConfigError(
+            f"teacher is {type(given).__name__}; expected a module, a mapping of them by name, or 'self'"
+        )
+    if len(given) > 1 and TEACHER in given:
+        raise ConfigError(
+            f"one of several teachers is called '{TEACHER}', which stands for all of them; call it otherwise"
+        )
     for name in given:
         if name in (STUDENT, TARGET) or "." in name:
             raise ConfigError(
@@ -107,7 +116,23 @@ def _named(
             )
     if not given:
         raise ConfigError("teacher is an empty mapping; expected at least one teacher by name, or None")
-    return {TEACHER: next(iter(given.values())), **given}
+    made = {name: _hookable(model) for name, model in given.items()}
+    return {TEACHER: next(iter(made.values())), **made}
+
+
+class _Scripted(nn.Module):
+    """A scripted model, which takes no hooks of its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        return self.model(*given, **named)
+
+
+def _hookable(model: nn.Module) -> nn.Module:
+    return _Scripted(model) if isinstance(model, torch.jit.ScriptModule) else model
 
 
 def _refuse_shared(models: Mapping[str, nn.Module], teacher: nn.Module) -> None:

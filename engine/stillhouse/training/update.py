@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stillhouse.contract.batch import Batch, tensors_in
+from stillhouse.contract.batch import IGNORE, Batch, tensors_in
 from stillhouse.contract.outputs import Targets
 from stillhouse.errors import ConfigError, DataError
 
@@ -33,6 +33,7 @@ class Update:
         self._parts: deque[tuple[Any, Batch]] = deque()  # as it was given, and transformed
         self._metrics: dict[str, Tensor] = {}
         self.open, self._used = 0, False
+        self._came = 0.0  # rows of the micro-batches so far, of an update that the trainer counted
         self.by_trainer = False  # whether the trainer has counted the rows of this update
         self._assumed = False  # and has not said how many of them have a label
 
@@ -66,7 +67,7 @@ class Update:
     def _await(self, rows: float, labelled: float, micros: int) -> None:
         info = self._step.info
         info.rows, info.labelled = max(rows, 1.0), labelled
-        info.micro, info.micros, self.open = 0, micros, micros
+        info.micro, info.micros, self.open, self._came = 0, micros, micros, 0.0
 
     def part(self, given: Any) -> Batch:
         """The micro-batch that was announced; else the given one, transformed."""
@@ -85,10 +86,26 @@ class Update:
                 )
         if self._assumed:
             self._all_labelled(part)
+        self._came += step.kind.rows(part) if self.by_trainer else 0.0
+        if self._came > info.rows:
+            raise ConfigError(
+                f"begin_update(rows=) said {info.rows:.0f} rows, and {self._came:.0f} came; expected as many as the update has, "
+                "over all micro-batches and ranks"
+            )
+        part = self._with_labels(part)
         info.micro = info.micros - self.open
         whole = info.micros == 1 and self._reduce is None
         info.share = 1.0 if whole else step.kind.rows(part) / info.rows
         return part
+
+    def _with_labels(self, part: Batch) -> Batch:
+        """Of an update with labels, a micro-batch without any says so row by row: every part then gives the same terms."""
+        step = self._step
+        if part.has_labels or not step.info.labelled or step.kind.labels != "classes":
+            return part
+        first = tensors_in(part.inputs)[0][1]
+        shape = (len(part),) if part.mask is None else part.mask.shape
+        return replace(part, labels=torch.full(shape, IGNORE, device=first.device))
 
     def _all_labelled(self, part: Batch) -> None:
         """Every row has a label, or none of the update's has; else the labels' mean would have another divisor."""
@@ -149,9 +166,14 @@ class Update:
     def _transformed(self, batch: Batch) -> Batch:
         step = self._step
         step.info.logged = {}
-        given = step.plugins.batch_transform(batch, step.info)
+        try:
+            given = step.plugins.batch_transform(batch, step.info)
+        except (ValueError, IndexError, RuntimeError):
+            step.refuse_labels(batch)
+            raise
         if not len(given):
-            raise DataError("a batch transform left no sample; expected one at least")
+            what = "a batch transform left" if len(batch) else "a batch holds"
+            raise DataError(f"{what} no sample; expected one at least")
         self._add(step.info.logged)
         return given if given is batch else step.complete(given)
 

@@ -24,22 +24,24 @@ class Wiring:
     def __init__(self, step: DistillStep) -> None:
         self._step = step
         self._before: tuple[int, int] | None = None
+        self._held: dict[int, tuple[int, int]] = {}  # gradients that were there before the loss was made
 
     def watch(self, loss: Tensor) -> None:
         """Look when the gradient of this loss is taken: then the update before has been used."""
         step = self._step
         if step.progress.driven or step.info.micro or not step.auxiliary:
             return
+        self._held = {id(p): _mark(p.grad) for p in self._beside() if p.grad is not None}
         loss.register_hook(lambda gradient: self._look())  # type: ignore[no-untyped-call]
+
+    def _beside(self) -> list[nn.Parameter]:
+        step = self._step
+        names = [name for name in step.modules.of(step.info.stage) if name in step.auxiliary]
+        return [p for name in names for p in step.modules.parameters(name)]
 
     def _look(self) -> None:
         step = self._step
-        beside = [
-            p
-            for name in step.modules.of(step.info.stage)
-            if name in step.auxiliary
-            for p in step.modules.parameters(name)
-        ]
+        beside = self._beside()
         own = [
             p
             for name in step.modules.of(step.info.stage)
@@ -49,7 +51,8 @@ class Wiring:
         if not beside or not own:
             return
         names = ", ".join(step.auxiliary)
-        if _graded(beside) and not _graded(own):
+        kept = [p for p in beside if p.grad is not None and self._held.get(id(p)) == _mark(p.grad)]
+        if _graded(kept) and not _graded(own):
             raise ConfigError(
                 f"the gradients of what is trained beside the student ({names}) were not cleared after the last update, "
                 f"and the student's were; {_FIX}"
@@ -60,6 +63,11 @@ class Wiring:
                 f"the student was trained in the last update, and what is trained beside it ({names}) was not; {_FIX}"
             )
         self._before = now
+
+
+def _mark(gradient: Tensor) -> tuple[int, int]:
+    """Tells whether a gradient is another one since, or was written to."""
+    return id(gradient), gradient._version  # noqa: SLF001
 
 
 def _graded(parameters: list[nn.Parameter]) -> bool:

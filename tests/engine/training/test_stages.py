@@ -133,19 +133,21 @@ class TestALoopOfAnotherLength:
 
     def test_a_shorter_one_is_told_at_its_end(self):
         with pytest.warns(
-            StillhouseWarning, match=r"ended after 3 updates, and steps=5; expected steps= as many"
+            StillhouseWarning,
+            match=r"ended after 3 updates, of 5 that the stages have; expected steps= as many",
         ):
             self.run(5, 3)
 
     def test_stages_that_never_began_are_named(self):
         with pytest.warns(
-            StillhouseWarning, match=r"ended after 1 updates, and steps=6, and the stages \w+.* never began"
+            StillhouseWarning,
+            match=r"ended after 1 updates, of 6 that the stages have, and the stages \w+.* never began",
         ):
             self.run(6, 1, "sld")
 
     def test_a_longer_one_is_told_once_at_its_first_update_too_many(self):
         with pytest.warns(
-            StillhouseWarning, match=r"update 3 begins, and steps=2: the last stage goes on"
+            StillhouseWarning, match=r"update 3 begins, of 2 that the stages have: the last one goes on"
         ) as told:
             self.run(2, 6)
         assert len(told) == 1

@@ -107,3 +107,15 @@ def test_the_loop_of_a_run_is_not_watched():
     trainer.step.progress.begin(trainer.step.stages[0])
     for _ in range(3):
         trainer.update()
+
+
+def test_two_losses_summed_for_one_backward_pass_are_left_in_peace():
+    """The modules beside the student may get their gradient before the first loss's own pass is told of."""
+    step = DistillStep([Headed()], student=toys.net(), probe=toys.rows(4))
+    optimizer = torch.optim.SGD(step.parameter_groups(), 0.1)
+    for _ in range(4):
+        parts = [toys.rows(4), toys.rows(4, 1)]
+        step.begin_update(parts)
+        sum(step(step.run.student, part).loss for part in parts).backward()
+        optimizer.step()
+        step.zero_grad()
