@@ -136,7 +136,7 @@ class Models:
 
     def _refuse_other_head(self, path: str, config: Any, unfit: Any, *, with_head: bool) -> None:
         if unfit:
-            name, there, here = sorted(unfit)[0]
+            name, there, here = min(unfit)
             classes = f"; the rows have {len(self._classes)} classes" if self._classes is not None else ""
             raise ConfigError(
                 f"{path}: {name} is {tuple(there)} in the checkpoint, and the model has {tuple(here)}{classes}: expected a "
@@ -205,9 +205,9 @@ class Models:
 
 def _positions(config: Any) -> int | None:
     """Tokens that a model reads at most, where that is limited."""
-    found = next((getattr(config, name) for name in _POSITIONS if hasattr(config, name)), None)
+    found: int | None = next((getattr(config, name) for name in _POSITIONS if hasattr(config, name)), None)
     if found is not None and config.model_type in _COUNT_FROM_PAD:
-        return int(found) - config.pad_token_id - 1
+        found -= config.pad_token_id + 1
     return found
 
 

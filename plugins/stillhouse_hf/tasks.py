@@ -23,7 +23,6 @@ from stillhouse.api import (
 from stillhouse_hf import files, tokens
 from stillhouse_hf.models import Models
 
-
 MOST_CLASSES = 100_000
 
 

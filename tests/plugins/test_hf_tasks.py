@@ -244,7 +244,7 @@ class TestCausalLM:
         (tmp_path / "a.txt").write_text("a cat " * 200)
         built = task(CausalLM, made / "bert", tmp_path / "a.txt", length=16)
         for builder in (built.teachers["pretrained"], built.students["pretrained"], built.students["fresh"]):
-            with pytest.raises(ConfigError, match="sees the tokens that it is to predict|lack cls"):
+            with pytest.raises(ConfigError, match=r"sees the tokens that it is to predict|lack cls"):
                 builder(path=str(made / "bert"))
         causal = checkpoints.bert(tmp_path / "causal", "BertLMHeadModel", is_decoder=True)
         assert built.teachers["pretrained"](path=str(causal)).config.is_decoder

@@ -34,7 +34,7 @@ TASKS = {
     "sentence-embeddings": (
         "Distil a model of sentence embeddings on text without labels.",
         "",
-        "method: [{name: fitnets, layers: uniform}, {name: rkd, layers: last}]  # hidden states, and the texts' relations",
+        "methods: [{name: fitnets, layers: uniform}, {name: rkd, layers: last}]  # hidden states, and the texts' relations",
     ),
 }
 
