@@ -107,6 +107,7 @@ class _Distilling(Trainer):  # type: ignore[misc]
         if self.step is not None:
             self.step.close()
         probe, steps = self._look()
+        host.place(self._distillation, next(self.model.parameters()).device)
         self.step = host.attach(
             self._distillation,
             self.model,

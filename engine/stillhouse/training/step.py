@@ -29,7 +29,7 @@ from stillhouse.contract.context import STUDENT, TARGET, RunContext, Stage, Step
 from stillhouse.contract.kinds import TaskKind, kind_of
 from stillhouse.contract.outputs import StudentOut, Targets
 from stillhouse.contract.splits import Splits
-from stillhouse.errors import CheckpointError, ConfigError, PluginError
+from stillhouse.errors import CheckpointError, ConfigError, DataError, PluginError
 from stillhouse.models.calling import unwrapped
 from stillhouse.models.captures import Captures
 from stillhouse.models.heads import Heads
@@ -149,6 +149,11 @@ class DistillStep:
         run, models = self.run, self.run.models
         self._rows = row_shape(self.kind, models[STUDENT], probe)
         run.probe = probe = self.complete(probe)
+        if self.kind.rows(probe) == 0:
+            raise DataError(
+                f"no {'position' if self.kind.positions else 'row'} of the probe counts: its mask, its attention mask and "
+                "labels of -100 leave none; expected one at least: look at how the data set masks"
+            )
         check_fit(self.plugins, models, self.teachers.first, run, offers=offers, stored=stored)
         self.plugins.wrap(lambda call: guarded(call, run))
         self.plugins.notify("on_run_start", run=run)
