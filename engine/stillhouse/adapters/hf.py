@@ -96,6 +96,11 @@ class _Distilling(Trainer):  # type: ignore[misc]
                 f"router_aux_loss_coef is {self.router_aux_loss_coef}, and the distillation's loss has no such term: give "
                 "router_aux_loss_coef=0.0"
             )
+        elif self.is_fsdp_enabled:
+            wrong = (
+                "fsdp shards the student inside of Trainer, where its loss was never compared with one process's: use "
+                "DistributedDataParallel, or fully_shard in a loop of your own"
+            )
         elif self.is_deepspeed_enabled:
             wrong = "DeepSpeed makes the optimizer and scales the loss by itself: use DistributedDataParallel"
         if wrong:

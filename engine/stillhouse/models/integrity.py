@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any
@@ -32,6 +33,13 @@ def versions(model: nn.Module) -> int:
 def version(tensor: Tensor) -> int:
     """How often a tensor was written to; 0 for one of inference mode, which keeps no count."""
     return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether fully_shard (FSDP2) holds a part of the model."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # who shards has imported it; importing it takes seconds
+    kind = getattr(fsdp, "FSDPModule", None)
+    return kind is not None and any(isinstance(module, kind) for module in model.modules())
 
 
 def checksum(model: nn.Module) -> int:
