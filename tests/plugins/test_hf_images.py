@@ -149,7 +149,7 @@ class TestOtherLibraries:
         )
         monkeypatch.delitem(sys.modules, "torchvision", raising=False)
         monkeypatch.syspath_prepend(folder)
-        with pytest.raises(ConfigError, match="nms does not exist.*made for this torch"):
+        with pytest.raises(ConfigError, match=r"nms does not exist.*made for this torch"):
             task(folder).students["torchvision"]()
 
     def test_a_model_is_made_for_the_folders_classes(self, folder, monkeypatch):

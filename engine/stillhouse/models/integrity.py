@@ -35,11 +35,21 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether fully_shard (FSDP2) holds a part of the model."""
+def sharded(model: nn.Module) -> list[Any]:
+    """The modules that fully_shard (FSDP2) was called on."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # who shards has imported it; importing it takes seconds
     kind = getattr(fsdp, "FSDPModule", None)
-    return kind is not None and any(isinstance(module, kind) for module in model.modules())
+    return [] if kind is None else [module for module in model.modules() if isinstance(module, kind)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Put the shards back in place.
+
+    A call without a backward pass leaves the outermost module whole; an optimizer that took its parameters then would
+    train tensors that nobody reads.
+    """
+    for module in sharded(model):
+        module.reshard()
 
 
 def checksum(model: nn.Module) -> int:

@@ -33,7 +33,7 @@ from stillhouse.errors import CheckpointError, ConfigError, DataError, PluginErr
 from stillhouse.models.calling import unwrapped
 from stillhouse.models.captures import Captures
 from stillhouse.models.heads import Heads
-from stillhouse.models.integrity import StillHeld
+from stillhouse.models.integrity import StillHeld, reshard
 from stillhouse.plugin.dispatch import Plugin, Plugins
 from stillhouse.plugin.load import MethodLike, as_plugins
 from stillhouse.plugin.watch import UPDATES, check_kept, guarded, watched
@@ -176,6 +176,8 @@ class DistillStep:
         self._started = self._finished = False
         self._watched, self.closed = 0, False
         self._wiring = Wiring(self)
+        for model in (*models.values(), *self.teachers.models.values()):
+            reshard(model)
         self._hold(stages[0])
 
     # One step, as the paper writes it.

@@ -8,7 +8,7 @@ from torch import nn
 
 from stillhouse.contract.context import STUDENT, TARGET, TEACHER
 from stillhouse.errors import ConfigError
-from stillhouse.models.integrity import Counter, checksum, freeze, is_sharded, version
+from stillhouse.models.integrity import Counter, checksum, freeze, sharded, version
 from stillhouse.models.stand_in import AdaptersOff
 from stillhouse.plugin.dispatch import Plugins
 
@@ -45,7 +45,7 @@ class Teachers:
         ]
         self._writes = sum(map(version, self._tensors))
         # fully_shard puts other tensors in place while a model is called: their bits and writes say nothing.
-        self._sharded = any(is_sharded(model) for model in every.values())
+        self._sharded = any(sharded(model) for model in every.values())
         look = not moving and not self._sharded
         self._bits = [(model, checksum(model)) for model in every.values()] if look else []
 
