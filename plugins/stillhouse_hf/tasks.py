@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +22,8 @@ from stillhouse.api import (
 )
 from stillhouse_hf import files, tokens
 from stillhouse_hf.models import Models
+
+MOST_CLASSES = 100_000
 
 
 class TextConfig(TaskConfig):
@@ -46,6 +48,10 @@ class ClassConfig(TextConfig):
     label_column: str = Field(
         "label", description="The column with the classes: names, or numbers from 0 on."
     )
+    classes: list[str] | list[int] | None = Field(
+        None,
+        description="The classes in the order of the models' outputs; without it those of the training rows, sorted.",
+    )
 
 
 class _TextTask(Task):
@@ -55,11 +61,15 @@ class _TextTask(Task):
     Config: ClassVar[type[TaskConfig]] = TextConfig
     config: TextConfig
     name: ClassVar[str]
+    documents: ClassVar[bool] = False  # whether a text file is one text, or each of its lines
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
         self._splits: Splits | None = None
         self.classes: list[Any] | None = None
+
+        def teacher(path: str = "", layers: int | None = None) -> nn.Module:
+            return self._models().teacher(path, layers)
 
         def pretrained(path: str = "", layers: int | None = None) -> nn.Module:
             return self._models().pretrained(path, layers)
@@ -67,8 +77,8 @@ class _TextTask(Task):
         def fresh(path: str = "", layers: int | None = None, width: int | None = None) -> nn.Module:
             return self._models().fresh(path, layers, width)
 
-        pretrained.trained = True  # type: ignore[attr-defined]
-        self.teachers: Mapping[str, Builder] = {"pretrained": pretrained}  # type: ignore[misc]
+        teacher.trained = True  # type: ignore[attr-defined]
+        self.teachers: Mapping[str, Builder] = {"pretrained": teacher}  # type: ignore[misc]
         self.students: Mapping[str, Builder] = {"pretrained": pretrained, "fresh": fresh}  # type: ignore[misc]
 
     def tokenizer(self) -> Any:
@@ -77,12 +87,7 @@ class _TextTask(Task):
 
     def _models(self) -> Models:
         self.splits()
-        return Models(
-            self.name,
-            self.tokenizer(),
-            self.config.length,
-            None if self.classes is None else len(self.classes),
-        )
+        return Models(self.name, self.tokenizer(), self.config.length, self.classes)
 
     def splits(self) -> Splits:
         if self._splits is None:
@@ -123,8 +128,7 @@ class _TextTask(Task):
         return [rows[i] for i in sorted(order[count:])], [rows[i] for i in sorted(order[:count])]
 
     def _rows(self, path: str) -> list[dict[str, Any]]:
-        columns = self._columns()
-        return files.renamed(files.rows(path, list(columns.values())), columns)
+        return files.rows(path, self._columns(), documents=self.documents)
 
     def _columns(self) -> dict[str, str]:
         """Our names of columns to the file's."""
@@ -134,7 +138,13 @@ class _TextTask(Task):
         """Find the classes, before rows are tokenised."""
 
     def _tokenised(self, table: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
+        _refuse_other_than(str, table, "a text", "text")
         found = tokenizer([row["text"] for row in table], truncation=True, max_length=self.config.length)
+        for number, ids in enumerate(found["input_ids"]):
+            if not ids:
+                raise DataError(
+                    f"row {number} has no token ({table[number]['text']!r:.40}); expected a text in each row: drop it"
+                )
         names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in found]
         return [{name: found[name][number] for name in names} for number in range(len(table))]
 
@@ -151,7 +161,7 @@ class TextClassification(_TextTask):
         return {**super()._columns(), "label": self.config.label_column}
 
     def _look(self, tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-        self.classes = _classes(row["label"] for row in tables["train"])
+        self.classes = self.config.classes or _classes(row["label"] for row in tables["train"])
 
     def _tokenised(self, table: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
         number = _numbers(self.classes)
@@ -179,7 +189,9 @@ class TokenClassification(_TextTask):
                         f"the {name} rows: row {number} has {_count(words)} and {_count(labels)}; expected a list of words "
                         "in the text column and a label for each in the label column"
                     )
-        self.classes = _classes(label for row in tables["train"] for label in row["label"])
+        self.classes = self.config.classes or _classes(
+            label for row in tables["train"] for label in row["label"]
+        )
 
     def _tokenised(self, table: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
         if not tokenizer.is_fast:
@@ -202,22 +214,26 @@ class TokenClassification(_TextTask):
 
 
 class CausalLM(_TextTask):
-    """The next token of running text: the texts one after the other, cut into rows of ``length`` tokens."""
+    """The next token of running text: the texts one after the other, cut into rows of ``length`` tokens.
+
+    A text is a row of a table, or a whole text file; the tokenizer's end token stands between two.
+    """
 
     name = "causal-lm"
     kind = "causal_lm"
+    documents = True
 
     def _tokenised(self, table: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
-        texts = [row["text"] for row in table if row["text"]]
+        _refuse_other_than(str, table, "a text", "text")
+        texts = [row["text"] for row in table if row["text"].strip()]
+        if not texts:
+            raise DataError("the texts are all blank; expected some text")
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        lines = self.config.train.endswith(".txt")
-        found = tokenizer([f"{text}\n" for text in texts] if lines else texts, add_special_tokens=False)[
-            "input_ids"
-        ]
-        stream = [token for ids in found for token in (ids if lines else [*ids, *end])]
+        found = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # a text may be long
+        stream = [token for ids in found for token in (*ids, *end)]
         length = self.config.length
         rows = [stream[start : start + length] for start in range(0, len(stream), length)]
-        if rows and len(rows[-1]) < 2:
+        if len(rows[-1]) < 2:
             rows.pop()
         if not rows:
             raise DataError("the texts hold no two tokens; expected more text")
@@ -242,11 +258,20 @@ class SentenceEmbeddings(_TextTask):
         return rows, []
 
 
-def _classes(labels: Any) -> list[Any]:
-    every = sorted(set(labels), key=lambda label: (isinstance(label, str), label))
+def _classes(labels: Iterable[Any]) -> list[Any]:
+    found = list(labels)
+    if odd := [label for label in found if not isinstance(label, str | int)]:
+        raise DataError(
+            f"labels hold {odd[0]!r:.40} ({type(odd[0]).__name__}); expected names, or class numbers from 0 on"
+        )
+    every = sorted(set(found), key=lambda label: (isinstance(label, str), label))
     if all(isinstance(label, int) and not isinstance(label, bool) for label in every):
         if every[0] < 0:
             raise DataError(f"labels hold {every[0]}; expected class numbers from 0 on, or names")
+        if every[-1] >= MOST_CLASSES:
+            raise DataError(
+                f"labels go up to {every[-1]}; expected class numbers from 0 to {MOST_CLASSES - 1}, without great gaps"
+            )
         return list(range(every[-1] + 1))
     return every
 
@@ -257,10 +282,21 @@ def _numbers(classes: list[Any] | None) -> Callable[[Any], int]:
     def number(label: Any) -> int:
         if label not in known:
             names = ", ".join(map(str, list(known)[:8]))
-            raise DataError(f"the label {label!r} is in no training row; known: {names}")
+            raise DataError(
+                f"the label {label!r} is none of the classes ({names}), which are those of the training rows, or of "
+                "task: {classes: [...]}; expected one of them"
+            )
         return known[label]
 
     return number
+
+
+def _refuse_other_than(kind: type, table: Sequence[Mapping[str, Any]], what: str, column: str) -> None:
+    for number, row in enumerate(table):
+        if not isinstance(row[column], kind):
+            raise DataError(
+                f"row {number} has {type(row[column]).__name__} ({row[column]!r:.40}) as its {column}; expected {what}"
+            )
 
 
 def _count(value: Any) -> str:

@@ -58,8 +58,7 @@ def compare(own: Any, other: Any, who: str) -> None:
         if a != b:
             raise ConfigError(
                 f"the {who}'s tokenizer is another than the task's: token {number} is {b!r} there and {a!r} here; expected "
-                "the same numbers, for logits are compared one by one: use models of one tokenizer, or a method on "
-                "embeddings"
+                "the same numbers, for both models read the same tokens: use models of one tokenizer"
             )
 
 

@@ -9,7 +9,7 @@ from stillhouse.plugin.load import loaded
 from stillhouse.testing import checks_for, outcomes, subject_of
 
 OWN = [entry for entry in catalog.entries() if entry.distribution == catalog.OWN and entry.kind != "model"]
-FILES = ("causal-lm", "sentence-embeddings", "text-classification", "token-classification")
+FILES = ("causal-lm", "image-folder", "sentence-embeddings", "text-classification", "token-classification")
 """Tasks over a user's own files: without some there is nothing to check."""
 QUICK = ("kd", "sld", "label_smoothing", "mixup")
 

@@ -89,6 +89,18 @@ class _Distilling(Trainer):  # type: ignore[misc]
                 f"one process sees {self.args.n_gpu} GPUs, which Trainer serves by DataParallel: start one process a GPU "
                 "(torchrun), or show it one (CUDA_VISIBLE_DEVICES)"
             )
+        elif getattr(self.args, "loss_type", "nll") != "nll":  # TRL's
+            wrong = f"loss_type='{self.args.loss_type}' is a loss of its own, and the loss is the distillation's: leave it out"
+        elif getattr(self, "aux_loss_enabled", False):  # TRL's, for mixtures of experts
+            wrong = (
+                f"router_aux_loss_coef is {self.router_aux_loss_coef}, and the distillation's loss has no such term: give "
+                "router_aux_loss_coef=0.0"
+            )
+        elif self.is_fsdp_enabled:
+            wrong = (
+                "fsdp shards the student inside of Trainer, where its loss was never compared with one process's: use "
+                "DistributedDataParallel, or fully_shard in a loop of your own"
+            )
         elif self.is_deepspeed_enabled:
             wrong = "DeepSpeed makes the optimizer and scales the loss by itself: use DistributedDataParallel"
         if wrong:
@@ -100,6 +112,7 @@ class _Distilling(Trainer):  # type: ignore[misc]
         if self.step is not None:
             self.step.close()
         probe, steps = self._look()
+        host.place(self._distillation, next(self.model.parameters()).device)
         self.step = host.attach(
             self._distillation,
             self.model,
@@ -222,11 +235,15 @@ class _Distilling(Trainer):  # type: ignore[misc]
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
+        **generating: Any,
     ) -> Any:
         # Trainer asks for a loss where there are labels; a teacher gives one without.
         prepared = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, prepared, return_outputs=True)
+        if getattr(self.args, "predict_with_generate", False) and not prediction_loss_only:
+            _, generated, labels = super().prediction_step(model, inputs, False, ignore_keys, **generating)
+            return loss.detach(), generated, labels
         logits = None if prediction_loss_only or outputs.logits is None else outputs.logits.detach()
         labels = tuple(prepared.get(name) for name in self.label_names)
         given = None if prediction_loss_only or any(one is None for one in labels) else labels

@@ -96,6 +96,19 @@ def attach(
     return step
 
 
+def place(distillation: Distillation, device: torch.device) -> None:
+    """Move the teachers to the student's device, save those that were spread over several or are quantised."""
+    given = distillation.teacher
+    models = given.values() if isinstance(given, Mapping) else [given]
+    for model in models:
+        if not isinstance(model, nn.Module) or hasattr(model, "hf_device_map"):
+            continue
+        if getattr(model, "hf_quantizer", None) is None and any(
+            p.device != device for p in model.parameters()
+        ):
+            model.to(device)
+
+
 def beside(step: DistillStep) -> list[nn.Parameter]:
     """Parameters that are trained beside the student."""
     return [parameter for name in step.auxiliary for parameter in step.modules.parameters(name)]

@@ -14,7 +14,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from stillhouse.kernels import (
     linear_softmax_kl,
     softmax_kl,
 )
+from stillhouse.runs.compression import peak_bytes
 
 SHAPES = ("128x10", "4096x1000", "1024x32000", "256x151936")
 QUICK = ("128x10", "512x1000", "64x32000")
@@ -340,29 +341,7 @@ def _peak(step: Step, device: torch.device) -> float:
         torch.cuda.reset_peak_memory_stats(device)
         step()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    from torch.profiler import ProfilerActivity, profile
-
-    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        step()
-    held = peak = 0
-    for event in record.profiler.kineto_results.events():  # type: ignore[union-attr]
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak / 2**20
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the profiler's C++ side writes to the error stream."""
-    kept = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+    return peak_bytes(step) / 2**20
 
 
 def _ratio(result: dict[str, Any], numerator: str, denominator: str) -> float | None:

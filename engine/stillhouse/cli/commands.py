@@ -79,11 +79,21 @@ def init(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     """Write a run's model for use without Stillhouse."""
+    from stillhouse.runs.compression import table
+    from stillhouse.runs.contents import COMPRESSION
     from stillhouse.runs.export import export as write
     from stillhouse.terminal import show
 
     found = write(Path(options.run).expanduser(), options.to, Path(options.out).expanduser())
-    show(f"wrote {options.out}; its outputs are the run's to {found['difference']:.1e} of the greatest")
+    show(f"wrote {options.out}; its outputs are the run's to {found.difference:.1e} of the greatest")
+    if found.inputs:
+        show(f"it takes {', '.join(found.inputs)}")
+    if found.length is not None:
+        show(
+            f"it takes rows of {found.length} tokens alone: the model's code lets no other length be exported"
+        )
+    show(table(found.sizes))
+    show(f"see {Path(options.run) / COMPRESSION}")
     return 0
 
 

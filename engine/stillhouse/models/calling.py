@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stillhouse.contract.batch import tensors_in
 from stillhouse.contract.kinds import KINDS, TaskKind
-from stillhouse.errors import ConfigError
+from stillhouse.errors import ConfigError, DataError
 
 DEFAULT = KINDS["classification"]
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -39,21 +40,59 @@ def call(
 
     A model that can keep a cache for generating is told not to: with one, transformers drops the mask of packed rows.
 
-    Raises ConfigError where the answer holds no logits.
+    Raises ConfigError where the answer holds no logits, and where model and inputs are on two devices or of two dtypes;
+    DataError for tokens beyond the model's vocabulary or positions.
     """
     caches = _caches(model)
     takes = _parameters(model) if caches or asks or isinstance(inputs, Mapping) else None
     extra: dict[str, Any] = {f"output_{name.removeprefix('encoder_')}": True for name in asks}
     if caches and (takes is None or "use_cache" in takes or None in takes):
         extra["use_cache"] = False
-    if isinstance(inputs, Mapping):
-        out = model(dict(inputs), **extra) if _wants_one_dict(takes, inputs) else model(**inputs, **extra)
-    elif isinstance(inputs, tuple | list):
-        out = model(*inputs, **extra)
-    else:
-        out = model(inputs, **extra)
+    try:
+        if isinstance(inputs, Mapping):
+            out = model(dict(inputs), **extra) if _wants_one_dict(takes, inputs) else model(**inputs, **extra)
+        elif isinstance(inputs, tuple | list):
+            out = model(*inputs, **extra)
+        else:
+            out = model(inputs, **extra)
+    except (IndexError, RuntimeError) as error:
+        _explain(model, inputs, error)
+        raise
     found = {name: _kept(out, name) for name in asks}
     return Output(kind.aligned(_logits(model, out, inputs, kind)), found)
+
+
+def _explain(model: nn.Module, inputs: Any, error: Exception) -> None:
+    """Raise what lies behind a model's error, where that can be told."""
+    name, weights = type(unwrapped(model)).__name__, list(model.parameters())
+    given = [tensor for _, tensor in tensors_in(inputs)]
+    own, others = {w.device for w in weights}, {tensor.device for tensor in given}
+    if own and others and not own & others:
+        raise ConfigError(
+            f"{name} is on {min(map(str, own))}, and its inputs are on {min(map(str, others))}; expected one device, the "
+            "student's: move the model there with .to()"
+        ) from error
+    floats = {w.dtype for w in weights if w.is_floating_point()}
+    odd = {tensor.dtype for tensor in given if tensor.is_floating_point()} - floats
+    if floats and odd and not isinstance(error, IndexError):
+        raise ConfigError(
+            f"{name} has weights of {min(map(str, floats))} and got inputs of {min(map(str, odd))} ({error}); expected one "
+            "dtype: cast the model with .to(), or train under autocast"
+        ) from error
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+    if not isinstance(error, IndexError) or not isinstance(ids, Tensor) or ids.device.type == "meta":
+        return
+    config = getattr(unwrapped(model), "config", None)
+    size, positions = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
+    if size is not None and ids.numel() and int(ids.max()) >= size:
+        raise DataError(
+            f"the inputs hold token {int(ids.max())}, and {name} has a vocabulary of {size}; expected tokens of its own "
+            "tokenizer"
+        ) from error
+    if positions is not None and ids.shape[-1] > positions:
+        raise DataError(
+            f"the inputs have {ids.shape[-1]} tokens, and {name} has {positions} positions; expected no more: cut the texts"
+        ) from error
 
 
 def _kept(out: Any, name: str) -> tuple[Tensor, ...]:

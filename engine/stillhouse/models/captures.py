@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -65,6 +66,7 @@ class Captures:
         else:
             hook = _Keep(self, role, name, bool(side))
             self._handles.append(modules[path].register_forward_hook(hook))
+            _forget_compiled()
 
     def asked(self, role: str) -> bool:
         """Whether any feature of ``role`` was asked for."""
@@ -132,6 +134,12 @@ class _Keep:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Keep, (None, self.role, self.name, self._of_input)
+
+
+def _forget_compiled() -> None:
+    """Drop torch.compile's code for models of this class: it is shared by them, made without the hook, and not checked."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _tensor(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any
@@ -34,6 +35,23 @@ def versions(model: nn.Module) -> int:
 def version(tensor: Tensor) -> int:
     """How often a tensor was written to; 0 for one of inference mode, which keeps no count."""
     return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001
+
+
+def sharded(model: nn.Module) -> list[Any]:
+    """The modules that fully_shard (FSDP2) was called on."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # who shards has imported it; importing it takes seconds
+    kind = getattr(fsdp, "FSDPModule", None)
+    return [] if kind is None else [module for module in model.modules() if isinstance(module, kind)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Put the shards back in place.
+
+    A call without a backward pass leaves the outermost module whole; an optimizer that took its parameters then would
+    train tensors that nobody reads.
+    """
+    for module in sharded(model):
+        module.reshard()
 
 
 def checksum(model: nn.Module) -> int:

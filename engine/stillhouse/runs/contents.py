@@ -13,12 +13,12 @@ from stillhouse.files.writing import is_half_written
 from stillhouse.runs.lock import LOCK
 
 CONFIG, MANIFEST, METRICS, SUMMARY = "config.yaml", "manifest.json", "metrics.jsonl", "summary.json"
-STUDENT, CURVE, REPORT = "student.safetensors", "curve.png", "README.md"
+STUDENT, CURVE, REPORT, COMPRESSION = "student.safetensors", "curve.png", "README.md", "compression.md"
 CHECKPOINTS, SOFT_LABELS = "checkpoints", "soft-labels"
 REPORT_MARK = "<!-- written by stillhouse -->"
 """Last line of a run's README.md: one without it is somebody's."""
 WRITES = (
-    CONFIG, MANIFEST, METRICS, SUMMARY, STUDENT, CURVE, REPORT, f"{CHECKPOINTS}/step-*.pt", f"{SOFT_LABELS}/*.safetensors",
+    CONFIG, MANIFEST, METRICS, SUMMARY, STUDENT, CURVE, REPORT, COMPRESSION, f"{CHECKPOINTS}/step-*.pt", f"{SOFT_LABELS}/*.safetensors",
     f"{SOFT_LABELS}/*.json",
 )  # fmt: skip
 """What the engine writes. Plugins name theirs in ``writes``."""

@@ -21,6 +21,7 @@ from stillhouse.plugin.dispatch import Plugins
 from stillhouse.runs import checkpoint, contents
 from stillhouse.runs.contents import (
     CHECKPOINTS,
+    COMPRESSION,
     CONFIG,
     CURVE,
     MANIFEST,
@@ -35,6 +36,7 @@ from stillhouse.runs.machine import git_state, machine, versions
 
 __all__ = [
     "CHECKPOINTS",
+    "COMPRESSION",
     "CONFIG",
     "CURVE",
     "MANIFEST",

@@ -90,6 +90,8 @@ Chosen by default:
 - `{directory.METRICS}`: a row every logged update and every look at the validation split.
 - `{directory.SUMMARY}`: the figures above.
 - `{directory.STUDENT}`: the trained weights.
+- `{directory.COMPRESSION}`, once `stillhouse export` took the student out: parameters, bytes, memory and latency, the
+  teacher beside it.
 
 {REPORT_MARK}
 """,

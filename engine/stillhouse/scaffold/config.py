@@ -11,9 +11,8 @@ _HEAD = """# {about}
 name: {name}
 task:
   name: {task}
-  train: {train}  # a file (json, jsonl, csv, parquet, txt) or a folder of such; validation: and test: likewise
-  tokenizer: {student}  # a folder with the models' tokenizer
-  length: 128  # tokens of a row, at most{columns}
+  train: {train}  # {data}; validation: and test: likewise
+{columns}
 {method}
 teacher: {{name: pretrained, path: {teacher}}}  # a folder of save_pretrained
 student: {{name: pretrained, path: {student}}}  # or {{name: fresh, path: ..., layers: 2, width: 128}}: new weights
@@ -25,16 +24,22 @@ clip: 1.0
 out: {out}
 """
 
-_LABEL = "\n  label_column: label  # text_column: likewise"
+_TEXT = """  tokenizer: {student}  # a folder with the models' tokenizer
+  length: 128  # tokens of a row, at most"""
+_LABEL = f"{_TEXT}\n  label_column: label  # text_column: likewise"
+_IMAGES = "  size: 224  # pixels of a side; mean: and std: are ImageNet's"
 _KD = "method: {name: kd, temperature: 2.0}"
+_FILES = "a file (json, jsonl, csv, parquet, txt) or a folder of such"
+_FOLDER = "a folder with a folder of images for each class"
 TASKS = {
-    "causal-lm": ("Distil a causal language model on running text.", "", _KD),
+    "causal-lm": ("Distil a causal language model on running text.", _TEXT, _KD),
+    "image-folder": ("Distil a classifier of images.", _IMAGES, _KD),
     "text-classification": ("Distil a classifier of texts.", _LABEL, _KD),
     "token-classification": ("Distil a classifier of words.", _LABEL, _KD),
     "sentence-embeddings": (
         "Distil a model of sentence embeddings on text without labels.",
-        "",
-        "method: {name: fitnets, layers: penultimate}",
+        _TEXT,
+        "methods: [{name: fitnets, layers: uniform}, {name: rkd, layers: last}]  # hidden states, and the texts' relations",
     ),
 }
 
@@ -60,7 +65,8 @@ def write(
             train=train,
             teacher=teacher,
             student=student,
-            columns=columns,
+            columns=columns.format(student=student),
+            data=_FOLDER if task == "image-folder" else _FILES,
             method=method,
         ),
         encoding="utf-8",

@@ -28,10 +28,11 @@ from stillhouse.contract.context import STUDENT, TARGET, RunContext, Stage, Step
 from stillhouse.contract.kinds import TaskKind, kind_of
 from stillhouse.contract.outputs import StudentOut, Targets
 from stillhouse.contract.splits import Splits
-from stillhouse.errors import ConfigError, PluginError
+from stillhouse.errors import ConfigError, DataError, PluginError
 from stillhouse.models.calling import unwrapped
 from stillhouse.models.captures import Captures
 from stillhouse.models.heads import Heads
+from stillhouse.models.integrity import reshard
 from stillhouse.plugin.dispatch import Plugin, Plugins
 from stillhouse.plugin.load import MethodLike, as_plugins
 from stillhouse.plugin.watch import UPDATES, check_kept, guarded, watched
@@ -159,6 +160,11 @@ class DistillStep:
         run, models = self.run, self.run.models
         self._rows = row_shape(self.kind, models[STUDENT], probe)
         run.probe = probe = self.complete(probe)
+        if self.kind.rows(probe) == 0:
+            raise DataError(
+                f"no {'position' if self.kind.positions else 'row'} of the probe counts: its mask, its attention mask and "
+                "labels of -100 leave none; expected one at least: look at how the data set masks"
+            )
         self.classes = check_fit(
             self.plugins, models, self.teachers.models, run, offers=offers, stored=stored
         )
@@ -181,6 +187,8 @@ class DistillStep:
         self.progress = Progress(self, stages, steps)
         self._watched, self.closed = 0, False
         self._wiring = Wiring(self)
+        for model in (*models.values(), *self.teachers.models.values()):
+            reshard(model)
         self.progress.hold(stages[0])
 
     # One step, as the paper writes it.

@@ -213,9 +213,19 @@ def test_bf16_trains_beside_float32(tmp_path):
     assert 0 < difference < 1e-2
 
 
-@pytest.mark.slow
-def test_a_compiled_student_trains_alike(tmp_path):
-    plain, compiled = made(tmp_path), made(tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
+@pytest.mark.parametrize(
+    ("method", "backend"),
+    [
+        pytest.param("kd", "aot_eager", marks=pytest.mark.slow),
+        (FITNETS, "aot_eager"),
+        pytest.param("kd", "inductor", marks=pytest.mark.slow),
+        pytest.param(FITNETS, "inductor", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_compiled_student_trains_alike(tmp_path, method, backend):
+    plain = made(tmp_path, method)
+    compiled = made(tmp_path, method, torch_compile=True, torch_compile_backend=backend)
     for trainer in (plain, compiled):
         trainer.train()
     assert (weights(plain.model) - weights(compiled.model)).abs().max() < 1e-5
@@ -281,3 +291,38 @@ def test_ragged_batches_equal_a_float64_loss_by_hand_over_the_real_tokens(tmp_pa
         ce = -own[torch.arange(len(own)), ids[0, 1:]].sum()
         total, rows = total + 0.9 * kl + 0.1 * ce, rows + len(own)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(float(total) / rows, rel=1e-6)
+
+
+def test_a_teacher_goes_to_the_students_device_save_one_that_was_spread(tmp_path):
+    from stillhouse.adapters.host import place
+
+    plain, spread = nn.Linear(2, 2), nn.Linear(2, 2)
+    spread.hf_device_map = {"": "cpu"}
+    place(stillhouse.Distillation("kd", teacher={"a": plain, "b": spread}), torch.device("meta"))
+    assert plain.weight.device.type == "meta"
+    assert spread.weight.device.type == "cpu"
+
+
+def test_a_mask_that_leaves_no_token_is_refused_in_the_constructor(tmp_path):
+    rows = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in five.texts(4)]
+    with pytest.raises(StillhouseError, match="no position of the probe counts"):
+        made(tmp_path, data=rows)
+
+
+def test_an_update_without_a_token_changes_nothing(tmp_path):
+    rows = five.texts(8)
+    rows[4:] = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in rows[4:]]
+    trainer = made(tmp_path, data=rows, max_steps=1)
+    trainer.train()
+    once = weights(trainer.model)
+    trainer = made(tmp_path, data=rows, max_steps=2)
+    trainer.train()
+    assert trainer.state.log_history[1]["loss"] == 0
+    assert torch.equal(weights(trainer.model), once)
+
+
+def test_texts_longer_than_the_positions_are_refused(tmp_path):
+    ids = torch.ones(40, dtype=torch.long)
+    rows = [{"input_ids": ids, "attention_mask": ids, "labels": ids}] * 4
+    with pytest.raises(StillhouseError, match="40 tokens, and GPT2LMHeadModel has 32 positions"):
+        made(tmp_path, data=rows)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import five
 import pytest
+import sharded
 import torch
 from test_five_trainers import METHODS
 from two_processes import UPDATES
@@ -23,14 +24,14 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def in_two_processes(trainer: str, method: str, out: Path) -> list[dict]:
+def in_two_processes(out: Path, script: str, *words: str) -> list[dict]:
     shared = {
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
     }
-    words = [sys.executable, str(HERE / "two_processes.py"), trainer, method, str(out)]
+    words = [sys.executable, str(HERE / script), *words, str(out)]
     path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     processes = [
         subprocess.Popen(
@@ -56,7 +57,7 @@ def in_two_processes(trainer: str, method: str, out: Path) -> list[dict]:
 @pytest.mark.parametrize("method", ["kd", "fitnets"])
 @pytest.mark.parametrize("trainer", ["hf", "accelerate", "lightning"])
 def test_two_processes_equal_one(trainer, method, tmp_path):
-    first, second = in_two_processes(trainer, method, tmp_path)
+    first, second = in_two_processes(tmp_path, "two_processes.py", trainer, method)
     assert torch.equal(first["weights"], second["weights"])
     case = five.Case(METHODS[method], UPDATES, 1, tmp_path)
     five.plain(case)
@@ -64,3 +65,16 @@ def test_two_processes_equal_one(trainer, method, tmp_path):
     assert (first["weights"] - whole).abs().max() <= 1e-6
     both = torch.tensor(first["losses"]) + torch.tensor(second["losses"])
     assert (both - torch.tensor(case.losses.found)).abs().max() <= 1e-6 * both.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["kd", "fitnets"])
+def test_a_sharded_student_and_teacher_equal_whole_ones(method, tmp_path):
+    first, second = in_two_processes(tmp_path, "sharded.py", method)
+    assert torch.equal(first["weights"], second["weights"])
+    student, beside, losses = sharded.train(method, 0, 1)
+    assert first["held"] < 0.6 * sum(p.numel() for p in student.parameters()), "it was sharded"
+    whole = torch.cat([sharded.weights(student), sharded.weights(beside)])
+    assert (first["weights"] - whole).abs().max() <= 1e-6
+    both = torch.tensor(first["losses"]) + torch.tensor(second["losses"])
+    assert (both - torch.tensor(losses)).abs().max() <= 1e-6 * both.abs().max()

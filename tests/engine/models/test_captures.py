@@ -224,3 +224,22 @@ def test_objects_of_other_models_are_not_looked_into():
 
     model = nn.Sequential(Gives())
     assert taken(made(model, "0"), model)["0"].inputs is X
+
+
+class TestCompiled:
+    """torch.compile's code for a class of models holds no hook that came later."""
+
+    def test_a_hook_on_a_model_whose_class_was_compiled_before_takes_its_feature(self):
+        def net():
+            return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+
+        torch.compile(net(), backend="eager")(torch.ones(1, 3))
+        model = net()
+        compiled = torch.compile(model, backend="eager")
+        for given in (model, compiled):
+            captures = Captures({"student": given})
+            captures.add("student", "1")
+            with captures.collecting("student"):
+                compiled(torch.ones(1, 3))
+            assert torch.equal(captures.take("student")["1"], model[:2](torch.ones(1, 3)))
+            captures.close()
