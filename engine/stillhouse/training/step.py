@@ -140,12 +140,14 @@ class DistillStep:
             host=self.host,
         )
         try:
-            self._set_up(self.read(probe).to(self.device), steps, frozenset(offers), soft_labels is not None)
+            self._set_up(self.read(probe).to(self.device), steps, frozenset(offers), soft_labels)
         except BaseException:
             self.close()  # a refused plugin leaves no hook on models that others go on using
             raise
 
-    def _set_up(self, probe: Batch, steps: int | None, offers: frozenset[str], stored: bool) -> None:
+    def _set_up(
+        self, probe: Batch, steps: int | None, offers: frozenset[str], stored: SoftLabels | None
+    ) -> None:
         run, models = self.run, self.run.models
         self._rows = row_shape(self.kind, models[STUDENT], probe)
         run.probe = probe = self.complete(probe)
@@ -162,7 +164,7 @@ class DistillStep:
         self.teachers.check(self.plugins, whole=True)
         if not self.plugins.implements("student_forward"):
             self.heads.offer(models, probe.inputs, self.kind)
-        if not self.plugins.implements("teacher_forward") and not stored:
+        if not self.plugins.implements("teacher_forward") and stored is None:
             self.heads.offer(self.teachers.models, probe.for_teacher, self.kind)
         self.teachers.counter.calls = 0
         self.stages = stages
