@@ -22,11 +22,10 @@ from stillhouse.softlabels.codes import from_planes, pack, planes, unpack
 from stillhouse.softlabels.forms import Form
 from stillhouse.softlabels.pages import give_back, mapped
 from stillhouse.softlabels.places import Place, sealed, sha256, unsealed
+from stillhouse.softlabels.schema import PLANES, check_manifest, check_tensors, class_problem
 
 VERSION = 1
 PREFIX = "shard-"
-_PLANES = {"indices": 3, "log_probs": 0, "counts": 0, "log_rest": 0, "distinct": 0}
-"""Planes of each field of a packed block; 0: as many as its dtype has bytes."""
 
 
 @dataclass
@@ -152,6 +151,7 @@ def read_manifest(place: Place, name: str) -> dict[str, Any]:
             f"soft labels {place}/{name} are of version {found.get('version')}; expected {VERSION}: read them with the "
             "stillhouse that wrote them"
         )
+    check_manifest(found, name, f"the manifest {place}/{name} of soft labels")
     return found
 
 
@@ -173,7 +173,14 @@ class Shard:
         self.form = Form.read(manifest["form"])
         self.count = int(manifest["ids"]["count"])
         path = place.local(manifest["file"], manifest["sha256"]) if trusted else checked(place, manifest)
-        self._map, self.tensors, _ = mapped(path)
+        self._what = f"soft labels: shard {manifest['file']} of {place} ({samples(manifest)})"
+        try:
+            self._map, self.tensors, _ = mapped(path)
+        except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, RecursionError) as error:
+            raise DamagedFile(f"{self._what} is no safetensors file: {error}") from None
+        if not trusted:
+            check_tensors(self.tensors, manifest, self.form, self._what)
+            self.forget()
         shape = manifest["row_shape"]
         self._each = None if shape is None else int(torch.Size(shape).numel())
         # where samples have one size, a sample is one stretch of bytes
@@ -237,7 +244,7 @@ class Shard:
     def _block(self, position: int, rows: int) -> dict[str, Tensor]:
         blocks, packed = self.tensors["blocks"], self.tensors["packed"]
         size = self.form.torch_dtype.itemsize
-        planes_of = {name: _PLANES[name] or size for name in self.form.fields}
+        planes_of = {name: PLANES[name] or size for name in self.form.fields}
         frame, found = position * sum(planes_of.values()), {}
         entries = rows
         if self.form.kind == "sampled":
@@ -252,6 +259,8 @@ class Shard:
             shape = [*lead, 3] if name == "indices" else lead
             found[name] = from_planes(kept, shape, dtype, rising=_rising(self.form, name))
             frame += count
+            if name == "indices" and (problem := class_problem(self.form, found[name])):
+                raise DamagedFile(f"{self._what} can't be used: sample number {position} in it {problem}")
         return found
 
     @property

@@ -18,6 +18,7 @@ from stillhouse.softlabels.fingerprint import check_same, differs, parts_digests
 from stillhouse.softlabels.forms import Form, Labels, decode, decoded, moved, shaped, spread
 from stillhouse.softlabels.pages import Held, most_files
 from stillhouse.softlabels.places import Place, sealed, sha256, unsealed
+from stillhouse.softlabels.schema import check_store
 from stillhouse.softlabels.shard import PREFIX, VERSION, Rows, Shard, read_manifest, samples, segments
 
 STORE, HEAD = "store.json", "head.safetensors"
@@ -41,6 +42,7 @@ class StoredLabels(SoftLabels):
             raise DamagedFile(
                 f"soft labels {where} are of version {self.about.get('version')}; expected {VERSION}"
             )
+        check_store(self.about, f"soft labels {where}/{STORE}")
         self.form = Form.read(self.about["form"])
         self.data = str(self.about.get("data", "all"))
         shape = self.about["row_shape"]

@@ -21,7 +21,7 @@ from stillhouse.softlabels.fidelity import Fidelity
 from stillhouse.softlabels.fingerprint import PLAIN, differs, parts_digests, rows_digest, with_data
 from stillhouse.softlabels.label import Asking, Recipe, check_head, find_head, origin
 from stillhouse.softlabels.places import Folder, Place, place, unsealed
-from stillhouse.softlabels.shard import PREFIX, checked, publish, read_manifest, samples
+from stillhouse.softlabels.shard import PREFIX, Shard, publish, read_manifest, samples
 from stillhouse.softlabels.store import SHARD_BYTES, SHARD_SAMPLES, STORE, StoredLabels, describe
 
 _PROBED = 8
@@ -182,7 +182,7 @@ class _Found:
                 continue
             try:
                 manifest = read_manifest(self.place, name)
-                checked(self.place, manifest)
+                Shard(self.place, manifest)
             except DamagedFile as error:
                 self.damaged.append(str(error))
                 continue
