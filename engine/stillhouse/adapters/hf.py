@@ -19,6 +19,7 @@ from torch.utils.data import IterableDataset
 
 from stillhouse.adapters import host, state
 from stillhouse.contract.context import STUDENT
+from stillhouse.contract.kinds import ID_NAMES
 from stillhouse.errors import ConfigError, DataError, MissingExtra
 from stillhouse.models.calling import unwrapped
 from stillhouse.training.distillation import Distillation
@@ -31,7 +32,7 @@ try:
 except ImportError:
     raise MissingExtra("stillhouse.adapters.hf", "transformers", "hf") from None
 
-_OURS = ("ids", "mask", "teacher_inputs")  # columns of a data set that the step reads, and no model takes
+_OURS = (*ID_NAMES, "mask", "teacher_inputs")  # columns of a data set that the step reads, and no model takes
 _PROBE_ROWS = 4
 
 

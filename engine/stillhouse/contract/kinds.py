@@ -19,7 +19,9 @@ from stillhouse.errors import ConfigError, DataError, nearest
 LABEL_NAMES = ("labels", "label")
 """Keys of a mapping that hold its labels."""
 _FLOATS = "floats are task='regression', 0 or 1 for each class is task='multi_label'"
-_OURS = (*LABEL_NAMES, "ids", "mask", "teacher_inputs")
+ID_NAMES = ("ids", "sample_id")
+"""Keys of a mapping that hold its samples' numbers."""
+_OURS = (*LABEL_NAMES, *ID_NAMES, "mask", "teacher_inputs")
 _TRANSFORMERS = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "decoder_input_ids")
 
 
@@ -57,8 +59,8 @@ class TaskKind:
         """A Batch from what a loader gives. A Batch is taken as it is.
 
         given
-            ``(inputs, labels)``, ``(inputs,)``, inputs, or a mapping: its ``labels`` (or ``label``), ``ids``, ``mask``
-            and ``teacher_inputs`` are taken out, the rest is what the models get by name.
+            ``(inputs, labels)``, ``(inputs,)``, inputs, or a mapping: its ``labels`` (or ``label``), ``sample_id`` (or
+            ``ids``), ``mask`` and ``teacher_inputs`` are taken out, the rest is what the models get by name.
 
         Raises DataError for labels or masks that don't fit the kind, and for a tuple of other length.
         """
@@ -79,9 +81,12 @@ class TaskKind:
             for name in _OURS:
                 value = named.pop(name, None)
                 if value is not None and found.get(_field(name)) is not None:
-                    raise DataError(
-                        f"got labels twice: beside the inputs and as '{name}' among them; expected one"
+                    twice = (
+                        f"beside the inputs and as '{name}' among them"
+                        if name in LABEL_NAMES
+                        else f"'{name}' too"
                     )
+                    raise DataError(f"got {_field(name)} twice: {twice}; expected one")
                 found[_field(name)] = value if value is not None else found.get(_field(name))
             given = named
         return self._made(given, found)
@@ -105,7 +110,7 @@ class TaskKind:
         elif self.shifted and isinstance(mask, Tensor) and mask.dim() == 2 and mask.dtype == torch.bool:
             # It says which tokens count, as the labels do: position i counts if the token that it predicts does.
             mask = _shift(mask, False) & _next_token(inputs, _attention(inputs, decoder=False))
-        return Batch(inputs, labels, found.get("ids"), found.get("teacher_inputs"), mask)
+        return Batch(inputs, labels, _numbers(found.get("ids")), found.get("teacher_inputs"), mask)
 
     def _mask(self, inputs: Any, labels: Tensor | None) -> Tensor | None:
         """Which rows count, by the labels and the attention mask; None where neither says it."""
@@ -322,7 +327,23 @@ def _names_itself(inputs: Any, labels: Any) -> bool:
 
 
 def _field(name: str) -> str:
-    return "labels" if name in LABEL_NAMES else name
+    return "labels" if name in LABEL_NAMES else "ids" if name in ID_NAMES else name
+
+
+def _numbers(ids: Any) -> Tensor | None:
+    """Samples' numbers as int64 ``(B,)``."""
+    if ids is None:
+        return None
+    if _holds_words(ids):
+        raise DataError(
+            "sample ids are strings; expected whole numbers, as of the rows that labels were made of"
+        )
+    found = ids if isinstance(ids, Tensor) else torch.as_tensor(ids)
+    if found.dim() != 1 or found.is_floating_point() or found.dtype == torch.bool:
+        raise DataError(
+            f"sample ids are {found.dtype} {tuple(found.shape)}; expected whole numbers (B,), one for each sample"
+        )
+    return found.long()
 
 
 def _holds_words(labels: Any) -> bool:

@@ -16,7 +16,7 @@ from stillhouse.cache import Cache
 from stillhouse.config import TeacherConfig
 from stillhouse.contract.context import TEACHER
 from stillhouse.contract.splits import Splits
-from stillhouse.errors import CheckpointError, ConfigError, DamagedFile
+from stillhouse.errors import CheckpointError, DamagedFile
 from stillhouse.models.integrity import digest
 from stillhouse.models.served import Served
 from stillhouse.plugin.dispatch import Plugins
@@ -41,7 +41,7 @@ def labels_of(
         return None
     if parts.soft_labels is None:
         labels = SoftLabels.open(where)
-        _refuse_changes(labels, plugins, data)
+        _refuse_changes(labels, data)
         labels.check(
             teacher=_teacher(parts, data, device, labels, say),
             tokenizer=tokenizer_digest(getattr(parts.task, "tokenizer", None)),
@@ -51,24 +51,17 @@ def labels_of(
     return parts.soft_labels
 
 
-def _refuse_changes(labels: StoredLabels, plugins: Plugins, data: Splits) -> None:
-    """Refuse inputs that are not those which the teacher was shown, and a method that asks the teacher by itself."""
+def _refuse_changes(labels: StoredLabels, data: Splits) -> None:
+    """Refuse inputs that are not those which the teacher was shown."""
     asked, split = "", data.stage(labels.data)
     if not split.numbered:
         asked = "rows without numbers (an iterable)"
     elif not split.fixed:
         asked = "rows that change at every reading"
-    elif changing := plugins.implementing("batch_transform"):
-        asked = f"inputs changed by '{min(changing)}'"
     if asked:
         stored = labels.fingerprint.get("transform")
         raise differs(
-            str(labels), "transform", stored, asked, "leave it out, or ask the teacher (soft_labels=null)"
-        )
-    if asking := plugins.implementing("teacher_forward"):
-        raise ConfigError(
-            f"method '{min(asking)}' calls the teacher in a way of its own, which kept labels can't answer; expected "
-            "methods that read its outputs: leave soft_labels out"
+            str(labels), "transform", stored, asked, "label rows that stay as they are, or ask the teacher"
         )
 
 

@@ -22,6 +22,7 @@ from stillhouse.softlabels.codes import (
     from_three_bytes,
     one_byte,
     three_bytes,
+    whole_numbers,
 )
 
 Kind = Literal["dense", "topk", "sampled", "hidden"]
@@ -265,35 +266,55 @@ def decode(
     head
         Weight ``(outputs, width)`` and bias of the teacher's head, for hidden states.
     """
-    if form.kind == "dense":
-        logits = arrays["logits"].float()
-        return logits if form.dtype == "float32" else logits.add_(arrays["shift"][:, None])
-    if form.kind == "hidden":
+    if form.kind == "sampled":
+        indices = from_three_bytes(arrays["indices"])
+        return _from_draws(form, indices, arrays["counts"], arrays["distinct"])
+    if form.kind == "hidden" and form.dtype == "bfloat16":
         assert head is not None
         return TeacherHead(arrays["hidden"], *head)
-    indices = from_three_bytes(arrays["indices"])
-    if form.kind == "topk":
-        return _from_top(form, indices, arrays["log_probs"], arrays["log_rest"])
-    return _from_draws(form, indices, arrays["counts"], arrays["distinct"])
+    return decoded(form, {name: value.numpy() for name, value in arrays.items()}, head)
+
+
+def decoded(
+    form: Form, arrays: Mapping[str, np.ndarray[Any, Any]], head: tuple[Tensor, Tensor | None] | None = None
+) -> Labels:
+    """``decode`` of dense, top k and hidden states; rows may stand on several axes, and bfloat16 comes as its bits."""
+    if form.kind == "dense":
+        logits = torch.from_numpy(arrays["logits"])
+        if form.dtype == "float32":
+            return logits
+        return logits.float().add_(torch.from_numpy(arrays["shift"])[..., None])
+    if form.kind == "hidden":
+        assert head is not None
+        hidden = torch.from_numpy(arrays["hidden"])
+        return TeacherHead(hidden.view(torch.bfloat16) if form.dtype == "bfloat16" else hidden, *head)
+    return _from_top(form, whole_numbers(arrays["indices"]), arrays["log_probs"], arrays["log_rest"])
 
 
 _TABLE = byte_table().numpy()
-_CHANCES = np.exp(_TABLE)
+_PAIRS = np.empty(256, np.complex64)
+"""Each byte's log-probability and, as the imaginary part, its probability: one look for both."""
+_PAIRS.real, _PAIRS.imag = _TABLE, np.exp(_TABLE)
 
 
-def _from_top(form: Form, indices: Tensor, log_probs: Tensor, log_rest: Tensor) -> TopK:
-    if form.dtype == "float32":
-        return TopK(indices, log_probs, trusted=True, log_rest=log_rest)
-    if form.dtype == "float16":
-        logs, rest = log_probs.float().numpy(), log_rest.float().numpy()
+def _from_top(
+    form: Form,
+    indices: np.ndarray[Any, Any],
+    log_probs: np.ndarray[Any, Any],
+    log_rest: np.ndarray[Any, Any],
+) -> TopK:
+    if form.dtype == "uint8":
+        both, others = _PAIRS.take(log_probs), _PAIRS.take(log_rest)
+        logs, rest = both.real, others.real
+        total = np.einsum("...i->...", both.imag) + others.imag
+    else:
+        logs, rest = log_probs.astype(np.float32), log_rest.astype(np.float32)
         total = np.exp(logs).sum(-1) + np.exp(rest)
-    else:  # by tables: a byte has 256 values, and its exponential as many
-        codes, last = log_probs.numpy(), log_rest.numpy()
-        logs, rest = _TABLE.take(codes), _TABLE.take(last)
-        total = _CHANCES.take(codes).sum(-1) + _CHANCES.take(last)
-    level = np.log(total)
-    logs -= level[:, None]
-    return TopK(indices, torch.from_numpy(logs), trusted=True, log_rest=torch.from_numpy(rest - level))
+    if form.dtype != "float32":
+        level = np.log(total)
+        logs, rest = logs - level[..., None], rest - level
+    given = torch.from_numpy(indices), torch.from_numpy(logs)
+    return TopK(*given, trusted=True, log_rest=torch.from_numpy(rest))
 
 
 def _from_draws(form: Form, indices: Tensor, counts: Tensor, distinct: Tensor) -> Sampled:

@@ -13,7 +13,7 @@ from stillhouse.errors import StillhouseError
 from stillhouse.kernels import Sampled, TeacherHead, TopK
 from stillhouse.softlabels.forms import Labels, multiplied
 from stillhouse.softlabels.places import place, unsealed
-from stillhouse.softlabels.shard import PREFIX, checked, read_manifest, samples
+from stillhouse.softlabels.shard import PREFIX, Shard, read_manifest, samples
 from stillhouse.softlabels.store import STORE, StoredLabels
 
 _LOOKED_AT = 4096
@@ -132,7 +132,7 @@ def verify(where: str | Path) -> Iterator[tuple[str, str]]:
         try:
             manifest = read_manifest(there, name)
             shown_name = f"{shown_name} ({samples(manifest)})"
-            checked(there, manifest)
+            Shard(there, manifest)
         except StillhouseError as error:
             problem = str(error)
         whole &= not problem

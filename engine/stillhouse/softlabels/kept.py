@@ -27,8 +27,7 @@ from stillhouse.files.writing import failed
 from stillhouse.models.calling import DEFAULT, evaluating, forward
 from stillhouse.softlabels.base import SoftLabels
 from stillhouse.softlabels.forms import Form
-from stillhouse.softlabels.shard import PAGES, mapped
-from stillhouse.softlabels.store import RESIDENT
+from stillhouse.softlabels.pages import Held, give_back, mapped
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -46,7 +45,7 @@ class HeldLabels(SoftLabels):
         self.form = Form("dense", "float32", logits.shape[-1])
         self._path: Path | None = None
         self._pages: mmap.mmap | None = None
-        self._touched = 0
+        self._held = Held()
 
     def __len__(self) -> int:
         return len(self.logits)
@@ -70,10 +69,8 @@ class HeldLabels(SoftLabels):
     def _touch(self, samples: int) -> None:
         if self._pages is None:
             return
-        self._touched += samples * max(PAGES, 4 * self.logits[0].numel())
-        if self._touched > RESIDENT and hasattr(mmap, "MADV_DONTNEED"):
-            self._pages.madvise(mmap.MADV_DONTNEED)
-            self._touched = 0
+        if self._held.too_much(samples, 4 * self.logits[0].numel(), 4 * self.logits.numel()):
+            give_back(self._pages)
 
     def save(self, path: Path) -> None:
         """Write one sealed safetensors file, whole or not at all; WriteFailed where it can't be."""

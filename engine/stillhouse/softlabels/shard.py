@@ -5,14 +5,13 @@ A shard is there when its manifest is. Neither is ever changed; docs/soft-labels
 
 from __future__ import annotations
 
-import json
-import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save
 from torch import Tensor
@@ -21,22 +20,12 @@ from stillhouse.errors import DamagedFile
 from stillhouse.files import digest
 from stillhouse.softlabels.codes import from_planes, pack, planes, unpack
 from stillhouse.softlabels.forms import Form
+from stillhouse.softlabels.pages import give_back, mapped
 from stillhouse.softlabels.places import Place, sealed, sha256, unsealed
+from stillhouse.softlabels.schema import PLANES, check_manifest, check_tensors, class_problem
 
 VERSION = 1
 PREFIX = "shard-"
-PAGES = 64 * 1024
-"""Bytes that the kernel maps around a touched page."""
-_PLANES = {"indices": 3, "log_probs": 0, "counts": 0, "log_rest": 0, "distinct": 0}
-"""Planes of each field of a packed block; 0: as many as its dtype has bytes."""
-_DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "U8": torch.uint8,
-    "U16": torch.uint16,
-}
 
 
 @dataclass
@@ -162,6 +151,7 @@ def read_manifest(place: Place, name: str) -> dict[str, Any]:
             f"soft labels {place}/{name} are of version {found.get('version')}; expected {VERSION}: read them with the "
             "stillhouse that wrote them"
         )
+    check_manifest(found, name, f"the manifest {place}/{name} of soft labels")
     return found
 
 
@@ -172,16 +162,40 @@ def samples(manifest: Mapping[str, Any]) -> str:
 
 
 class Shard:
-    """A shard's file, mapped into memory once its digest has been checked."""
+    """A shard's file, mapped into memory.
 
-    def __init__(self, place: Place, manifest: Mapping[str, Any]) -> None:
+    trusted
+        Its digest was checked before.
+    """
+
+    def __init__(self, place: Place, manifest: Mapping[str, Any], *, trusted: bool = False) -> None:
         self.manifest = manifest
         self.form = Form.read(manifest["form"])
         self.count = int(manifest["ids"]["count"])
-        path = checked(place, manifest)
-        self._map, self.tensors, _ = mapped(path)
+        path = place.local(manifest["file"], manifest["sha256"]) if trusted else checked(place, manifest)
+        self._what = f"soft labels: shard {manifest['file']} of {place} ({samples(manifest)})"
+        try:
+            self._map, self.tensors, _ = mapped(path)
+        except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, RecursionError) as error:
+            raise DamagedFile(f"{self._what} is no safetensors file: {error}") from None
+        if not trusted:
+            check_tensors(self.tensors, manifest, self.form, self._what)
+            self.forget()
         shape = manifest["row_shape"]
         self._each = None if shape is None else int(torch.Size(shape).numel())
+        # where samples have one size, a sample is one stretch of bytes
+        self.alike = shape is not None and not self.form.packed and self.form.kind != "sampled"
+        self.stretches = self._stretches(shape) if self.alike else {}
+
+    def _stretches(self, shape: Sequence[int]) -> dict[str, np.ndarray[Any, Any]]:
+        """The form's arrays with a sample on the first axis and its rows behind it; bfloat16 as its bits."""
+        found = {name: self.tensors[name] for name in self.form.fields}
+        return {
+            name: (value.view(torch.int16) if value.dtype == torch.bfloat16 else value)
+            .reshape(self.count, *shape, *value.shape[1:])
+            .numpy()
+            for name, value in found.items()
+        }
 
     def row_counts(self, positions: Tensor) -> Tensor:
         """Rows of the samples at these positions of the shard."""
@@ -230,7 +244,7 @@ class Shard:
     def _block(self, position: int, rows: int) -> dict[str, Tensor]:
         blocks, packed = self.tensors["blocks"], self.tensors["packed"]
         size = self.form.torch_dtype.itemsize
-        planes_of = {name: _PLANES[name] or size for name in self.form.fields}
+        planes_of = {name: PLANES[name] or size for name in self.form.fields}
         frame, found = position * sum(planes_of.values()), {}
         entries = rows
         if self.form.kind == "sampled":
@@ -245,16 +259,18 @@ class Shard:
             shape = [*lead, 3] if name == "indices" else lead
             found[name] = from_planes(kept, shape, dtype, rising=_rising(self.form, name))
             frame += count
+            if name == "indices" and (problem := class_problem(self.form, found[name])):
+                raise DamagedFile(f"{self._what} can't be used: sample number {position} in it {problem}")
         return found
 
-    def touched(self, samples: int) -> int:
-        """About how many bytes reading so many samples maps."""
-        return min(int(self.manifest["bytes"]), samples * PAGES)
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return int(self.manifest["bytes"])
 
     def forget(self) -> None:
         """Give the mapped pages back; they stay in the page cache, and come again when they are read."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
+        give_back(self._map)
 
 
 def segments(starts: Tensor, counts: Tensor) -> Tensor:
@@ -281,23 +297,3 @@ def checked(place: Place, manifest: Mapping[str, Any]) -> Path:
             "directory, which makes that shard alone"
         )
     return path
-
-
-def mapped(path: Path) -> tuple[mmap.mmap, dict[str, Tensor], dict[str, str]]:
-    """A safetensors file's pages, its tensors over them, and its metadata. safetensors' own reader would copy them."""
-    with path.open("rb") as file:
-        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    if hasattr(mmap, "MADV_RANDOM"):
-        pages.madvise(mmap.MADV_RANDOM)
-    size = int.from_bytes(pages[:8], "little")
-    header = json.loads(pages[8 : 8 + size])
-    metadata, tensors = header.pop("__metadata__", {}), {}
-    for name, about in header.items():
-        start, end = about["data_offsets"]
-        dtype, shape = _DTYPES[about["dtype"]], about["shape"]
-        if start == end:
-            tensors[name] = torch.empty(shape, dtype=dtype)
-            continue
-        count, at = (end - start) // dtype.itemsize, 8 + size + start
-        tensors[name] = torch.frombuffer(pages, dtype=dtype, count=count, offset=at).reshape(shape)
-    return pages, tensors, metadata

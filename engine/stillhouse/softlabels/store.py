@@ -15,16 +15,16 @@ from stillhouse.contract.splits import Split
 from stillhouse.errors import CheckpointError, DamagedFile, DataError
 from stillhouse.softlabels.base import SoftLabels
 from stillhouse.softlabels.fingerprint import check_same, differs, parts_digests, with_data
-from stillhouse.softlabels.forms import Form, Labels, decode, moved, shaped, spread
+from stillhouse.softlabels.forms import Form, Labels, decode, decoded, moved, shaped, spread
+from stillhouse.softlabels.pages import Held, most_files
 from stillhouse.softlabels.places import Place, sealed, sha256, unsealed
+from stillhouse.softlabels.schema import check_store
 from stillhouse.softlabels.shard import PREFIX, VERSION, Rows, Shard, read_manifest, samples, segments
 
 STORE, HEAD = "store.json", "head.safetensors"
 SHARD_BYTES, SHARD_SAMPLES = 32 * 2**20, 16_384
 """The most of a shard."""
 _RELABEL = "label again, or use the data that made them"
-RESIDENT = 256 * 2**20
-"""Bytes of mapped pages after which they are given back."""
 
 
 class StoredLabels(SoftLabels):
@@ -42,15 +42,21 @@ class StoredLabels(SoftLabels):
             raise DamagedFile(
                 f"soft labels {where} are of version {self.about.get('version')}; expected {VERSION}"
             )
+        check_store(self.about, f"soft labels {where}/{STORE}")
         self.form = Form.read(self.about["form"])
         self.data = str(self.about.get("data", "all"))
+        shape = self.about["row_shape"]
+        self._shape = None if shape is None else tuple(shape)
+        self._alike = shape is not None and not self.form.packed and self.form.kind != "sampled"
         shards = sorted(name for name in names if name.startswith(PREFIX) and name.endswith(".json"))
         self.manifests = [read_manifest(where, name) for name in shards]
         for manifest in self.manifests:
             _one_kind(where, self.about, manifest)
         self.fingerprint = {**self.about["fingerprint"], **_data(self.manifests)}
         self._opened: dict[int, Shard] = {}
-        self._touched = 0
+        self._sound: set[int] = set()
+        """Shards whose digest was checked."""
+        self._held, self._mapped = Held(), 0
         self._head: tuple[Tensor, Tensor | None] | None = None
         self._index()
 
@@ -63,9 +69,11 @@ class StoredLabels(SoftLabels):
         firsts = torch.tensor([manifest["ids"]["first"] for manifest in self.manifests], dtype=torch.long)
         counts = torch.tensor([manifest["ids"]["count"] for manifest in self.manifests], dtype=torch.long)
         self._count = int(counts.sum())
+        self._each = sum(int(manifest["bytes"]) for manifest in self.manifests) // max(1, self._count)
         self._ids: Tensor | None = None
         if all(manifest["ids"]["contiguous"] for manifest in self.manifests):
             self._firsts, self._ends = firsts, firsts + counts
+            self._lengths = counts.numpy().view(np.uint64)
             twice = (self._ends[:-1] > firsts[1:]).nonzero()
             if len(twice):
                 self._refuse_twice(int(firsts[int(twice[0, 0]) + 1]))
@@ -109,54 +117,58 @@ class StoredLabels(SoftLabels):
             return self._ids
         return segments(self._firsts, self._ends - self._firsts)
 
-    def _find(self, ids: Tensor) -> tuple[Any, Any]:
-        """Each sample's shard and position in it, as arrays: numpy is the quicker one for so few numbers."""
-        asked = ids.numpy()
+    def _find(self, asked: np.ndarray[Any, Any]) -> tuple[Any, Any]:
+        """Each sample's shard and position in it."""
         known = (self._firsts if self._ids is None else self._ids).numpy()
         if not len(known):
-            at, there = np.zeros_like(asked), np.zeros(len(asked), dtype=bool)
+            at, wrong = np.zeros_like(asked), np.ones(len(asked), dtype=bool)
         elif self._ids is None:
-            at = np.searchsorted(known, asked, "right") - 1
-            there = (at >= 0) & (asked < self._ends.numpy()[at])
+            at = known.searchsorted(asked, "right") - 1
+            within = asked - known[at]
+            wrong = within.view(np.uint64) >= self._lengths[at]  # below 0 is above all
         else:
-            at = np.searchsorted(known, asked).clip(max=len(known) - 1)
-            there = known[at] == asked
-        if not there.all():
+            at = known.searchsorted(asked).clip(max=len(known) - 1)
+            wrong = known[at] != asked
+        if wrong.any():
             raise DataError(
-                f"sample {int(asked[~there][0])} is not in soft labels {self.place}, which hold {len(self):,} samples; label "
+                f"sample {int(asked[wrong][0])} is not in soft labels {self.place}, which hold {len(self):,} samples; label "
                 "the rest into the same directory, or check that the ids are those of this data set"
             )
-        if self._ids is None:
-            return at, asked - known[at]
-        return self._shard.numpy()[at], self._position.numpy()[at]
+        return (at, within) if self._ids is None else (self._shard.numpy()[at], self._position.numpy()[at])
 
     def _open(self, number: int) -> Shard:
-        if number not in self._opened:
-            self._opened[number] = Shard(self.place, self.manifests[number])
-        return self._opened[number]
+        found = self._opened.get(number)
+        if found is None:
+            if len(self._opened) >= most_files():  # the one that was opened first
+                self._mapped -= self._opened.pop(next(iter(self._opened))).size
+            found = Shard(self.place, self.manifests[number], trusted=number in self._sound)
+            self._opened[number] = found
+            self._sound.add(number)
+            self._mapped += found.size
+        return found
 
-    def _groups(self, ids: Tensor) -> list[tuple[Shard, Tensor, Tensor]]:
+    def _groups(self, ids: Tensor) -> list[tuple[Shard, Any, Any]]:
         """The shards of these samples, each with the places in ``ids`` and in the shard; at least one, if there is any."""
-        numbers, positions = self._find(ids)
+        numbers, positions = self._find(ids.numpy())
         if not len(ids):
-            return [(self._open(0), ids, ids)]
-        if len(ids) == 1 or (numbers == numbers[0]).all():
-            order, ends = np.arange(len(ids)), [len(ids)]
-        else:
-            order = numbers.argsort(kind="stable")
-            ends = [*np.flatnonzero(np.diff(numbers[order])) + 1, len(ids)]
+            return [(self._open(0), numbers, positions)]
+        if len(self.manifests) == 1 or (numbers == numbers[0]).all():
+            return [(self._open(int(numbers[0])), np.arange(len(ids)), positions)]
+        order = numbers.argsort(kind="stable")
+        ends = [*np.flatnonzero(np.diff(numbers[order])) + 1, len(ids)]
         found, start = [], 0
         for end in ends:
             where = order[start:end]
-            shard = self._open(int(numbers[where[0]]))
-            self._touched += shard.touched(len(where))
-            found.append((shard, torch.from_numpy(where), torch.from_numpy(positions[where])))
+            found.append((self._open(int(numbers[where[0]])), where, positions[where]))
             start = end
         return found
 
-    def _settle(self) -> None:
-        if self._touched > RESIDENT:
-            self._touched = 0
+    def _parts(self, ids: Tensor) -> list[tuple[Shard, Tensor, Tensor]]:
+        """``_groups`` with tensors."""
+        return [(shard, torch.from_numpy(a), torch.from_numpy(b)) for shard, a, b in self._groups(ids)]
+
+    def _settle(self, samples: int) -> None:
+        if self._held.too_much(samples, self._each, self._mapped):
             for shard in self._opened.values():
                 shard.forget()
 
@@ -164,12 +176,15 @@ class StoredLabels(SoftLabels):
         """Rows of each sample ``(B,)``."""
         ids = ids.cpu()
         found = torch.empty_like(ids)
-        for shard, where, positions in self._groups(ids):
+        for shard, where, positions in self._parts(ids):
             found[where] = shard.row_counts(positions)
         return found
 
     def lookup(self, ids: Tensor, mask: Tensor | None = None) -> Labels:
         device, ids = ids.device, ids.cpu()
+        shape = self._shape
+        if self._alike and (mask is None or not shape or tuple(mask.shape[1:]) == shape):
+            return moved(self._stretch(ids), device)
         counts, labels = self._rows(ids)
         return moved(self._placed(labels, ids, counts, mask), device)
 
@@ -177,13 +192,30 @@ class StoredLabels(SoftLabels):
         """The answers to these samples, their rows one behind the other ``(rows, ...)``, with no padding."""
         return self._rows(ids.cpu())[1]
 
-    def _rows(self, ids: Tensor) -> tuple[Tensor, Labels]:
+    def _stretch(self, ids: Tensor) -> Labels:
+        """The answers to samples of one size, each a stretch of bytes."""
         groups = self._groups(ids)
+        if len(groups) == 1:
+            shard, _, positions = groups[0]
+            arrays = {name: value.take(positions, 0) for name, value in shard.stretches.items()}
+        else:
+            like = groups[0][0].stretches
+            arrays = {
+                name: np.empty((len(ids), *value.shape[1:]), value.dtype) for name, value in like.items()
+            }
+            for shard, where, positions in groups:
+                for name, value in shard.stretches.items():
+                    arrays[name][where] = value[positions]
+        self._settle(len(ids))
+        return decoded(self.form, arrays, self.head())
+
+    def _rows(self, ids: Tensor) -> tuple[Tensor, Labels]:
+        groups = self._parts(ids)
         parts = [
             (where, shard.row_counts(positions), shard.take(positions)) for shard, where, positions in groups
         ]
         counts, arrays = self._merged(len(ids), parts)
-        self._settle()
+        self._settle(len(ids))
         return counts, decode(self.form, arrays, self.head())
 
     def _merged(
@@ -236,9 +268,9 @@ class StoredLabels(SoftLabels):
             return {}
         device, ids = ids.device, ids.cpu()
         parts = []
-        for shard, where, positions in self._groups(ids):
+        for shard, where, positions in self._parts(ids):
             parts.append((where, shard.row_counts(positions), *shard.features(positions)))
-        self._settle()
+        self._settle(len(ids))
         order = torch.cat([part[0] for part in parts])
         each = torch.cat([part[1] for part in parts])
         counts = torch.empty_like(each)

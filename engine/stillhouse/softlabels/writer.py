@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from stillhouse.errors import ConfigError, DamagedFile, WriteFailed
 from stillhouse.softlabels.fidelity import Fidelity
 from stillhouse.softlabels.fingerprint import PLAIN, differs, parts_digests, rows_digest, with_data
 from stillhouse.softlabels.label import Asking, Recipe, check_head, find_head, origin
-from stillhouse.softlabels.places import Folder, Place, unsealed
-from stillhouse.softlabels.shard import PREFIX, checked, publish, read_manifest, samples
+from stillhouse.softlabels.places import Folder, Place, place, unsealed
+from stillhouse.softlabels.shard import PREFIX, Shard, publish, read_manifest, samples
 from stillhouse.softlabels.store import SHARD_BYTES, SHARD_SAMPLES, STORE, StoredLabels, describe
 
 _PROBED = 8
@@ -181,7 +182,7 @@ class _Found:
                 continue
             try:
                 manifest = read_manifest(self.place, name)
-                checked(self.place, manifest)
+                Shard(self.place, manifest)
             except DamagedFile as error:
                 self.damaged.append(str(error))
                 continue
@@ -284,7 +285,7 @@ def compare(labels: StoredLabels, asking: Asking, split: Split, batch_size: int)
 
 
 def label_split(
-    where: Place,
+    where: Place | Path | str,
     teacher: torch.nn.Module,
     split: Split,
     recipe: Recipe,
@@ -293,7 +294,13 @@ def label_split(
     tokenizer: str = "none",
     shard_samples: int | None = None,
 ) -> StoredLabels:
-    """Label a split from Python objects, in this process; what is published already is kept. See ``plan`` for errors."""
+    """Label a split from Python objects, in this process; what is published already is kept. See ``plan`` for errors.
+
+    where
+        A directory or a URI. Nobody else may write there meanwhile; ``stillhouse label`` sees to that by a lock.
+    """
+    if isinstance(where, str | Path):
+        where = place(where)
     if isinstance(where, Folder):
         where.sweep()
     with Asking(teacher, device or torch.device("cpu"), recipe.features, recipe.head) as asking:

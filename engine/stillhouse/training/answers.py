@@ -67,7 +67,8 @@ class Answers:
         if self._kept is not None:
             if batch.ids is None:
                 raise DataError(
-                    "kept soft labels are found by sample id, and this batch has none; expected 'ids' (B,) in it"
+                    "kept soft labels are found by sample id, and this batch has none; expected 'sample_id' (B,) in it. Rows "
+                    "to evaluate on have ids behind the training rows', and are labelled with them"
                 )
             kept = self._kept
             return TeacherOut(kept.targets(batch.ids, batch.mask), kept.features(batch.ids, batch.mask))

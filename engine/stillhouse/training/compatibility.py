@@ -14,12 +14,18 @@ from stillhouse.contract.kinds import KINDS, TaskKind
 from stillhouse.contract.splits import Splits
 from stillhouse.errors import ConfigError, DataError
 from stillhouse.models.calling import evaluating, forward
-from stillhouse.models.integrity import stochastic_module
+from stillhouse.models.integrity import digest, stochastic_module
 from stillhouse.plugin.dispatch import Plugin, Plugins
+from stillhouse.softlabels import SoftLabels
+from stillhouse.softlabels.fingerprint import differs
 from stillhouse.training.answers import names_of
 
 OFFERED = frozenset({"logits", "deterministic_teacher", "hidden_states", "labels", "student_update"})
 """Capabilities of the reference loop, on a task with labels."""
+NO_IDS = (
+    "kept soft labels are found by sample id, and this batch has none; expected its samples' numbers (B,) as 'sample_id' "
+    "among the inputs, a column of the data set: the numbers that the labels were made under"
+)
 EMBEDDED = OFFERED - {"student_update"}
 """Capabilities of a step in somebody else's loop, which makes the update itself."""
 
@@ -31,7 +37,7 @@ def check_fit(
     run: RunContext,
     *,
     offers: frozenset[str] = OFFERED,
-    stored: bool = False,
+    stored: SoftLabels | None = None,
 ) -> int:
     """Raise ConfigError where a method needs what is not offered, or models don't fit it; DataError for the labels.
 
@@ -40,12 +46,12 @@ def check_fit(
     Depends on what the models are, not on their weights: a teacher need not be trained yet.
 
     stored
-        Whether the teacher's outputs are read from disk: it need not be there then.
+        The teacher's kept outputs, which are read in its place: it need not be there then.
     """
     probe, kind, needs = run.probe, run.kind, plugins.requires
     assert probe is not None
     asks = needs & {"logits", "hidden_states"}
-    if asks and not teachers and not (stored and asks == {"logits"}):
+    if asks and not teachers and (stored is None or asks != {"logits"}):
         _refuse(plugins, min(asks), "needs a teacher, and there is none; name one")
     if "labels" in needs and not probe.has_labels:
         _refuse(plugins, "labels", "needs labels, and the training split has none")
@@ -59,6 +65,9 @@ def check_fit(
         kind.check(probe, own, f"the {name}")
     classes = min(own.shape[-1] for own in outputs_by_name.values())
     _check_labels(kind, classes, probe, run.splits)
+    if stored is not None and asks:
+        _check_stored(stored, plugins, run, outputs_by_name)
+        return classes
     for teacher in {id(model): model for model in teachers.values()}.values() if asks else ():
         if "deterministic_teacher" in needs:
             _refuse_stochastic(plugins, teacher, probe, kind)
@@ -77,6 +86,58 @@ def _refuse_stochastic(plugins: Plugins, teacher: nn.Module, probe: Batch, kind:
             f"is for deterministic teachers, and this one gave two answers to one batch: {stochastic} "
             "is stochastic; put it in eval mode, or use the method 'kd', which asks it anew each step",
         )
+
+
+def _check_stored(labels: SoftLabels, plugins: Plugins, run: RunContext, own: Mapping[str, Tensor]) -> None:
+    """Refuse kept labels that don't fit the methods, the teacher beside them, the probe's samples or the models' outputs."""
+    if changing := plugins.implementing("batch_transform"):
+        stored, asked = labels.fingerprint.get("transform"), f"inputs changed by '{min(changing)}'"
+        raise differs(
+            str(labels), "transform", stored, asked, "leave that method out, or ask the teacher at every step"
+        )
+    if asking := plugins.implementing("teacher_forward"):
+        raise ConfigError(
+            f"method '{min(asking)}' calls the teacher in a way of its own, which kept labels can't answer; expected "
+            "methods that read its outputs: leave soft_labels out"
+        )
+    if "hidden_states" in plugins.requires:
+        _refuse(
+            plugins, "hidden_states", "reads the teacher's hidden layers, and kept labels stand in its place"
+        )
+    _check_temperature(labels, plugins)
+    if len(several := [name for name in run.teachers if name != TEACHER]) > 1:
+        raise ConfigError(
+            f"soft labels stand in one teacher's place; got {len(several)}: {', '.join(several)}"
+        )
+    for teacher in run.teachers.values():
+        if (found := digest(teacher)) != labels.fingerprint.get("teacher"):
+            raise differs(str(labels), "teacher", labels.fingerprint.get("teacher"), found)
+    probe = run.probe
+    assert probe is not None
+    if run.splits is not None and labels.data == "unlabelled":
+        return  # the probe is of labelled rows, which are not there
+    if probe.ids is None:
+        raise ConfigError(NO_IDS)
+    found_rows = labels.targets(probe.ids, probe.mask)
+    if isinstance(found_rows, Tensor):
+        given = found_rows
+    else:
+        given = torch.empty(*found_rows.indices.shape[:-1], labels.form.outputs, device="meta")
+    for name, outputs_of in own.items():
+        _compare_outputs(plugins, run, name, outputs_of, given)
+
+
+def _check_temperature(labels: SoftLabels, plugins: Plugins) -> None:
+    """A top k's rest can't be moved to another temperature, and draws are biased there."""
+    if labels.form.kind not in ("topk", "sampled"):
+        return
+    for plugin in plugins.plugins:
+        asked = getattr(plugin.method.config, "temperature", None)
+        if isinstance(asked, int | float) and asked != 1 and "logits" in plugin.method.requires:
+            raise ConfigError(
+                f"{plugin} has temperature = {asked:g}, and soft labels {labels} ({labels.form}) have a meaning at 1 alone; "
+                "expected temperature = 1, or labels of form dense or hidden"
+            )
 
 
 def _check_labels(kind: TaskKind, classes: int, probe: Batch, splits: Splits | None) -> None:

@@ -34,7 +34,8 @@ class Distillation:
         ``masked_lm``, ``seq2seq_lm``, ``segmentation`` or ``embedding``. Without it labels are classes, or numbers
         where they are floats; a batch of tokens is then refused.
     soft_labels
-        The teacher's kept outputs, read by sample id in place of calling it.
+        The teacher's kept outputs, read by sample id in place of calling it: each batch has its samples' numbers as
+        ``sample_id`` (a column of the data set), those that the labels were made under.
     teacher_moves
         Says that the teacher is changed from outside while the student trains (a moving average).
 

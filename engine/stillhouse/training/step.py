@@ -122,11 +122,6 @@ class DistillStep:
         # The first parameter says where the student is, and what its numbers are; it goes along when the student moves.
         self._like = next((p for p in student.parameters() if p.is_floating_point()), torch.zeros(()))
         self.teachers = Teachers(teacher, models, moving=teacher_moves)
-        if soft_labels is not None and self.teachers.several:
-            raise ConfigError(
-                f"got soft_labels beside the teachers {', '.join(self.teachers.several)}; expected the labels, which stand for one, or "
-                "teachers"
-            )
         self.captures = Captures({**models, **self.teachers.models})
         self.answers = Answers(self, self.teachers, soft_labels)
         self._rows: Callable[[Batch], tuple[int, ...]] | None = None
@@ -151,12 +146,14 @@ class DistillStep:
             host=self.host,
         )
         try:
-            self._set_up(self.read(probe).to(self.device), steps, frozenset(offers), soft_labels is not None)
+            self._set_up(self.read(probe).to(self.device), steps, frozenset(offers), soft_labels)
         except BaseException:
             self.close()  # a refused plugin leaves no hook on models that others go on using
             raise
 
-    def _set_up(self, probe: Batch, steps: int | None, offers: frozenset[str], stored: bool) -> None:
+    def _set_up(
+        self, probe: Batch, steps: int | None, offers: frozenset[str], stored: SoftLabels | None
+    ) -> None:
         run, models = self.run, self.run.models
         self._rows = row_shape(self.kind, models[STUDENT], probe)
         run.probe = probe = self.complete(probe)
@@ -180,7 +177,7 @@ class DistillStep:
         self.teachers.check(self.plugins, whole=True)
         if not self.plugins.implements("student_forward"):
             self.heads.offer(models, probe.inputs, self.kind)
-        if not self.plugins.implements("teacher_forward") and not stored:
+        if not self.plugins.implements("teacher_forward") and stored is None:
             self.heads.offer(self.teachers.models, probe.for_teacher, self.kind)
         self.teachers.counter.calls = 0
         self.stages = self.modules.stages = stages

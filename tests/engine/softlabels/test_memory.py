@@ -34,18 +34,20 @@ for ids in torch.randperm(len(labels)).split(256):
 print(f"read in {time.monotonic() - start:.0f} s: +{most() - before:.2f} GiB", flush=True)
 with torch.no_grad():
     assert torch.allclose(rows, teacher(split.inputs[ids]), rtol=1e-5, atol=1e-5)
-sys.exit(most() - before >= 1)
+sys.exit(most() - before >= float(sys.argv[3]))
 """
 
 
-def run(size: float, folder) -> subprocess.CompletedProcess:
+def run(size: float, folder, most: float) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(size), str(folder)], capture_output=True, text=True
+        [sys.executable, "-c", SCRIPT, str(size), str(folder), str(most)], capture_output=True, text=True
     )
 
 
-def test_labelling_and_reading_need_no_more_than_a_few_shards(tmp_path):
-    done = run(0.4, tmp_path / "kept")
+@pytest.mark.slow
+def test_one_gibibyte_is_labelled_and_read_in_six_tenths(tmp_path):
+    done = run(1, tmp_path / "kept", 0.6)
+    print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -53,6 +55,6 @@ def test_labelling_and_reading_need_no_more_than_a_few_shards(tmp_path):
 def test_ten_gibibytes_are_labelled_and_read_in_less_than_one(tmp_path):
     if shutil.disk_usage(tmp_path).free < 12 * 2**30:
         pytest.skip("needs 12 GiB of disk")
-    done = run(10, tmp_path / "kept")
+    done = run(10, tmp_path / "kept", 1)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -14,6 +14,7 @@ from making import LENGTH, Tokens, V, made, per_sample, tokens
 
 from stillhouse.api import TensorSplit
 from stillhouse.errors import CheckpointError, ConfigError, DamagedFile, DataError
+from stillhouse.files import digest
 from stillhouse.kernels import Sampled, TeacherHead, TopK
 from stillhouse.softlabels import Form, SoftLabels
 from stillhouse.softlabels.inspection import facts, shown, verify
@@ -383,12 +384,32 @@ def test_a_look_at_a_store(form, tmp_path):
 
 
 def test_mapped_pages_are_given_back(tmp_path, monkeypatch):
+    from stillhouse.softlabels import pages
+
+    labels = made(tmp_path, FORMS["dense"])
+    monkeypatch.setattr(pages, "RESIDENT", 1)
+    monkeypatch.setattr(pages, "_mapped_bytes", lambda: 2**40)
+    told = []
+    monkeypatch.setattr("stillhouse.softlabels.shard.give_back", told.append)
+    once = labels.lookup(torch.arange(10))
+    assert len(told) == len(labels._opened) == 2
+    assert equal(labels.lookup(torch.arange(10)), once)
+
+
+def test_more_shards_than_files_may_be_open_are_read(tmp_path, monkeypatch):
     from stillhouse.softlabels import store
 
-    monkeypatch.setattr(store, "RESIDENT", 1)
-    labels = made(tmp_path, FORMS["dense float32"], split=tokens(ragged=False))
-    ids = torch.randperm(30)
-    assert torch.equal(labels.lookup(ids), labels.lookup(ids))
+    labels = made(tmp_path, FORMS["topk"])  # four shards
+    whole = labels.lookup(torch.arange(30))
+    monkeypatch.setattr(store, "most_files", lambda: 1)
+    again, checked = SoftLabels.open(tmp_path), []
+    monkeypatch.setattr(
+        "stillhouse.softlabels.shard.digest", lambda path: checked.append(path) or digest(path)
+    )
+    for _ in range(2):
+        assert equal(again.lookup(torch.arange(30)), whole)
+    assert len(again._opened) == 1
+    assert len(checked) == 4, "each digest is checked once"
 
 
 def test_memory_of_the_toys_is_the_same_as_on_disk(tmp_path):
