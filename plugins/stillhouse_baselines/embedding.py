@@ -55,9 +55,7 @@ class Embedding(Method):
     def loss_terms(
         self, student_out: StudentOut, targets: Targets, batch: Batch, info: StepInfo
     ) -> dict[str, LossTerm]:
-        own, given = (
-            wide(kept(side, batch.mask)) for side in (student_out.logits, targets.dense.detach())
-        )
+        own, given = (wide(kept(side, batch.mask)) for side in (student_out.logits, targets.dense.detach()))
         if self.config.loss == "cosine":
             return {"cosine": LossTerm(info.mean(1 - F.cosine_similarity(own, given), batch.mask))}
         if batch.mask is not None:

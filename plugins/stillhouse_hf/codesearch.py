@@ -19,14 +19,19 @@ CODE, DOCSTRING = 0, 1
 class CodeSearchConfig(TaskConfig):
     """Which functions, how much of each, and who reads the queries."""
 
-    length: int = Field(96, gt=2, le=LONGEST, description="Tokens of a function, at most; a docstring's are a third.")
+    length: int = Field(
+        96, gt=2, le=LONGEST, description="Tokens of a function, at most; a docstring's are a third."
+    )
     train: int | None = Field(None, gt=0, description="Training functions, at most, evenly spread.")
     validation: int = Field(200, gt=1, description="Validation functions, at most, of modules of their own.")
     test: int = Field(500, gt=1, description="Test functions, at most, of modules of their own.")
     queries: Literal["teacher", "student"] = Field(
-        "teacher", description="Whose vectors of docstrings look for code: student for one that was trained on both."
+        "teacher",
+        description="Whose vectors of docstrings look for code: student for one that was trained on both.",
     )
-    modules: tuple[str, ...] | None = Field(None, description="Top-level modules that are read; default: all.")
+    modules: tuple[str, ...] | None = Field(
+        None, description="Top-level modules that are read; default: all."
+    )
 
 
 class Vectors(nn.Module):
@@ -91,13 +96,17 @@ class CodeSearch(Task):
         codes, docstrings = (self._side(side, sizes) for side in ("code", "docstring"))
         held_out = []
         for number in (1, 2):
-            both = {name: torch.cat([codes[number][name], docstrings[number][name]]) for name in codes[number]}
+            both = {
+                name: torch.cat([codes[number][name], docstrings[number][name]]) for name in codes[number]
+            }
             pairs = torch.arange(sizes[number]) + (0 if number == 1 else sizes[1])
             held_out.append(TensorSplit(both, torch.cat([2 * pairs + CODE, 2 * pairs + DOCSTRING])))
         return Splits(TensorSplit(codes[0], teacher_inputs=docstrings[0]), *held_out)
 
     def _side(self, side: str, sizes: list[int]) -> list[dict[str, Tensor]]:
-        ids, mask = (self._tokens()[f"{side}.{name}"].split(sizes) for name in ("input_ids", "attention_mask"))
+        ids, mask = (
+            torch.split(self._tokens()[f"{side}.{name}"], sizes) for name in ("input_ids", "attention_mask")
+        )
         return [{"input_ids": i, "attention_mask": m} for i, m in zip(ids, mask, strict=True)]
 
     def metrics(self) -> Metrics:
@@ -115,7 +124,7 @@ class CodeSearch(Task):
 
     def _made_from(self) -> dict[str, object]:
         own = {"task": "stdlib-code-search", **self.config.model_dump(mode="json", exclude={"queries"})}
-        return {**own, **stdlib.origin(self.config.modules), "model": packaged.MINILM}
+        return {**own, **stdlib.origin(self.config.modules), "model": packaged.named(packaged.MINILM)}
 
     def _tokens(self) -> dict[str, Tensor]:
         """``code.`` and ``docstring.`` tokens of the three parts one after the other, and their ``sizes``."""
@@ -127,13 +136,8 @@ class CodeSearch(Task):
         config, tokenizer = self.config, tokens.load(packaged.minilm())
         pairs = [one for one in stdlib.documented(config.modules) if one.code]
         codes = tokenizer([one.code for one in pairs], truncation=True, max_length=config.length)["input_ids"]
-        unlike = {tuple(row): number for number, row in reversed(list(enumerate(codes)))}  # the first of equal ones
-        chosen: list[int] = []
-        sizes = []
-        for part in stdlib.PARTS:
-            own = sorted(number for number in unlike.values() if stdlib.part(pairs[number].module) == part)
-            own = [own[place] for place in stdlib.spread(len(own), getattr(config, part))]
-            chosen, sizes = [*chosen, *own], [*sizes, len(own)]
+        most = {part: getattr(config, part) for part in stdlib.PARTS}
+        chosen, sizes = stdlib.divided(codes, [one.module for one in pairs], most)
         short = max(3, config.length // 3)
         texts = tokenizer([pairs[n].summary for n in chosen], truncation=True, max_length=short)["input_ids"]
         sides = {"code": [codes[number] for number in chosen], "docstring": texts}

@@ -16,11 +16,15 @@ LONGEST = 512
 class DocstringsConfig(TaskConfig):
     """Which docstrings, and how much of each."""
 
-    length: int = Field(32, gt=2, le=LONGEST, description="Tokens of a docstring, at most; longer ones are cut.")
+    length: int = Field(
+        32, gt=2, le=LONGEST, description="Tokens of a docstring, at most; longer ones are cut."
+    )
     train: int | None = Field(None, gt=0, description="Training docstrings, at most, evenly spread.")
     validation: int = Field(400, gt=1, description="Validation docstrings, at most, of modules of their own.")
     test: int = Field(1000, gt=1, description="Test docstrings, at most, of modules of their own.")
-    modules: tuple[str, ...] | None = Field(None, description="Top-level modules that are read; default: all.")
+    modules: tuple[str, ...] | None = Field(
+        None, description="Top-level modules that are read; default: all."
+    )
 
 
 def _models() -> Models:
@@ -69,9 +73,9 @@ class Docstrings(Task):
 
     def splits(self) -> Splits:
         data, sizes = self._tokens(), self._tokens()["sizes"].tolist()
-        ids, mask = (data[name].split(sizes) for name in ("input_ids", "attention_mask"))
+        ids, mask = (torch.split(data[name], sizes) for name in ("input_ids", "attention_mask"))
         inputs = [{"input_ids": i, "attention_mask": m} for i, m in zip(ids, mask, strict=True)]
-        numbers = torch.arange(sum(sizes[1:])).split(sizes[1:])
+        numbers = torch.split(torch.arange(sum(sizes[1:])), sizes[1:])
         return Splits(
             train=TensorSplit(inputs[0]),
             validation=TensorSplit(inputs[1], numbers[0]),
@@ -90,7 +94,7 @@ class Docstrings(Task):
 
     def _made_from(self) -> dict[str, object]:
         own = {"task": "stdlib-docstrings", **self.config.model_dump(mode="json")}
-        return {**own, **stdlib.origin(self.config.modules), "model": packaged.MINILM}
+        return {**own, **stdlib.origin(self.config.modules), "model": packaged.named(packaged.MINILM)}
 
     def _tokens(self) -> dict[str, Tensor]:
         """Tokens of the three parts one after the other, their ``sizes``, and ``modules`` of the held-out rows."""
@@ -102,13 +106,8 @@ class Docstrings(Task):
         config, tokenizer = self.config, tokens.load(packaged.minilm())
         texts = stdlib.documented(config.modules)
         found = tokenizer([one.text for one in texts], truncation=True, max_length=config.length)["input_ids"]
-        unlike = {tuple(row): number for number, row in reversed(list(enumerate(found)))}  # the first of equal ones
-        chosen: list[int] = []
-        sizes = []
-        for part in stdlib.PARTS:
-            own = sorted(number for number in unlike.values() if stdlib.part(texts[number].module) == part)
-            own = [own[place] for place in stdlib.spread(len(own), getattr(config, part))]
-            chosen, sizes = [*chosen, *own], [*sizes, len(own)]
+        most = {part: getattr(config, part) for part in stdlib.PARTS}
+        chosen, sizes = stdlib.divided(found, [one.module for one in texts], most)
         names = {name: number for number, name in enumerate(sorted({one.module for one in texts}))}
         return {
             **packaged.padded([found[number] for number in chosen], config.length, tokenizer.pad_token_id),

@@ -48,9 +48,13 @@ def smollm2() -> nn.Module:
 
     def read() -> dict[str, Tensor]:
         model = AutoModelForCausalLM.from_pretrained(str(folder), gguf_file=GGUF, dtype=torch.bfloat16)
-        return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+        return {
+            name: tensor.contiguous()
+            for name, tensor in model.state_dict().items()
+            if name != "lm_head.weight"
+        }
 
-    kept = made_once("models", {"package": SMOLLM2, "version": _version(SMOLLM2), "file": GGUF}, read)
+    kept = made_once("models", {"package": named(SMOLLM2), "file": GGUF}, read)
     config = LlamaConfig(
         vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
         num_key_value_heads=3, max_position_embeddings=8192, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2,
@@ -63,11 +67,12 @@ def smollm2() -> nn.Module:
     return model
 
 
-def _version(package: str) -> str:
+def named(package: str) -> str:
+    """The package with its version: what data and weights made of it depend on."""
     try:
-        return version(package)
+        return f"{package} {version(package)}"
     except PackageNotFoundError:  # a folder on the path
-        return "unknown"
+        return package
 
 
 def padded(rows: Sequence[Sequence[int]], width: int, fill: int) -> dict[str, Tensor]:

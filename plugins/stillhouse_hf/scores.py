@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ROUNDING = 1e-12
+"""Cosines of equal vectors differ by less."""
+
 
 def cosines(first: Tensor, second: Tensor) -> Tensor:
     """``(N, M)`` of vectors ``(N, D)`` and ``(M, D)``."""
@@ -14,8 +17,9 @@ def cosines(first: Tensor, second: Tensor) -> Tensor:
 
 def ranks(values: Tensor) -> Tensor:
     """Ranks from 1 of a vector, equal values sharing the mean of theirs."""
-    _, place, counts = values.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts - 1) / 2)[place].double()
+    _, place, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    mean: Tensor = (counts.cumsum(0) - (counts - 1) / 2)[place].double()
+    return mean
 
 
 def spearman(first: Tensor, second: Tensor) -> float:
@@ -37,13 +41,15 @@ def neighbour_accuracy(vectors: Tensor, classes: Tensor, neighbours: int = 5, fe
     vectors ``(N, D)``, classes ``(N,)``. Samples of classes with fewer than ``fewest`` are left out. 0 where there are
     not two such classes.
     """
-    names, place, counts = classes.unique(return_inverse=True, return_counts=True)
+    names, place, counts = torch.unique(classes, return_inverse=True, return_counts=True)
     kept = (counts >= fewest)[place]
     if int((counts >= fewest).sum()) < 2:
         return 0.0
     vectors, place = vectors[kept], place[kept]
     near = cosines(vectors, vectors).fill_diagonal_(-torch.inf).topk(min(neighbours, len(place) - 1))
-    votes = near.values.new_zeros(len(place), len(names)).scatter_add_(1, place[near.indices], 1 + near.values)
+    votes = near.values.new_zeros(len(place), len(names)).scatter_add_(
+        1, place[near.indices], 1 + near.values
+    )
     return float((votes.argmax(1) == place).double().mean())
 
 
@@ -53,6 +59,6 @@ def retrieval(queries: Tensor, candidates: Tensor) -> dict[str, float]:
     A candidate that is as near as the right one stands before it, so that vectors that are all alike find nothing.
     """
     scores = cosines(queries, candidates)
-    rank = (scores >= scores.diagonal()[:, None]).sum(1).double()
+    rank = (scores >= scores.diagonal()[:, None] - ROUNDING).sum(1).double()
     found = {f"recall@{k}": float((rank <= k).double().mean()) for k in (1, 10)}
     return {"mrr": float((1 / rank).mean()), **found}

@@ -30,17 +30,23 @@ SMALLEST = 512
 class SourceConfig(TaskConfig):
     """How the source files are cut."""
 
-    length: int = Field(128, gt=1, description="Tokens of a row: files one after the other, cut at this length.")
+    length: int = Field(
+        128, gt=1, description="Tokens of a row: files one after the other, cut at this length."
+    )
     train: int | None = Field(None, gt=0, description="Training rows, at most, evenly spread.")
     validation: int = Field(100, gt=0, description="Validation rows, at most, of modules of their own.")
     test: int = Field(200, gt=0, description="Test rows, at most, of modules of their own.")
-    modules: tuple[str, ...] | None = Field(None, description="Top-level modules that are read; default: all.")
+    modules: tuple[str, ...] | None = Field(
+        None, description="Top-level modules that are read; default: all."
+    )
 
 
 class BpeConfig(SourceConfig):
     """The same, with the size of a vocabulary of its own."""
 
-    vocabulary: int = Field(8192, ge=SMALLEST, description="Tokens of the byte-level BPE, learnt on the training modules.")
+    vocabulary: int = Field(
+        8192, ge=SMALLEST, description="Tokens of the byte-level BPE, learnt on the training modules."
+    )
 
 
 def gpt2(layers: int = 4, width: int = 256, vocabulary: int = 8192, positions: int = 128) -> nn.Module:
@@ -129,7 +135,11 @@ class _SourceTask(Task):
         encode, end = self._tokenizer()
         found = {}
         for part, own in texts.items():
-            stream = [token for row in encode.encode_batch(own, add_special_tokens=False) for token in [*row.ids, end]]
+            stream = [
+                token
+                for row in encode.encode_batch(own, add_special_tokens=False)
+                for token in [*row.ids, end]
+            ]
             count = len(stream) // self.config.length
             if not count:
                 raise DataError(
@@ -182,7 +192,7 @@ class SourceSmolLM2(_SourceTask):
     students = {"llama": llama}
 
     def _tokenizer_from(self) -> dict[str, object]:
-        return {"tokenizer": packaged.SMOLLM2}
+        return {"tokenizer": packaged.named(packaged.SMOLLM2)}
 
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer

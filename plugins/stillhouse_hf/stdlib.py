@@ -10,7 +10,7 @@ import hashlib
 import platform
 import sysconfig
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -92,7 +92,7 @@ def sources(modules: Sequence[str] | None = None) -> Iterator[tuple[str, str]]:
 
 
 def documented(modules: Sequence[str] | None = None) -> list[Documented]:
-    """Every docstring of some length, in the order of the files; one that stands twice is taken once."""
+    """Every docstring of some length, in the order of the files; of those with one first paragraph the first."""
     found: dict[str, Documented] = {}
     for module, text in sources(modules):
         try:
@@ -128,6 +128,30 @@ def _code(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str
         return ""
     kept = [*lines[node.lineno - 1 : first.lineno - 1], *lines[first.end_lineno : node.end_lineno]]
     return textwrap.dedent("\n".join(kept)).strip()
+
+
+def divided(
+    rows: Sequence[Sequence[int]], modules: Sequence[str], most: Mapping[Part, int | None]
+) -> tuple[list[int], list[int]]:
+    """Numbers of the rows that are taken, part after part, and how many each part has; of equal rows the first alone.
+
+    rows
+        Tokens, as models will see them: texts that differ behind the cut are equal.
+    modules
+        Each row's.
+    most
+        Rows of each part, at most, evenly spread.
+    """
+    first: dict[tuple[int, ...], int] = {}
+    for number, row in enumerate(rows):
+        first.setdefault(tuple(row), number)
+    taken: list[int] = []
+    sizes: list[int] = []
+    for name in PARTS:
+        own = [number for number in first.values() if part(modules[number]) == name]
+        own = [own[place] for place in spread(len(own), most[name])]
+        taken, sizes = [*taken, *own], [*sizes, len(own)]
+    return taken, sizes
 
 
 def spread(count: int, most: int | None) -> list[int]:
