@@ -160,3 +160,41 @@ def test_checks_of_tasks_and_observers_catch_what_breaks_them(kind, check, messa
 def test_a_good_task_and_a_good_observer_pass(kind):
     found = list(outcomes(in_process(kind)))
     assert [(one.check.name, one.message) for one in found if one.bad] == []
+
+
+class Surprise(Toys):
+    """Less of it is better, and its metric says so."""
+
+    metric = "nll"
+
+
+class Contrary(Toys):
+    """Says that less is better of what right answers have more of."""
+
+    metric = "accuracy"
+
+    def metrics(self):
+        found = WholeSplit(lambda outputs, labels: float((outputs.argmax(-1) == labels).float().mean()))
+        found.higher_is_better = False
+        return {"accuracy": found}
+
+
+class Embeds(Toys):
+    """Its held-out rows are numbered, and the score knows what the numbers mean."""
+
+    kind = "embedding"
+
+    def metrics(self):
+        return {"accuracy": WholeSplit(lambda outputs, numbers: 0.5)}
+
+
+def test_a_metric_of_which_less_is_better_is_held_to_that():
+    check = "metric_is_scored_and_higher_is_better"
+    assert outcome(Surprise, check).status == "passed"
+    found = outcome(Contrary, check)
+    assert found.status == "failed"
+    assert "expected less for the right ones" in found.message
+
+
+def test_a_score_of_embeddings_is_the_tasks_own():
+    assert outcome(Embeds, "metric_is_scored_and_higher_is_better").status not in ("passed", "failed")

@@ -30,7 +30,8 @@ class Task:
     kind
         What a batch means: a name of ``stillhouse.api.KINDS``.
     metric
-        The score that tables show; higher is better. ``""``: the first that is scored.
+        The score that tables show; more of it is better, unless its metric says otherwise (``higher_is_better``), as
+        ``nll`` and ``perplexity`` do. ``""``: the first that is scored.
     teachers, students
         Model builders by name. A builder takes typed keyword arguments with defaults. One with an attribute ``trained``
         that is True gives models with their weights: a teacher of it is used as it comes.

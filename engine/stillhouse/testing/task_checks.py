@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stillhouse.api import Batch, Task
+from stillhouse.api import IGNORE, Batch, Task
 from stillhouse.contract.kinds import KINDS
+from stillhouse.contract.metrics import higher_is_better
 from stillhouse.contract.splits import Split, Splits, TensorSplit
 from stillhouse.models.calling import forward
 from stillhouse.plugin.builders import arguments_model
@@ -16,6 +17,9 @@ from stillhouse.runs.evaluate import computed
 from stillhouse.testing.checks import CheckFunction, NotApplicable, expect
 from stillhouse.testing.rig import Subject
 from stillhouse.testing.state_checks import config_round_trips
+
+ROWS = 512
+"""Rows with a label that a metric is tried on, at most."""
 
 
 def splits_are_sound(subject: Subject, folder: Path) -> None:
@@ -93,31 +97,39 @@ def _covers(outputs: Tensor, batch: Batch) -> bool:
 
 
 def metric_is_scored_and_higher_is_better(subject: Subject, folder: Path) -> None:
-    """``metrics`` hold the task's metric, and give right answers more of it than wrong ones."""
+    """``metrics`` hold the task's metric, and give right answers more of it than wrong ones, or less where it says so."""
     task = _task(subject)
+    if KINDS[subject.kind.kind].labels == "none":
+        raise NotApplicable("what labels of its held-out rows mean is its own")
     split: Split | None = _splits(subject).validation
     labels = None if split is None else split.probe(64).labels
     if labels is None:
         raise NotApplicable("has no labelled validation split")
     if labels.is_floating_point():
         labels = labels if labels.shape[1:].numel() > 1 else labels.reshape(-1)
-        right = labels
+        outputs = labels
     else:
-        right = 10 * torch.nn.functional.one_hot(labels.clamp(min=0)).float()
+        if (
+            KINDS[subject.kind.kind].labels == "classes"
+        ):  # metrics are given the rows that count, one after the other
+            labels = labels[labels != IGNORE][:ROWS]
+        outputs = 10 * torch.nn.functional.one_hot(labels.clamp(min=0)).float()
     scores = []
     for sign in (1, -1):
         metrics = task.metrics()
         for metric in metrics.values():
-            metric.update(sign * right, labels)
+            metric.update(sign * outputs, labels)
         scores.append(computed(task, metrics))
     expect(
         task.metric in scores[0], subject, f"metrics() give {', '.join(scores[0])}; expected '{task.metric}'"
     )
+    more = higher_is_better(task.metric, task.metrics().get(task.metric))
+    right, wrong = (one[task.metric] for one in scores)
     expect(
-        scores[0][task.metric] > scores[1][task.metric],
+        right > wrong if more else right < wrong,
         subject,
-        f"right outputs score {scores[0][task.metric]:.4g} and wrong ones {scores[1][task.metric]:.4g} in "
-        f"'{task.metric}'; expected more for the right ones",
+        f"right outputs score {right:.4g} and wrong ones {wrong:.4g} in '{task.metric}'; expected "
+        f"{'more' if more else 'less'} for the right ones",
     )
 
 
