@@ -45,6 +45,8 @@ class Parts:
     """What holds the run directory while the run goes on."""
     rebuilt: bool = True
     """Whether ``builders`` make new models at each call: not where models were handed over."""
+    picture: bool = True
+    """Whether the finished run draws its learning curve."""
 
 
 def resolve(config: RunConfig) -> Parts:

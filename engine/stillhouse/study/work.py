@@ -92,14 +92,14 @@ def _run(order: Order) -> Summary:
         return made if order.test else replace(made, test=None)
 
     try:
-        return run(config, resume=True, display=Lines(), splits=splits)
+        return run(config, resume=True, display=Lines(), splits=splits, picture=False)
     except Interrupted:
         raise
     except CheckpointError as error:  # damaged, or begun with a teacher or data that have changed since
         if not (folder / directory.CONFIG).is_file():
             raise
         print(f"{error}; the cell starts over", flush=True)
-        return run(config, overwrite=True, display=Lines(), splits=splits)
+        return run(config, overwrite=True, display=Lines(), splits=splits, picture=False)
 
 
 def _figures(order: Order, summary: Summary) -> dict[str, Any]:
