@@ -72,7 +72,7 @@ class Bag(nn.Module):
         return found
 
 
-def reader(embedded: int = 64, channels: int = 128, width: int = 64) -> nn.Module:
+def reader(embedded: int = 32, channels: int = 64, width: int = 64) -> nn.Module:
     """Convolutions over words, shared by three heads."""
     return MultiHead(Reader(embedded, channels, width), width, list(TASKS.values()))
 
