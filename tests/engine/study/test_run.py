@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -178,10 +179,13 @@ class TestGoingOn:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("moments", [10])
-    def test_killed_and_resumed_it_ends_with_the_same_tables(self, finished, tmp_path, moments):
-        """SIGKILL to the study's process at ``moments`` different times; its cells end with it."""
-        folder, path = tmp_path / "s", tmp_path / "small.yaml"
-        path.write_text(to_text(validate(small())))
+    def test_killed_and_resumed_it_ends_with_the_same_tables(self, tmp_path, moments):
+        """SIGKILL to the study's process at ``moments`` random times; its cells end with it."""
+        chance = random.Random(moments)
+        content = small(seeds={"tuning": [100], "fresh": list(range(8))})
+        make(content, tmp_path / "whole")
+        path = tmp_path / "small.yaml"
+        path.write_text(to_text(validate(content)))
         command = [
             sys.executable,
             "-m",
@@ -189,20 +193,20 @@ class TestGoingOn:
             "study",
             str(path),
             "--out",
-            str(folder),
-            "--resume",
+            str(tmp_path / "s"),
         ]
+        command += ["--resume", "--workers", "1"]
         for moment in range(moments):
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            wanted = 1 + moment % 4  # kill it while the cell after this many new ones runs
-            for line in process.stdout:
-                wanted -= line.startswith("[")
-                if not wanted:
-                    break
+            cells = moment % 3  # that end before; none: while it imports, prepares, or begins the first
+            while cells and (line := process.stdout.readline()):
+                cells -= line.startswith("[")
+            time.sleep(chance.random() * (0.5 if moment % 3 else 8))
             process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.communicate()
+            assert process.returncode == -signal.SIGKILL, "the study ended before its time"
         subprocess.run(command, check=True, capture_output=True)
-        assert tables(folder) == tables(finished[0])
+        assert tables(tmp_path / "s") == tables(tmp_path / "whole")
 
     @pytest.mark.slow
     def test_ctrl_c_stops_the_cells_and_says_how_to_go_on(self, tmp_path):
