@@ -137,7 +137,7 @@ def _kept_results(folder: Path, live: Live) -> Results:
     """The finished cells; what failed is tried again, and what is damaged made again."""
     found, damaged = directory.read_results(folder)
     for name in damaged:
-        live.say(f"cell {name} is damaged: it is made again")
+        live.say(f"cell {name} is damaged: it is to be made again")
         directory.drop_result(folder, name)
     return {name: result for name, result in found.items() if result["status"] == DONE}
 

@@ -148,7 +148,7 @@ class TestGoingOn:
         path = folder / "cells" / one.digest / "result.json"
         path.write_text(path.read_text().replace('"status": "done"', '"status": "doNe"'))
         _, said = make(small(), folder, resume=True)
-        assert f"cell {one.digest} is damaged: it is made again" in said
+        assert f"cell {one.digest} is damaged: it is to be made again" in said
         assert tables(folder) == text
 
     def test_what_failed_is_tried_again_on_a_resume(self, tmp_path):
