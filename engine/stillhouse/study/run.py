@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from stillhouse.errors import CheckpointError, ConfigError, nearest
+from stillhouse.errors import CheckpointError, ConfigError, WriteFailed, nearest
 from stillhouse.study import directory, extra
 from stillhouse.study.live import Live
 from stillhouse.study.plan import Cell, Facts, Plan, cells, digest, expected
@@ -227,6 +227,9 @@ def _run(plan: Plan, folder: Path, results: Results, executor: Executor, live: L
         raise Stopped(
             f"interrupted with {len(made)} cells finished and {len(running)} begun; go on with --resume"
         ) from None
+    except WriteFailed as error:
+        executor.stop()
+        raise WriteFailed(f"{error}: then go on with --resume", error.errno) from error
     except BaseException:
         executor.stop()
         raise

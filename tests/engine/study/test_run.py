@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from small_study import make, small, untuned
 
-from stillhouse.errors import CheckpointError, ConfigError
+from stillhouse.errors import CheckpointError, ConfigError, WriteFailed
 from stillhouse.study import directory, processes, work
 from stillhouse.study.plan import Plan
 from stillhouse.study.schema import to_text, validate
@@ -331,6 +331,15 @@ class TestWorker:
         made = work.work(self.order(tmp_path))
         assert made["status"] == "failed"
         assert "No space left on device" in made["error"]["message"]
+
+    def test_a_disk_too_full_for_a_result_ends_the_study_with_a_word_on_going_on(self, tmp_path, monkeypatch):
+        def full(folder, result):
+            raise WriteFailed(f"{folder} can't be written", 28)
+
+        monkeypatch.setattr(directory, "read_result", lambda folder: None)
+        monkeypatch.setattr(directory, "write_result", full)
+        with pytest.raises(WriteFailed, match=r"can't be written: then go on with --resume"):
+            make(untuned(), tmp_path / "s")
 
     def test_data_that_are_not_those_of_the_study_are_refused(self, tmp_path):
         with pytest.raises(
