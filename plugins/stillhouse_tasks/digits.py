@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 from torch import nn
@@ -31,11 +33,17 @@ def small_mlp(hidden: int = 16, layers: int = 1) -> nn.Module:
     return mlp(PIXELS, CLASSES, hidden, layers)
 
 
+class OverlaidConfig(DigitsConfig):
+    """The same, with nuisance."""
+
+    strength: float = Field(0.7, ge=0, description="Of the image that is laid over each.")
+
+
 class Digits(Task):
     """Classify handwritten digits; pixels are scaled to 0..1."""
 
     api_version = 1
-    Config = DigitsConfig
+    Config: ClassVar[type[TaskConfig]] = DigitsConfig
     config: DigitsConfig
     teachers = {"mlp": wide_mlp}
     students = {"mlp": small_mlp}
@@ -65,3 +73,20 @@ class Digits(Task):
             validation=TensorSplit(x[2], y[2]),
             test=TensorSplit(x[3], y[3]),
         )
+
+
+class OverlaidDigits(Digits):
+    """Digits with another image of the same split laid over each, fainter: nuisance that says nothing of the label."""
+
+    Config: ClassVar[type[TaskConfig]] = OverlaidConfig
+    config: OverlaidConfig
+
+    def splits(self) -> Splits:
+        plain = super().splits()
+        generator = torch.Generator().manual_seed(self.config.seed)
+        made = Splits(train=plain.train)
+        for name, split in plain.items():
+            assert isinstance(split, TensorSplit)
+            other = split.inputs[torch.randperm(len(split), generator=generator)]
+            setattr(made, name, TensorSplit(split.inputs + self.config.strength * other, split.labels))
+        return made

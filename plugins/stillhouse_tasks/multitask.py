@@ -14,19 +14,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from stillhouse.api import (
-    KINDS,
-    Metrics,
-    MissingExtra,
-    Splits,
-    Task,
-    TaskConfig,
-    TensorSplit,
-    made_once,
-    metrics_named,
-)
+from stillhouse.api import Metrics, MissingExtra, Splits, Task, TaskConfig, TensorSplit, made_once
 from stillhouse_tasks.mnist1d import LENGTH, generators
-from stillhouse_tasks.multihead import MultiHead, columns
+from stillhouse_tasks.multihead import EachTask, MultiHead, labelled, unlabelled
 from stillhouse_tasks.nets import ConvNet, mlp
 
 TASKS = {"digit": 10, "parity": 2, "position": 4}
@@ -95,58 +85,22 @@ class Mnist1dMultitask(Task):
         )
         found = list(parts)
         x = found[-1][0]
-        nothing = torch.full((len(x),), -1)
         return Splits(
             train=_labelled(found[:3]),
             validation=_labelled(found[3:6]),
             test=_labelled(found[6:9]),
-            unlabelled=TensorSplit({"inputs": x, "task": nothing}, extra={"task": nothing})
-            if len(x)
-            else None,
+            unlabelled=unlabelled(x) if len(x) else None,
         )
 
     def metrics(self) -> Metrics:
-        return {"": _EachTask()}
-
-
-class _EachTask:
-    """Mean ``accuracy`` and ``nll`` over the tasks, then each task's accuracy among its own classes."""
-
-    def __init__(self) -> None:
-        self._columns = dict(zip(TASKS, columns(list(TASKS.values())), strict=True))
-        self._metrics = {name: metrics_named(("accuracy", "nll"), KINDS["classification"]) for name in TASKS}
-        self._seen: set[str] = set()
-
-    def update(self, outputs: Tensor, labels: Tensor) -> None:
-        """Rows of any task: outputs ``(n, C)`` of all heads, labels ``(n,)`` columns of these."""
-        for name, own in self._columns.items():
-            rows = (labels >= own[0]) & (labels <= own[-1])
-            if rows.any():
-                self._seen.add(name)
-                for metric in self._metrics[name].values():
-                    metric.update(outputs[rows][:, own], labels[rows] - own[0])
-
-    def compute(self) -> dict[str, float]:
-        """The numbers by name, over the tasks that there were rows of."""
-        found = {
-            name: {key: metric.compute() for key, metric in self._metrics[name].items()}
-            for name in self._columns
-            if name in self._seen
-        }
-        means = {
-            key: sum(scores[key] for scores in found.values()) / max(1, len(found))
-            for key in ("accuracy", "nll")
-        }
-        return {**means, **{f"accuracy.{name}": scores["accuracy"] for name, scores in found.items()}}
+        return {"": EachTask(TASKS)}
 
 
 def _labelled(parts: list[Made]) -> TensorSplit:
-    """One part for each task, joined; a label is a column of the heads side by side."""
-    starts = [own[0] for own in columns(list(TASKS.values()))]
-    labels = [parts[0][1], parts[1][1] % 2 + starts[1], parts[2][2] + starts[2]]
-    ids = torch.cat([torch.full((len(part[0]),), number) for number, part in enumerate(parts)])
-    inputs = {"inputs": torch.cat([part[0] for part in parts]), "task": ids}
-    return TensorSplit(inputs, torch.cat(labels), extra={"task": ids})
+    """One part for each task, joined."""
+    return labelled(
+        [part[0] for part in parts], [parts[0][1], parts[1][1] % 2, parts[2][2]], list(TASKS.values())
+    )
 
 
 def make(samples: int, seed: int) -> Made:

@@ -111,6 +111,13 @@ def bench_labels(options: argparse.Namespace) -> int:
     return main(options)
 
 
+def bench_study(options: argparse.Namespace) -> int:
+    """Measure a study beside the sum of its cells."""
+    from stillhouse.bench.study import main
+
+    return main(options)
+
+
 def warmup(options: argparse.Namespace) -> int:
     """Compile what the first training would otherwise wait for."""
     from stillhouse.kernels import warmup as make

@@ -109,6 +109,11 @@ def parser() -> argparse.ArgumentParser:
     )
     labels.add_argument("--json", action="store_true", help="as JSON")
     labels.add_argument("--quick", action="store_true", help="reading alone, not training")
+    study_costs = bench.add_parser("study", help="a study beside the sum of its cells' own time")
+    study_costs.add_argument("--cells", type=int, default=40, help="runs of the study, default 40")
+    study_costs.add_argument("--updates", type=int, default=2000, help="updates of each, default 2000")
+    study_costs.add_argument("--workers", type=int, default=1, help="cells at once, default 1")
+    study_costs.add_argument("--json", action="store_true", help="as JSON")
     kernels = bench.add_parser(
         "kernels", help="softmax-KL beside torch, and beside the memory floor", add_help=False
     )
@@ -128,6 +133,7 @@ def parser() -> argparse.ArgumentParser:
         doctor,
         overhead,
         trainers,
+        study_costs,
         labels,
         init,
         export,

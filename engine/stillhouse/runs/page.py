@@ -62,6 +62,7 @@ def page(summary: Mapping[str, Any], manifest: Mapping[str, Any], path: Path) ->
     chosen = "\n".join(
         f"- {name} = {item['value']} ({item['why']})" for name, item in manifest["chosen"].items()
     )
+    picture = f"![learning curve]({directory.CURVE})\n\n" if (path.parent / directory.CURVE).is_file() else ""
     warnings = "".join(f"\n> **Note:** {warning}\n" for warning in summary["warnings"])
     write_text(
         path,
@@ -73,9 +74,7 @@ def page(summary: Mapping[str, Any], manifest: Mapping[str, Any], path: Path) ->
 {header}
 {scores}
 
-![learning curve]({directory.CURVE})
-
-| stage | updates | data | teacher | trained |
+{picture}| stage | updates | data | teacher | trained |
 | --- | --- | --- | --- | --- |
 {stages}
 

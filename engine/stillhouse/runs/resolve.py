@@ -48,6 +48,8 @@ class Parts:
     """Kept labels that the config names, once they were opened and compared with the rest of it."""
     rebuilt: bool = True
     """Whether ``builders`` make new models at each call: not where models were handed over."""
+    picture: bool = True
+    """Whether the finished run draws its learning curve."""
 
 
 def resolve(config: RunConfig) -> Parts:

@@ -58,13 +58,17 @@ def run(
     overwrite: bool = False,
     display: Display | None = None,
     splits: Callable[[Task], Splits] = lambda task: task.splits(),
+    picture: bool = True,
 ) -> Summary:
     """Make the run, or go on with it, and return what ``summary.json`` holds.
 
     splits
         How a task's data are made; a comparison hands the same data to all of its runs.
+    picture
+        Whether the learning curve is drawn; a study's report has the curves of all of its runs.
     """
     parts = resolve(config)
+    parts.picture = picture
     display = display or Display()
     device = pick_device(config.device)
     data = splits(parts.task)
@@ -304,12 +308,13 @@ def _finish(
     if folder is None:
         return summary
     write_bytes(folder / directory.STUDENT, tensor_bytes(weights.plain_state(model)))
-    page.curve(
-        recorder.metrics.rows,
-        parts.task.metric,
-        folder / directory.CURVE,
-        f"{config.name}, seed {config.seed}",
-    )
+    if parts.picture:
+        page.curve(
+            recorder.metrics.rows,
+            parts.task.metric,
+            folder / directory.CURVE,
+            f"{config.name}, seed {config.seed}",
+        )
     if contents.is_our_page(folder / directory.REPORT):
         page.page(summary, manifest, folder / directory.REPORT)
     else:

@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from statistics import fmean
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, PrivateAttr
 
 from stillhouse.config import STRICT, apply_override, dump
 from stillhouse.config import validate as validate_run
@@ -83,6 +83,20 @@ class Entry(BaseModel):
     versions: dict[str, str]
     device: str
     facts: Facts = Facts()
+    _cells: dict[tuple[int, int, Phase], Cell] = PrivateAttr(default_factory=dict)
+
+    def with_facts(self, facts: Facts) -> Entry:
+        """The entry after preparation, its cells made anew."""
+        made = self.model_copy(update={"facts": facts})
+        made._cells = {}
+        return made
+
+    def cell(self, trial: int, seed: int, phase: Phase) -> Cell:
+        """The cell, made once: who runs a study asks for all of them whenever one has ended."""
+        key = (trial, seed, phase)
+        if key not in self._cells:
+            self._cells[key] = _cell(self, *key)
+        return self._cells[key]
 
 
 class Plan(BaseModel):
@@ -110,9 +124,7 @@ class Plan(BaseModel):
 
     def with_facts(self, facts: Mapping[tuple[str, str], Facts]) -> Plan:
         """The plan after preparation, by method and pair."""
-        entries = [
-            entry.model_copy(update={"facts": facts[entry.method, entry.pair]}) for entry in self.entries
-        ]
+        entries = [entry.with_facts(facts[entry.method, entry.pair]) for entry in self.entries]
         return self.model_copy(update={"entries": entries})
 
 
@@ -152,6 +164,10 @@ def digest(content: Any) -> str:
 
 def cell(entry: Entry, trial: int, seed: int, phase: Phase) -> Cell:
     """The cell with all that makes its figures: config, data, teacher, versions, device."""
+    return entry.cell(trial, seed, phase)
+
+
+def _cell(entry: Entry, trial: int, seed: int, phase: Phase) -> Cell:
     config = {**entry.trials[trial].config, "seed": seed}
     made_from = {
         "config": {

@@ -153,6 +153,7 @@ def died(order: Order, code: int | str) -> dict[str, Any]:
         "status": FAILED,
         "error": error,
         "wall_seconds": 0.0,
+        "cpu_seconds": 0.0,
     }
 
 

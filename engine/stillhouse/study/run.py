@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from stillhouse.errors import CheckpointError, ConfigError, nearest
+from stillhouse.errors import CheckpointError, ConfigError, WriteFailed, nearest
 from stillhouse.study import directory, extra
 from stillhouse.study.live import Live
 from stillhouse.study.plan import Cell, Facts, Plan, cells, digest, expected
@@ -137,7 +137,7 @@ def _kept_results(folder: Path, live: Live) -> Results:
     """The finished cells; what failed is tried again, and what is damaged made again."""
     found, damaged = directory.read_results(folder)
     for name in damaged:
-        live.say(f"cell {name} is damaged: it is made again")
+        live.say(f"cell {name} is damaged: it is to be made again")
         directory.drop_result(folder, name)
     return {name: result for name, result in found.items() if result["status"] == DONE}
 
@@ -227,6 +227,9 @@ def _run(plan: Plan, folder: Path, results: Results, executor: Executor, live: L
         raise Stopped(
             f"interrupted with {len(made)} cells finished and {len(running)} begun; go on with --resume"
         ) from None
+    except WriteFailed as error:
+        executor.stop()
+        raise WriteFailed(f"{error}: then go on with --resume", error.errno) from error
     except BaseException:
         executor.stop()
         raise

@@ -61,7 +61,7 @@ def work(order: Order) -> dict[str, Any]:
 
     Raises Interrupted alone. A run that was begun goes on from its last checkpoint.
     """
-    started = time.time()
+    started, used = time.time(), time.process_time()
     result: dict[str, Any] = {"digest": order.digest, "made_from": order.made_from, "started": started}
     try:
         result |= _figures(order, _run(order)) | {"status": DONE}
@@ -74,7 +74,8 @@ def work(order: Order) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001 - of a plugin's code anything may come; the other cells go on
         traceback.print_exc()
         result |= {"status": FAILED, "error": _told(error)}
-    return {**result, "wall_seconds": round(time.time() - started, 3)}
+    seconds = {"wall": time.time() - started, "cpu": time.process_time() - used}
+    return {**result, **{f"{clock}_seconds": round(value, 3) for clock, value in seconds.items()}}
 
 
 def _told(error: BaseException) -> dict[str, Any]:
@@ -93,14 +94,14 @@ def _run(order: Order) -> Summary:
         return made if order.test else replace(made, test=None)
 
     try:
-        return run(config, resume=True, display=Lines(), splits=splits)
+        return run(config, resume=True, display=Lines(), splits=splits, picture=False)
     except Interrupted:
         raise
     except CheckpointError as error:  # damaged, or begun with a teacher or data that have changed since
         if not (folder / directory.CONFIG).is_file():
             raise
         print(f"{error}; the cell starts over", flush=True)
-        return run(config, overwrite=True, display=Lines(), splits=splits)
+        return run(config, overwrite=True, display=Lines(), splits=splits, picture=False)
 
 
 def _figures(order: Order, summary: Summary) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import csv
 import io
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from small_study import make, untuned
@@ -14,6 +15,7 @@ from stillhouse.cli.main import main
 from stillhouse.study.analysis import Cost, Difference, Row, analyse
 from stillhouse.study.plan import Plan
 from stillhouse.study.report import page, text, words
+from stillhouse.study.schema import read
 from stillhouse.study.statistics import mean_interval
 
 
@@ -148,6 +150,49 @@ def browser():
     made = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     yield made
     made.quit()
+
+
+ROOT = Path(__file__).parents[3]
+REPORTS = {
+    "docs": ROOT / "docs" / "reports" / "study-mnist1d.html",
+    "make study": ROOT / "runs" / "study-mnist1d-quick" / "report.html",
+}
+"""Of the shipped study: as it was run for the docs, and what ``make study`` left, where it ran."""
+
+
+class TestOfTheShippedStudy:
+    @pytest.fixture(params=REPORTS)
+    def opened(self, browser, request):
+        if not REPORTS[request.param].is_file():
+            pytest.skip("make study makes it")
+        browser.set_window_size(1280, 1000)
+        browser.get(REPORTS[request.param].as_uri())
+        assert browser.get_log("browser") == []
+        return browser
+
+    def test_every_method_has_its_row_and_its_place_in_every_figure(self, opened):
+        methods = len(read("mnist1d").methods)
+        for pair in ("pair0", "pair1"):
+            rows = opened.find_elements("css selector", f"#{pair} table.scores tbody tr")
+            assert len(rows) == methods
+            scores = [row.find_elements("css selector", "td, th")[1].text for row in rows]
+            found = sum(bool(re.match(r"0\.\d+", score)) for score in scores)
+            assert found + scores.count("not applicable") == methods
+            assert found >= 15
+            marks = "return new Set([...document.querySelectorAll('#%s svg [class*=m]')].flatMap(m => [...m.classList]).filter(c => /^m\\d+$/.test(c))).size"
+            assert opened.execute_script(marks % pair) == found
+
+    def test_it_sorts_and_a_phone_can_read_it(self, opened):
+        opened.find_elements("css selector", "#pair1 table.scores th button")[1].click()
+        cells = "return [...document.querySelectorAll('#pair1 table.scores tbody tr')].map(r => parseFloat(r.cells[1].innerText))"
+        scores = [score for score in opened.execute_script(cells) if score is not None and score == score]
+        assert scores == sorted(scores)
+        phone = {"width": 390, "height": 800, "deviceScaleFactor": 2, "mobile": True}
+        opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+        try:
+            assert opened.execute_script("return document.documentElement.scrollWidth") <= 390
+        finally:
+            opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 class TestBrowser:

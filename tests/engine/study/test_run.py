@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 from small_study import make, small, untuned
 
-from stillhouse.errors import CheckpointError, ConfigError
+from stillhouse.errors import CheckpointError, ConfigError, WriteFailed
 from stillhouse.study import directory, processes, work
 from stillhouse.study.plan import Plan
 from stillhouse.study.schema import to_text, validate
@@ -147,7 +148,7 @@ class TestGoingOn:
         path = folder / "cells" / one.digest / "result.json"
         path.write_text(path.read_text().replace('"status": "done"', '"status": "doNe"'))
         _, said = make(small(), folder, resume=True)
-        assert f"cell {one.digest} is damaged: it is made again" in said
+        assert f"cell {one.digest} is damaged: it is to be made again" in said
         assert tables(folder) == text
 
     def test_what_failed_is_tried_again_on_a_resume(self, tmp_path):
@@ -178,10 +179,13 @@ class TestGoingOn:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("moments", [10])
-    def test_killed_and_resumed_it_ends_with_the_same_tables(self, finished, tmp_path, moments):
-        """SIGKILL to the study's process at ``moments`` different times; its cells end with it."""
-        folder, path = tmp_path / "s", tmp_path / "small.yaml"
-        path.write_text(to_text(validate(small())))
+    def test_killed_and_resumed_it_ends_with_the_same_tables(self, tmp_path, moments):
+        """SIGKILL to the study's process at ``moments`` random times; its cells end with it."""
+        chance = random.Random(moments)
+        content = small(seeds={"tuning": [100], "fresh": list(range(8))})
+        make(content, tmp_path / "whole")
+        path = tmp_path / "small.yaml"
+        path.write_text(to_text(validate(content)))
         command = [
             sys.executable,
             "-m",
@@ -189,20 +193,20 @@ class TestGoingOn:
             "study",
             str(path),
             "--out",
-            str(folder),
-            "--resume",
+            str(tmp_path / "s"),
         ]
+        command += ["--resume", "--workers", "1"]
         for moment in range(moments):
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            wanted = 1 + moment % 4  # kill it while the cell after this many new ones runs
-            for line in process.stdout:
-                wanted -= line.startswith("[")
-                if not wanted:
-                    break
+            cells = moment % 3  # that end before; none: while it imports, prepares, or begins the first
+            while cells and (line := process.stdout.readline()):
+                cells -= line.startswith("[")
+            time.sleep(chance.random() * (0.5 if moment % 3 else 8))
             process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.communicate()
+            assert process.returncode == -signal.SIGKILL, "the study ended before its time"
         subprocess.run(command, check=True, capture_output=True)
-        assert tables(folder) == tables(finished[0])
+        assert tables(tmp_path / "s") == tables(tmp_path / "whole")
 
     @pytest.mark.slow
     def test_ctrl_c_stops_the_cells_and_says_how_to_go_on(self, tmp_path):
@@ -327,6 +331,15 @@ class TestWorker:
         made = work.work(self.order(tmp_path))
         assert made["status"] == "failed"
         assert "No space left on device" in made["error"]["message"]
+
+    def test_a_disk_too_full_for_a_result_ends_the_study_with_a_word_on_going_on(self, tmp_path, monkeypatch):
+        def full(folder, result):
+            raise WriteFailed(f"{folder} can't be written", 28)
+
+        monkeypatch.setattr(directory, "read_result", lambda folder: None)
+        monkeypatch.setattr(directory, "write_result", full)
+        with pytest.raises(WriteFailed, match=r"can't be written: then go on with --resume"):
+            make(untuned(), tmp_path / "s")
 
     def test_data_that_are_not_those_of_the_study_are_refused(self, tmp_path):
         with pytest.raises(
