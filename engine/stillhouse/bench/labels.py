@@ -195,7 +195,8 @@ def training(folder: Path, steps: int = 12) -> dict[str, float]:
 
     vocabulary, length, batch, samples = 32_000, 128, 8, 64
     tokens = torch.randint(vocabulary, (samples, length))
-    config = GPT2Config(vocab_size=vocabulary, n_positions=length, n_embd=256, n_layer=4, n_head=4)
+    sizes = {"n_positions": length, "n_embd": 256, "n_layer": 4, "n_head": 4}
+    config = GPT2Config(vocab_size=vocabulary, **sizes, bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(config)
 
     def given(ids: Tensor) -> dict[str, Tensor]:

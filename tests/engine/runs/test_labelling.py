@@ -238,39 +238,6 @@ def test_killed_while_it_writes_it_goes_on_with_the_same_bytes(moment, forks, tm
     assert not list((tmp_path / "killed").glob(".*.part"))
 
 
-LIMITED = """
-import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
-from stillhouse.cli.main import main
-sys.exit(main(sys.argv[2:]))
-"""
-
-
-def test_where_no_more_can_be_written_what_is_published_stays_and_it_is_said_how_much_is_needed(
-    tmp_path, config
-):
-    words = ["label", str(config), *SMALL, "--shard-samples", "35", "--out", "kept"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def call(limit: int, *more: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-c", LIMITED, str(limit), *words, *more]
-        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-
-    assert call(2**30).returncode == 0  # the teacher is trained and kept, which takes a larger file
-    for path in (tmp_path / "kept").glob("shard-00000000003*"):
-        path.unlink()
-    before = contents(tmp_path / "kept")
-    said = call(1000)  # a manifest fits, a shard does not
-    assert said.returncode != 0
-    assert "Traceback" not in said.stderr
-    assert "1 of 1 shards are still to be written, at about 8" in said.stderr
-    assert "run the same command again when there is room" in said.stderr
-    assert contents(tmp_path / "kept") == before
-    assert len(SoftLabels.open(tmp_path / "kept")) == 105
-    assert call(2**30).returncode == 0
-    assert len(SoftLabels.open(tmp_path / "kept")) == 140
-
-
 def test_ctrl_c_says_how_to_go_on(forks, tmp_path, config):
     words = ["label", config, *SMALL, "--shard-samples", 35, "--out", "kept"]
     fault = {"function": "stillhouse.softlabels.writer:make", "call": 2}

@@ -245,6 +245,26 @@ class TestLabelling:
         assert len(SoftLabels.open(tmp_path)) == 16
         assert len(made(tmp_path, FORMS["topk"])) == 30
 
+    def test_so_does_a_limit_of_the_system_itself(self, tmp_path):
+        import resource
+
+        made(tmp_path, FORMS["dense float32"])
+        for path in tmp_path.glob("shard-000000000008*"):
+            path.unlink()
+        before = making.files(tmp_path)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # a manifest fits, a shard does not
+        try:
+            with pytest.raises(
+                OSError, match=r"1 of 1 shards are still to be written, at about \d.*run the same command"
+            ):
+                made(tmp_path, FORMS["dense float32"])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert making.files(tmp_path) == before
+        assert len(SoftLabels.open(tmp_path)) == 22
+        assert len(made(tmp_path, FORMS["dense float32"])) == 30
+
 
 class TestChecking:
     def test_the_same_origin_passes(self, tmp_path):
