@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.contract.batch import IGNORE, Batch, tensors_in
+from stillhouse.contract.positions import attention_of, next_token, shifted, without_packing_mask
 from stillhouse.errors import ConfigError, DataError, nearest
 
 LABEL_NAMES = ("labels", "label")
@@ -98,9 +99,9 @@ class TaskKind:
                 raise DataError(
                     f"labels are {tuple(labels.shape)}; expected (B, L), a label for each token of {self}"
                 )
-            labels = _shift(labels, IGNORE)
+            labels = shifted(labels, IGNORE)
         mask = found.get("mask")
-        inputs = _packed_as_models_read_it(inputs)
+        inputs = without_packing_mask(inputs)
         if not tensors_in(inputs):
             raise DataError(
                 f"got a batch of {type(inputs).__name__} without a tensor; expected inputs as tensors (B, ...)"
@@ -109,7 +110,7 @@ class TaskKind:
             mask = self._mask(inputs, labels)
         elif self.shifted and isinstance(mask, Tensor) and mask.dim() == 2 and mask.dtype == torch.bool:
             # It says which tokens count, as the labels do: position i counts if the token that it predicts does.
-            mask = _shift(mask, False) & _next_token(inputs, _attention(inputs, decoder=False))
+            mask = shifted(mask, False) & next_token(inputs, attention_of(inputs, decoder=False))
         return Batch(inputs, labels, _numbers(found.get("ids")), found.get("teacher_inputs"), mask)
 
     def _mask(self, inputs: Any, labels: Tensor | None) -> Tensor | None:
@@ -117,13 +118,13 @@ class TaskKind:
         if self.positions is False:
             return None
         positions = self.positions or (labels is not None and labels.dim() > 1)
-        attention = _attention(inputs, decoder=self.name == "seq2seq_lm") if positions else None
+        attention = attention_of(inputs, decoder=self.name == "seq2seq_lm") if positions else None
         if labels is None or labels.dim() < 2:
-            return _next_token(inputs, attention) if self.shifted else attention
+            return next_token(inputs, attention) if self.shifted else attention
         mask = labels != IGNORE
         packed = isinstance(inputs, Mapping) and "position_ids" in inputs
         if self.shifted and (attention is not None or packed):
-            attention = _next_token(inputs, attention)
+            attention = next_token(inputs, attention)
         return mask & attention if attention is not None and attention.shape == mask.shape else mask
 
     def _labels(self, given: Any) -> Tensor | None:
@@ -165,7 +166,7 @@ class TaskKind:
             return batch
         mask = self._mask(batch.inputs, batch.labels)
         if mask is None and rows and self.positions is None:
-            mask = _attention(batch.inputs, decoder=False)
+            mask = attention_of(batch.inputs, decoder=False)
             mask = mask if mask is not None and mask.shape[1:] == tuple(rows) else None
         if mask is None and rows:
             first = tensors_in(batch.inputs)[0][1]
@@ -350,67 +351,6 @@ def _holds_words(labels: Any) -> bool:
     while isinstance(labels, list | tuple) and labels:
         labels = labels[0]
     return isinstance(labels, str)
-
-
-def _attention(inputs: Any, *, decoder: bool) -> Tensor | None:
-    """The attention mask ``(B, L)`` as bool, where there is one of that form."""
-    found = (
-        inputs.get("decoder_attention_mask" if decoder else "attention_mask")
-        if isinstance(inputs, Mapping)
-        else None
-    )
-    return found.bool() if isinstance(found, Tensor) and found.dim() == 2 else None
-
-
-def _packed_as_models_read_it(inputs: Any) -> Any:
-    """Packed rows without their attention mask: where one is given, transformers looks across the texts of a row.
-
-    Raises DataError where that mask says more than that every token is real.
-    """
-    attention = _attention(inputs, decoder=False)
-    places = inputs.get("position_ids") if isinstance(inputs, Mapping) else None
-    if attention is None or not isinstance(places, Tensor) or places.shape != attention.shape:
-        return inputs
-    anew = (places[:, 1:] == 0) & attention[:, 1:] & attention[:, :-1]
-    if not anew.any():
-        return inputs
-    if not attention.all():
-        raise DataError(
-            "got packed rows (position_ids that begin anew) with an attention mask that leaves tokens out, under which "
-            "transformers looks across the texts of a row; expected packed rows without padding and without the mask"
-        )
-    return {name: value for name, value in inputs.items() if name != "attention_mask"}
-
-
-def _shift(values: Tensor, last: Any) -> Tensor:
-    """Position i gets what stands at i + 1; the last one gets ``last``."""
-    return torch.cat([values[:, 1:], torch.full_like(values[:, :1], last)], 1)
-
-
-def _next_token(inputs: Any, attention: Tensor | None) -> Tensor:
-    """Rows of a causal model: position i predicts token i + 1, and counts if both are real.
-
-    A pad before the text predicts nothing, and no text predicts a pad, so left and right padding give the same rows. In a
-    packed row (``position_ids`` that begin anew) the end of one text does not predict the next one's beginning.
-    """
-    real = torch.ones_like(_tokens(inputs), dtype=torch.bool) if attention is None else attention
-    mask = real & _shift(real, False)
-    places = inputs.get("position_ids") if isinstance(inputs, Mapping) else None
-    if isinstance(places, Tensor) and places.shape == mask.shape:
-        mask = mask & (_shift(places, 0) != 0)
-    return mask
-
-
-def _tokens(inputs: Any) -> Tensor:
-    """A tensor ``(B, L)``: which one does not matter."""
-    if isinstance(inputs, Mapping):
-        inputs = next((inputs[name] for name in ("input_ids", "inputs_embeds") if name in inputs), inputs)
-    found = [tensor for _, tensor in tensors_in(inputs) if tensor.dim() >= 2]
-    if not found:
-        raise DataError(
-            "causal_lm got no tensor (B, L) of tokens; expected input_ids, or labels beside the inputs"
-        )
-    return found[0] if found[0].dim() == 2 else found[0][..., 0]
 
 
 def _unfit(kind: TaskKind, who: str, shape: tuple[int, ...], what: str) -> str:

@@ -163,7 +163,7 @@ def train(
             weights.check_saveable(final)
         check_score(parts.task, final, data, device)
         if step.kind.labels == "classes":
-            sealed.check_labels(step.classes)
+            sealed.check_labels(step.batches.classes)
         fingerprints = data.fingerprint()
         origin = directory.origin(fingerprints, teacher_facts)
         recorder = Recorder(

@@ -189,7 +189,7 @@ class Rig:
         total: dict[str, Tensor] = {}
         for parameter in parameters:
             parameter.grad = None
-        parts = [step.complete(part) for part in parts]
+        parts = [step.batches.complete(part) for part in parts]
         rows, labelled = (sum(map(count, parts)) for count in (step.kind.rows, step.kind.labelled))
         step.begin_update(rows=rows, labelled=labelled, micros=len(parts))
         for part in parts:

@@ -38,7 +38,8 @@ from stillhouse.plugin.load import MethodLike, as_plugins
 from stillhouse.plugin.watch import UPDATES, check_kept, guarded, watched
 from stillhouse.softlabels import SoftLabels
 from stillhouse.training.answers import Answers
-from stillhouse.training.compatibility import EMBEDDED, check_fit, check_stages, refuse_labels, row_shape
+from stillhouse.training.batches import Batches
+from stillhouse.training.compatibility import EMBEDDED, check_fit, check_stages
 from stillhouse.training.host import StepHost
 from stillhouse.training.modules import TrainedModules
 from stillhouse.training.output import StepOutput, diverged, refuse_dead, total_of
@@ -124,7 +125,7 @@ class DistillStep:
         self.teachers = Teachers(teacher, models, moving=teacher_moves)
         self.captures = Captures({**models, **self.teachers.models})
         self.answers = Answers(self, self.teachers, soft_labels)
-        self._rows: Callable[[Batch], tuple[int, ...]] | None = None
+        self.batches = Batches(self.kind, student)
         self.heads = Heads()
         self.info = StepInfo(kind=self.kind)
         self.modules = TrainedModules(models)
@@ -146,7 +147,7 @@ class DistillStep:
             host=self.host,
         )
         try:
-            self._set_up(self.read(probe).to(self.device), steps, frozenset(offers), soft_labels)
+            self._set_up(self.batches.read(probe).to(self.device), steps, frozenset(offers), soft_labels)
         except BaseException:
             self.close()  # a refused plugin leaves no hook on models that others go on using
             raise
@@ -155,14 +156,13 @@ class DistillStep:
         self, probe: Batch, steps: int | None, offers: frozenset[str], stored: SoftLabels | None
     ) -> None:
         run, models = self.run, self.run.models
-        self._rows = row_shape(self.kind, models[STUDENT], probe)
-        run.probe = probe = self.complete(probe)
+        run.probe = probe = self.batches.learn(probe)
         if self.kind.rows(probe) == 0:
             raise DataError(
                 f"no {'position' if self.kind.positions else 'row'} of the probe counts: its mask, its attention mask and "
                 "labels of -100 leave none; expected one at least: look at how the data set masks"
             )
-        self.classes = check_fit(
+        self.batches.classes = check_fit(
             self.plugins, models, self.teachers.models, run, offers=offers, stored=stored
         )
         self.plugins.wrap(lambda call: guarded(call, run))
@@ -232,7 +232,7 @@ class DistillStep:
             try:
                 targets = plugins.label_transform(targets, batch, teacher_out, info)
             except (ValueError, IndexError, RuntimeError):
-                self.refuse_labels(batch)
+                self.batches.refuse_labels(batch)
                 raise
             if plugins.implements("label_transform"):
                 self.update.recount(batch, targets)
@@ -240,7 +240,7 @@ class DistillStep:
         try:
             terms = plugins.loss_terms(student_out, teacher_out, targets, batch, info)
         except (ValueError, IndexError, RuntimeError) as error:
-            self.refuse_labels(batch)
+            self.batches.refuse_labels(batch)
             if isinstance(error, ValueError):
                 diverged(error, student_out, info)
             raise
@@ -321,7 +321,7 @@ class DistillStep:
         return made
 
     def _evaluated(self, model: nn.Module, given: Any) -> StepOutput:
-        batch, info = self.complete(self.read(given)), self.info
+        batch, info = self.batches.complete(self.batches.read(given)), self.info
         rows, labelled = self.kind.rows(batch), self.kind.labelled(batch)
         self.info = replace(
             info, rows=max(rows, 1.0), labelled=labelled, share=1.0, micro=0, micros=1, logged={}
@@ -330,22 +330,6 @@ class DistillStep:
             return self._computed(model, batch.to(self.device))
         finally:
             self.info = info
-
-    def read(self, given: Any) -> Batch:
-        """A Batch from what a loader gives, by the task's kind."""
-        batch = self.kind.read(given)
-        if self.kind.name == "seq2seq_lm" and isinstance(batch.inputs, Mapping):
-            batch = _with_decoder_inputs(batch, unwrapped(self.run.models[STUDENT]))
-        return batch
-
-    def refuse_labels(self, batch: Batch) -> None:
-        """DataError where class numbers of the batch have no output: asked when something failed."""
-        if self.kind.labels == "classes":
-            refuse_labels(batch.labels, self.classes)
-
-    def complete(self, batch: Batch) -> Batch:
-        """The batch with a mask wherever its rows are positions."""
-        return self.kind.complete(batch, None if self._rows is None else self._rows(batch))
 
     def _watch(self) -> None:
         """Look at what the plugins do to what they are handed, in the first updates of a stage."""
@@ -468,17 +452,3 @@ class DistillStep:
         Raises CheckpointError where it is of other methods or another number of steps.
         """
         restore(self, state)
-
-
-def _with_decoder_inputs(batch: Batch, student: nn.Module) -> Batch:
-    """The decoder's inputs, made from the labels as the model makes them, where the batch has none."""
-    make = getattr(student, "prepare_decoder_input_ids_from_labels", None)
-    if batch.labels is None or make is None:
-        return batch
-    made = {"decoder_input_ids": make(labels=batch.labels)}
-    teacher = batch.teacher_inputs  # ids of their own where the batch has some
-    return replace(
-        batch,
-        inputs={**made, **batch.inputs},
-        teacher_inputs={**made, **teacher} if isinstance(teacher, Mapping) else teacher,
-    )

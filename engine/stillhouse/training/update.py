@@ -43,7 +43,7 @@ class Update:
         if not batches:
             raise ConfigError("begin_update() got no micro-batch; expected one at least")
         self._metrics = {}
-        parts = [self._transformed(step.complete(step.read(batch))) for batch in batches]
+        parts = [self._transformed(step.batches.complete(step.batches.read(batch))) for batch in batches]
         if len(parts) == 1 and self._reduce is None:
             rows, labelled = step.kind.rows(parts[0]), step.kind.labelled(parts[0])
         else:
@@ -77,7 +77,7 @@ class Update:
             if announced is not given and part is not given:
                 _same_batch(announced, given, contents=step.watching)
         else:
-            batch = step.complete(step.read(given))
+            batch = step.batches.complete(step.batches.read(given))
             part = self._transformed(batch)
             if part is not batch and step.kind.rows(part) != step.kind.rows(batch):
                 raise ConfigError(
@@ -169,13 +169,13 @@ class Update:
         try:
             given = step.plugins.batch_transform(batch, step.info)
         except (ValueError, IndexError, RuntimeError):
-            step.refuse_labels(batch)
+            step.batches.refuse_labels(batch)
             raise
         if not len(given):
             what = "a batch transform left" if len(batch) else "a batch holds"
             raise DataError(f"{what} no sample; expected one at least")
         self._add(step.info.logged)
-        return given if given is batch else step.complete(given)
+        return given if given is batch else step.batches.complete(given)
 
 
 def _same_batch(announced: Any, given: Any, *, contents: bool) -> None:
