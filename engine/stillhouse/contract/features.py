@@ -45,7 +45,7 @@ class Feature:
     own_rows
         Whether its positions may be the batch's rows; an encoder's, before a decoder, are not.
     taught
-        Whether it is a teacher's, who may read other inputs.
+        Whether it is a teacher's under a name of its own; ``teacher`` is one in any case. A teacher may read other inputs.
     """
 
     role: str
@@ -79,7 +79,7 @@ class Feature:
         """Bool ``(B, L)``: which tokens of ``value`` count; ``(B,)``: which samples, of other features; None: all."""
         if not self.tokens:
             return batch.mask if batch.mask is None or batch.mask.dim() == 1 else batch.mask.flatten(1).any(1)
-        inputs = batch.for_teacher if self.taught else batch.inputs
+        inputs = batch.for_teacher if self.taught or self.role == TEACHER else batch.inputs
         mask = token_mask(inputs, batch, own_rows=self.own_rows)
         return mask if mask is not None and mask.shape == value.shape[:2] else None
 

@@ -148,9 +148,14 @@ class TestCausal:
         labels = torch.tensor([[IGNORE, IGNORE, 7, 8]])
         assert bits(read("causal_lm", ({"input_ids": TOKENS[:1]}, labels)).mask) == [[0, 1, 1, 0]]
 
-    def test_a_mask_that_was_given_stays(self):
+    def test_a_mask_that_was_given_says_which_tokens_count_and_is_shifted_as_labels_are(self):
         mask = torch.tensor([[True, False, True, False]])
         batch = read("causal_lm", {"input_ids": TOKENS[:1], "labels": TOKENS[:1], "mask": mask})
+        assert bits(batch.mask) == [[0, 1, 0, 0]]
+
+    def test_a_batchs_own_mask_stays(self):
+        mask = torch.tensor([[True, False, True, False]])
+        batch = read("causal_lm", Batch({"input_ids": TOKENS[:1]}, TOKENS[:1], mask=mask))
         assert batch.mask is mask
 
     def test_labels_of_another_shape_are_refused(self):
