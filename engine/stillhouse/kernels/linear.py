@@ -62,13 +62,13 @@ def linear_softmax_kl(
         target: as for :func:`softmax_kl`, or a :class:`TeacherHead`, so that the teacher's logits do not exist
             whole either.
         bias: (V,) or None.
-        temperature: see :func:`softmax_kl`, as for all that follow.
-        divergence: ``forward``, ``reverse`` or ``jsd``.
-        beta: weight of the teacher in the mixture of ``jsd``.
-        mask: (...) bool, True where a row counts.
-        reduction: ``mean``, ``sum`` or ``none``; the last one multiplies the layer out again in backward.
-        count: what ``mean`` divides by.
-        backend: ``torch``, ``numba`` or ``cuda``.
+        temperature: see :func:`softmax_kl`, as for all others.
+        divergence: see there.
+        beta: see there.
+        mask: (...) bool.
+        reduction: ``none`` multiplies the layer out again in backward.
+        count: see there.
+        backend: see there.
 
     Returns:
         The loss, as of :func:`softmax_kl`. Gradients reach ``hidden``, ``weight`` and ``bias``.
@@ -106,17 +106,17 @@ def linear_distillation_loss(
         hidden: (..., H), as for :func:`linear_softmax_kl`, as for ``weight``, ``target`` and ``bias``.
         weight: (V, H).
         target: the teacher's side.
-        labels: as for :func:`distillation_loss`, as all that follow. Of probabilities (..., V) the caller holds N x V.
+        labels: as for :func:`distillation_loss`, as for all others. Of probabilities (..., V) the caller holds N x V.
         bias: (V,) or None.
         temperature: of the first term.
-        weights: what the caller multiplies the terms by; another combination multiplies the layer out again in backward.
+        weights: of the terms; another combination multiplies the layer out again in backward.
         divergence: of the first term.
         beta: of a ``jsd``.
-        label_smoothing: the share of every label that goes to all V entries alike.
+        label_smoothing: see there.
         mask: (...) bool.
-        count: what the first term is divided by.
-        label_count: what the second one is divided by.
-        backend: ``torch``, ``numba`` or ``cuda``.
+        count: see there.
+        label_count: see there.
+        backend: see there.
 
     Returns:
         Both terms. Gradients reach ``hidden``, ``weight`` and ``bias``.

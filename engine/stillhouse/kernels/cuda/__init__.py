@@ -65,8 +65,8 @@ def softmax_kl_fwd_bwd(
 ) -> Tensor:
     """Losses of every row, float32 (1, N), or both terms (2, N); the gradient of their sums times ``scales`` to ``out_grad``.
 
-    Runs on torch's current stream and never waits for the device, so it can be captured into a CUDA graph once the
-    kernel has run outside of one (which loads it). For the same reason it does not look at the indices of a ``TopK`` or
+    Runs on torch's current stream and never waits for the device, so it can be captured into a CUDA graph once it
+    has run outside of one with the same settings (which loads kernel and constants). For the same reason it does not look at the indices of a ``TopK`` or
     ``Sampled``, nor at labels: one outside of [0, V) makes that loss of its row NaN, with a gradient of zero.
 
     Args:

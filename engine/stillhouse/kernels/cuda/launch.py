@@ -14,7 +14,7 @@ from stillhouse.kernels.cuda import build
 from stillhouse.kernels.cuda.arguments import DTYPES, constants, flatten, pack, target_kind, widths
 from stillhouse.kernels.cuda.plan import Plan, Spec, plan
 from stillhouse.kernels.errors import fail, require
-from stillhouse.kernels.targets import Labels, Target
+from stillhouse.kernels.targets import Labels, Target, TopK
 
 PORTABLE_CLUSTER = 8
 
@@ -33,6 +33,9 @@ def run(
 ) -> Tensor:  # fmt: skip
     """See ``stillhouse.kernels.cuda.softmax_kl_fwd_bwd``."""
     dtype = _checked_dtype(student, target)
+    assert labels is None or labels.indices is not None, "probabilities are not for these kernels"
+    restricted = isinstance(target, TopK) and target.rest == "renormalise" and divergence == "reverse"
+    assert not restricted, "the student is to be restricted to the k entries first, which makes dense rows"
     rows, v = student.shape
     losses = torch.empty((1 if labels is None else 2, rows), dtype=torch.float32, device=student.device)
     if rows == 0:
