@@ -1,4 +1,4 @@
-"""The operators ``torch.ops.stillhouse.softmax_kl`` and ``softmax_kl_``, and their place in autograd.
+"""The operator ``torch.ops.stillhouse.softmax_kl``, and its place in autograd.
 
 The gradient is computed with the loss, in one go over the logits, and kept for backward. With labels there are two losses, and the
 gradient is that of their weighted sum.
@@ -244,17 +244,12 @@ def _within(rows_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
 # -- the operators
 
 
-def _forward(student: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    call, gradient = Call(*rest[:-1]), rest[-1]
+def _forward(student: Tensor, call: Call, gradient: bool) -> tuple[Tensor, Tensor]:
     student = student if student.stride(1) == 1 else student.contiguous()
     if not gradient:
         return compute(student, call, None), student.new_empty(0)
     out = torch.empty_like(student, memory_format=torch.contiguous_format)
     return compute(student, call, out), out
-
-
-def _forward_inplace(student: Tensor, *call: Any) -> Tensor:
-    return compute(student, Call(*call), student)
 
 
 def _shape_of_loss(student: Tensor, call: Call) -> Tensor:
@@ -272,14 +267,25 @@ _ARGUMENTS = ", ".join(
 )
 _library = torch.library.Library("stillhouse", "FRAGMENT")
 _library.define(f"softmax_kl(Tensor student, {_ARGUMENTS}, bool gradient) -> (Tensor, Tensor)")
-_library.define(f"softmax_kl_(Tensor(a!) student, {_ARGUMENTS}) -> Tensor")
 for _key in ("CPU", "CUDA"):
-    _library.impl("softmax_kl", _forward, _key)
-    _library.impl("softmax_kl_", _forward_inplace, _key)
+    _library.impl("softmax_kl", lambda s, *rest: _forward(s, Call(*rest[:-1]), rest[-1]), _key)
 torch.library.register_fake("stillhouse::softmax_kl", _fake, lib=_library)
-torch.library.register_fake(
-    "stillhouse::softmax_kl_", lambda s, *call: _shape_of_loss(s, Call(*call)), lib=_library
-)
+
+
+def _fresh(student: Tensor, call: Call, gradient: bool) -> tuple[Tensor, Tensor]:
+    """By the operator where torch traces the call, else without: a dispatcher of a score of arguments is a tenth of a call at 4096 x 1000."""
+    if _is_plain(student):
+        return _forward(student, call, gradient)
+    made: tuple[Tensor, Tensor] = torch.ops.stillhouse.softmax_kl.default(student, *call, gradient)
+    return made
+
+
+def _is_plain(student: Tensor) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and type(student) in {Tensor, torch.nn.Parameter}
+        and not is_transformed()
+    )
 
 
 # -- and their derivative
@@ -289,9 +295,8 @@ def softmax_kl(student: Tensor, call: Call, inplace: bool) -> tuple[Tensor, Tens
     """(Divergence, label term or 0) with their gradient; student (N, V)."""
     refuse_forward_mode(student)
     if not (torch.is_grad_enabled() and student.requires_grad):
-        losses: Tensor = torch.ops.stillhouse.softmax_kl.default(student, *call, False)[0]
-        return _terms(losses, call)
-    inplace = inplace and not torch.compiler.is_compiling() and overwritable(student, call)
+        return _terms(_fresh(student, call, False)[0], call)
+    inplace = inplace and _is_plain(student) and overwritable(student, call)
     return _SoftmaxKL.apply(student, call, inplace)[:2]  # type: ignore[no-any-return]
 
 
@@ -307,11 +312,11 @@ class _SoftmaxKL(torch.autograd.Function):
         if inplace:
             gradient = student.detach()
             try:
-                losses: Tensor = torch.ops.stillhouse.softmax_kl_.default(gradient, *call)
+                losses = compute(gradient, call, gradient)
             finally:  # who saved these logits is told that they are gone, also where a row was refused
                 torch.autograd.graph.increment_version(student)
         else:
-            losses, gradient = torch.ops.stillhouse.softmax_kl.default(student, *call, True)
+            losses, gradient = _fresh(student, call, True)
         ctx.call, ctx.inplace, ctx.late = call, inplace, call.late(student.dtype)
         anchor = losses.new_empty(0)
         again = (student,) if call.label_term() is not None and not inplace else ()
@@ -334,7 +339,7 @@ class _SoftmaxKL(torch.autograd.Function):
                     )
                 call, factor = ctx.call._replace(weight=asked[0], label_weight=asked[1]), 1.0
                 with torch.no_grad():
-                    gradient = torch.ops.stillhouse.softmax_kl.default(again[0], *call, True)[1]
+                    gradient = _fresh(again[0], call, True)[1]
             soft = anchor.new_full((), factor)
         if soft is None:
             return None, None, None
