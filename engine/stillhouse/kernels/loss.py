@@ -170,9 +170,8 @@ def distillation_loss(
         student, flat, temperature=temperature, divergence=divergence, beta=beta, mask=flat_mask, count=count,
         backend=None if chosen == "small" else chosen,
     )  # fmt: skip
-    exact = student.double() if chosen == "small" else student
-    label = reduce(reference.label_rows(exact, y, flat_mask), None, "mean", label_count)
-    return Terms(soft, label.to(soft.dtype))
+    rows = reference.label_rows(student.double() if chosen == "small" else student, y, flat_mask)
+    return Terms(soft, reduce(rows.to(soft.dtype), None, "mean", label_count))
 
 
 def choose(

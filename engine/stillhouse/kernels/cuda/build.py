@@ -17,8 +17,9 @@ from stillhouse.kernels import cache, series
 from stillhouse.kernels.cuda.plan import Spec
 
 ENTRY = "stillhouse_softmax_kl"
-# threads of a multiprocessor that registers must suffice for: 64 each of the first; of the others shared memory holds no more
-RESIDENT, RESIDENT_OTHERS = 1024, 768
+# threads of a multiprocessor that registers must suffice for, 64 each of the first: of a plain kernel, of a jsd or one with labels, of
+# a jsd with labels; and blocks at most, which some devices have no more of
+RESIDENT, BLOCKS = (1024, 768, 512), 24
 _COMPILING = threading.Lock()
 
 
@@ -56,7 +57,7 @@ def compile_ptx(spec: Spec, cc: tuple[int, int]) -> str:
             device=False,
             cc=cc,
             abi="numba",
-            launch_bounds=(spec.threads, min(_resident(spec) // spec.threads, 24)),
+            launch_bounds=(spec.threads, _resident_blocks(spec)),
         )
     name = re.search(r"\.visible \.entry (\w+)\(", text)
     assert name is not None, "Numba's PTX has no entry point"
@@ -66,8 +67,8 @@ def compile_ptx(spec: Spec, cc: tuple[int, int]) -> str:
     return text.replace("\n{", '\n.pragma "nounroll";\n{', 1)
 
 
-def _resident(spec: Spec) -> int:
-    return RESIDENT_OTHERS if spec.divergence == "jsd" or spec.labels else RESIDENT
+def _resident_blocks(spec: Spec) -> int:
+    return min(RESIDENT[(spec.divergence == "jsd") + spec.labels] // spec.threads, BLOCKS)
 
 
 def cubin(spec: Spec, cc: tuple[int, int]) -> bytes:
