@@ -62,7 +62,7 @@ def test_a_kernel_moves_and_computes_what_the_documentation_says(kernel, labels,
         f"instructions {instructions:5.1f}, not by 128 bits {narrow:.2%}"
     )
     assert moved <= most
-    assert narrow < 0.01 or v < 1000
+    assert narrow < 0.02 or v < 1000
     assert (moved, special, instructions) == pytest.approx(documented()[kernel, labels, v], abs=0.06)
 
 
