@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import exact, logits, relative
 
-from stillhouse.kernels import TopK, backends, cache, distillation_loss, small, softmax_kl
+from stillhouse.kernels import TopK, backends, cache, distillation_loss, loss, softmax_kl
 from stillhouse.kernels.cpu import build
 
 
@@ -118,7 +118,7 @@ def test_a_line_before_the_first_compilation(fresh, monkeypatch, caplog):
 def test_small_calls_compile_nothing_whatever_is_there(fresh, monkeypatch):
     """By their size alone: what was compiled before does not change a result."""
     monkeypatch.setattr(build, "_compile", no_compiler)
-    rows = small.MOST // 10
+    rows = loss.SMALL // 10
     student, teacher = logits(rows, 10, 1), logits(rows, 10, 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

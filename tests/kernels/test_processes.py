@@ -7,7 +7,6 @@ import platform
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -69,32 +68,35 @@ def compiled(body):
     return Rows()
 
 
-@pytest.mark.parametrize("where", ["torch's", "a pool of our own"])
-def test_the_number_of_threads_is_torchs(where, many_threads, monkeypatch):
-    if where == "torch's" and workers.openmp() is None:
+def test_the_number_of_threads_is_torchs(many_threads, monkeypatch):
+    if workers.openmp() is None:
         pytest.skip("this torch has no OpenMP with GNU's entry point")
-    if where != "torch's":
-        monkeypatch.setattr(workers, "openmp", lambda: None)
     seen, barrier = set(), threading.Barrier(many_threads, timeout=20)
 
     def body(_call):
         barrier.wait()  # only three threads at once get past
         seen.add(threading.get_native_id())
 
+    def alone(_call):
+        seen.add(threading.get_native_id())
+
     workers.Workers().run(compiled(body), 100, 1_000_000, 10, 0, (), ())
     assert len(seen) == many_threads
-    seen.clear()
-    torch.set_num_threads(1)
-    workers.Workers().run(
-        compiled(lambda _call: seen.add(threading.get_native_id())), 100, 1_000_000, 10, 0, (), ()
-    )
-    assert seen == {threading.get_native_id()}
+    for without in ("threads", "openmp"):
+        seen.clear()
+        if without == "threads":
+            torch.set_num_threads(1)
+        else:
+            torch.set_num_threads(many_threads)
+            monkeypatch.setattr(workers, "openmp", lambda: None)
+        workers.Workers().run(compiled(alone), 100, 1_000_000, 10, 0, (), ())
+        assert seen == {threading.get_native_id()}
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 64])
 @pytest.mark.parametrize("rows", [1, 2, 7, 4097, 1_000_003])
 def test_every_row_is_in_one_share(rows, threads):
-    from stillhouse.kernels.cpu.dense import beginning
+    from stillhouse.kernels.cpu.calls import beginning
 
     begins = [beginning(share, rows, min(threads, rows)) for share in range(2000)]
     assert begins[0] == 0
@@ -120,15 +122,6 @@ print(workers.openmp() is None or len(os.listdir("/proc/self/task")) == before)
     assert done.stdout.strip() == "True", done.stderr
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_the_pool_gives_the_bits_that_openmp_gives(divergence, many_threads, monkeypatch):
-    loss, gradient = loss_and_gradient(divergence=divergence)
-    monkeypatch.setattr(workers, "openmp", lambda: None)
-    loss_pool, gradient_pool = loss_and_gradient(divergence=divergence)
-    assert torch.equal(loss, loss_pool)
-    assert torch.equal(gradient, gradient_pool)
-
-
 def test_several_python_threads_at_once():
     expected = [loss_and_gradient(seed) for seed in range(4)]
     failures = []
@@ -152,15 +145,15 @@ STUDENT, TEACHER = logits(ROWS, WIDTH, 5), logits(ROWS, WIDTH, 6)
 
 
 def in_child(queue):
-    torch.set_num_threads(
-        2
-    )  # of a pool: torch's own threads did not come along, and waiting for them never ends
+    torch.set_num_threads(2)  # torch's own threads did not come along, and waiting for them never ends
     queue.put(softmax_kl(STUDENT.detach().requires_grad_(), TEACHER).item())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_after_fork():
-    expected = softmax_kl(STUDENT.detach().requires_grad_(), TEACHER).item()  # the parent's pool is running
+    expected = softmax_kl(
+        STUDENT.detach().requires_grad_(), TEACHER
+    ).item()  # the parent's threads are running
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=in_child, args=(queue,))
@@ -315,7 +308,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
 # what was compiled into the kernel, and what Numba compiled of its own for it, is there for Python as before
 import math
 import numba
-from stillhouse.kernels.cpu.dense import beginning
+from stillhouse.kernels.cpu.calls import beginning
 assert beginning(1, 100, 2) == 25
 own = numba.njit(lambda x: max(min(x, 5.0), abs(-3)) + math.log(x) + sum([i for i in range(4)]))
 assert own(4.0) == 10.0 + math.log(4.0)
@@ -357,25 +350,6 @@ def test_without_numbas_compiler_and_without_a_kernel_there_is_a_way_out(tmp_pat
     assert done.returncode == 1
     assert "got NUMBA_DISABLE_JIT" in done.stderr
     assert "backend='torch'" in done.stderr
-
-
-def test_an_interrupt_leaves_no_thread_behind(monkeypatch):
-    """What it writes to may be given back as soon as the call has ended."""
-    release, ended, waits = threading.Event(), threading.Event(), []
-
-    def interrupted_once(others):
-        waits.append(others)
-        if len(waits) == 1:
-            raise KeyboardInterrupt
-        release.set()
-        return wait(others)
-
-    monkeypatch.setattr(workers, "wait", interrupted_once)
-    with ThreadPoolExecutor(1) as pool:
-        other = pool.submit(lambda: release.wait(20) and ended.set())
-        with pytest.raises(KeyboardInterrupt):
-            workers._wait_for([other])
-        assert ended.is_set()
 
 
 def allocated(step):

@@ -11,7 +11,8 @@ import torch
 
 from stillhouse.kernels.cuda import arguments, build
 from stillhouse.kernels.cuda.plan import Plan, plan
-from stillhouse.kernels.reference import softmax_kl_rows
+from stillhouse.kernels.reference import label_rows, softmax_kl_rows
+from stillhouse.kernels.targets import Labels
 
 from .machine import Counts, Machine
 from .parse import parse
@@ -53,10 +54,11 @@ class Result:
     grad: torch.Tensor
     counts: Counts
     plan: Plan
+    label: torch.Tensor | None = None
 
 
-def run(student, target, *, temperature=1.0, divergence="forward", beta=0.5, mask=None, scale=None, factor=1.0,
-        cc=(9, 0), inplace=False, shift=(0, 0, 0), jitter=False, program=None, gradient=True) -> Result:  # fmt: skip
+def run(student, target, *, temperature=1.0, divergence="forward", beta=0.5, mask=None, scales=None, factors=(1.0, 1.0),
+        labels=None, smoothing=0.0, cc=(9, 0), inplace=False, shift=(0, 0, 0), jitter=False, program=None, gradient=True) -> Result:  # fmt: skip
     """The kernel on these tensors; ``shift`` moves student, teacher and gradient off a 256-byte boundary.
 
     Without ``gradient`` the result's is the student as the kernel left it.
@@ -64,41 +66,43 @@ def run(student, target, *, temperature=1.0, divergence="forward", beta=0.5, mas
     dtype = {v: k for k, v in TORCH.items()}[student.dtype]
     rows, v = student.shape
     kind, tensors = arguments.target_kind(target), arguments.flatten(target, temperature)
-    launch = plan(rows, arguments.widths(v, target, divergence)[0], dtype, divergence, kind, cc, gradient)
+    width = arguments.widths(v, target, divergence)[0]
+    launch = plan(rows, width, dtype, divergence, kind, cc, gradient, labels is not None)
     spec = launch.spec
-    size = sum(x.nbytes + 1024 for x in (student, student, *tensors)) + rows * 16 + MEMORY_SLACK
+    size = sum(x.nbytes + 1024 for x in (student, student, *tensors)) + rows * 32 + MEMORY_SLACK
     machine = Machine(program or program_of(spec, cc), launch.blocks, spec.threads, cluster=spec.cluster,
                       dynamic_bytes=launch.dynamic_bytes, memory_bytes=size, jitter=jitter)  # fmt: skip
     memory = machine.memory
     s = memory.add(bits(student), shift[0])
     addresses = [memory.add(bits(x), shift[1] if kind == "dense" else 0) for x in tensors]
     g = s if inplace or not gradient else memory.add(np.zeros_like(bits(student)), shift[2], output=True)
-    loss = memory.add(np.zeros(rows, np.float32), output=True)
-    masks = memory.add(mask.numpy()) if mask is not None else 0
-    scales = memory.add(scale.numpy()) if scale is not None else 0
-    values = arguments.pack(
-        launch, student_shape=(rows, v), target=target, temperature=temperature, divergence=divergence, beta=beta,
-        factor=factor, student=s, tensors=addresses, grad=g, loss=loss, mask=masks, scale=scales,
-    )  # fmt: skip
-    counts = machine.run(*values)
-    return Result(
-        torch.from_numpy(memory.read_back(loss, np.zeros(rows, np.float32))),
-        from_bits(memory.read_back(g, bits(student)), student.dtype),
-        counts,
-        launch,
+    losses = np.zeros((1 if labels is None else 2, rows), np.float32)
+    loss = memory.add(losses, output=True)
+    numbers = np.array(arguments.constants(temperature, divergence, beta, smoothing), np.float32)
+    given = [memory.add(x) if x is not None else 0 for x in (
+        None if mask is None else mask.numpy(), None if labels is None else labels.numpy(), numbers,
+        None if scales is None else scales.numpy())]  # fmt: skip
+    counts = machine.run(
+        *arguments.pack(launch, (rows, v), target, [s, *addresses], [g, loss, *given], factors)
     )
+    losses = torch.from_numpy(memory.read_back(loss, losses))
+    grad = from_bits(memory.read_back(g, bits(student)), student.dtype)
+    return Result(losses[0], grad, counts, launch, None if labels is None else losses[1])
 
 
 def expected(
-    student, target, *, temperature=1.0, divergence="forward", beta=0.5, mask=None, scale=None, factor=1.0
-):
-    """Loss per row and the student's gradient in float64, by the specification."""
+    student, target, *, temperature=1.0, divergence="forward", beta=0.5, mask=None, scales=(1.0, 1.0), labels=None, smoothing=0.0
+):  # fmt: skip
+    """Loss per row and the student's gradient in float64, by the specification; with labels also their loss, between the two."""
     wide = student.double().requires_grad_()
     target = target.double() if isinstance(target, torch.Tensor) else target
     loss = softmax_kl_rows(wide, target, temperature, divergence, beta, mask)
-    weights = torch.full_like(loss, factor) if scale is None else scale.double() * factor
-    loss.backward(weights)
-    return loss.detach(), wide.grad
+    (grad,) = torch.autograd.grad(loss, wide, torch.full_like(loss, float(scales[0])))
+    if labels is None:
+        return loss.detach(), grad
+    label = label_rows(wide, Labels(labels, None, smoothing), mask)
+    (more,) = torch.autograd.grad(label, wide, torch.full_like(label, float(scales[1])))
+    return loss.detach(), label.detach(), grad + more
 
 
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:

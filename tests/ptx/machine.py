@@ -277,7 +277,11 @@ class Machine:
         names = [n.strip() for n in register.strip("{}").split(",")]
         space, offsets = self._resolve(parts, self._address(address, lanes), lanes, one)
         if space is self.memory:
-            self._count(SIZES[parts[-1]] * len(names), load, len(lanes))
+            # what several lanes of a warp load from one address moves once, and goes to all of them
+            moves = (
+                len(np.unique(self.clock.warp_of[lanes] * len(space.bytes) + offsets)) if load else len(lanes)
+            )
+            self._count(SIZES[parts[-1]] * len(names), load, moves)
         if load:
             for name, value in zip(
                 names, space.load(offsets, kind, len(names), lanes, one.text), strict=True
@@ -306,10 +310,10 @@ class Machine:
             raise PtxError(f"access outside of the block's shared memory: {one.text}")
         return self.shared, block * self.span + address
 
-    def _count(self, width: int, load: bool, lanes: int) -> None:
+    def _count(self, width: int, load: bool, moves: int) -> None:
         if load:
-            self.counts.bytes_read += width * lanes
+            self.counts.bytes_read += width * moves
         else:
-            self.counts.bytes_written += width * lanes
+            self.counts.bytes_written += width * moves
         if width < 16:
-            self.counts.narrow_bytes += width * lanes
+            self.counts.narrow_bytes += width * moves

@@ -56,6 +56,12 @@ def conditioning(student, target, loss, temperature, divergence):
     return temperature * float(terms[loss.isfinite()].norm())
 
 
+def gradient_fits(grad, want, student, teacher, loss, temperature, divergence, limit=1e-6):
+    """To some digits, or, of forward, to the rounding of the probabilities that it is the difference of."""
+    known = conditioning(student, teacher, loss, temperature, divergence) if divergence == "forward" else 0.0
+    return float((grad - want).norm()) <= max(limit * float(want.norm()), ROUNDINGS * ULP * known)
+
+
 def check(v, dtype, divergence, kind="dense", temperatures=TEMPERATURES, **options):
     """(worst loss error, worst gradient error at T of 1 to 4) over temperatures; raises where either is too large."""
     worst_loss = worst_grad = 0.0
@@ -88,7 +94,6 @@ FAST = [
     (1000, "f32", "jsd", "dense"),
     (4096, "f32", "forward", "dense"),
     (4096, "f32", "reverse", "ghost"),
-    (4096, "f32", "reverse", "renormalise"),
     (32000, "bf16", "forward", "dense"),
     (32000, "bf16", "forward", "sampled"),
     (50257, "f32", "reverse", "dense"),
@@ -115,6 +120,8 @@ def test_values_and_gradients_match_float64(v, dtype, divergence, kind, figure):
 def test_every_variant_matches_float64(v, dtype, divergence, kind, figure):
     if kind == "sampled" and divergence != "forward":
         pytest.skip("sampled labels have one loss, the cross-entropy")
+    if kind == "renormalise" and divergence == "reverse":
+        pytest.skip("the student is restricted to the k entries first, which makes it a dense row")
     loss, grad = check(v, dtype, divergence, kind, TEMPERATURES if v <= 4096 else (0.05, 1.0, 100.0))
     figure(
         f"values {kind:11} {divergence:7} {dtype:4} V={v:6}: loss {loss:.1e}, gradient {grad:.1e} off float64"
@@ -176,9 +183,9 @@ def test_nearly_identical_rows_keep_their_digits(v, divergence, temperature, shi
     alone = run(student, teacher, gradient=False, **settings).loss
     assert relative(got.loss, loss) < LOSS
     assert relative(alone, loss) < LOSS
-    assert relative(got.grad, grad) < GRADIENT["f32"]
     assert relative(worst.loss, loss) < 2e-6
-    assert relative(worst.grad, grad) < 2e-6
+    assert gradient_fits(got.grad, grad, student, teacher, loss, temperature, divergence)
+    assert gradient_fits(worst.grad, grad, student, teacher, loss, temperature, divergence, 2e-6)
 
 
 @pytest.mark.parametrize(
@@ -195,12 +202,25 @@ def test_rows_near_and_apart_agree_alike(v, divergence, beta, figure):
     loss, grad = expected(student, teacher, **settings)
     got = run(student, teacher, **settings)
     off = [relative(got.loss[i], loss[i]) for i in range(12)]
+    fits = [
+        gradient_fits(
+            got.grad[i],
+            grad[i],
+            student[i : i + 1],
+            teacher[i : i + 1],
+            loss[i : i + 1],
+            4.0,
+            divergence,
+            2e-6,
+        )
+        for i in range(12)
+    ]
     wrong = [relative(got.grad[i], grad[i]) for i in range(12)]
     figure(
         f"from near to apart {divergence:7} beta={beta} V={v}: loss {max(off):.1e}, gradient {max(wrong):.1e}"
     )
     assert max(off) < 2e-6
-    assert max(wrong) < 2e-6
+    assert all(fits)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +274,8 @@ def test_kl_of_rows_that_agree_but_for_an_entry_without_mass(v, divergence, fain
     finite = loss.isfinite()
     assert torch.equal(got.loss.isfinite(), finite)
     assert relative(got.loss[finite], loss[finite]) < LOSS
-    assert relative(got.grad[finite], grad[finite]) < GRADIENT["f32"]
+    rows = [x[finite] for x in (got.grad, grad, student, teacher, loss)]
+    assert gradient_fits(*rows, 1.0, divergence)
 
 
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
@@ -363,13 +384,105 @@ def test_tensors_that_start_between_boundaries(v, shift):
 
 
 @pytest.mark.parametrize("v", [1000, 4096])
-def test_in_place_with_a_scale_for_each_row(v):
+def test_in_place_with_a_factor_that_lies_in_memory(v):
     student, teacher = logits(2, v)
-    scale = torch.tensor([0.25, 3.0])
-    got = run(student, teacher, scale=scale, factor=0.5, inplace=True)
-    loss, grad = expected(student, teacher, scale=scale, factor=0.5)
+    got = run(student, teacher, scales=torch.tensor([0.25, 3.0]), factors=(0.5, 0.0), inplace=True)
+    loss, grad = expected(student, teacher, scales=(0.125, 0.0))
     assert relative(got.loss, loss) < LOSS
     assert relative(got.grad, grad) < 2e-6
+
+
+LABELLED = [
+    (10, "f32", "forward", "dense", (9, 0)),
+    (1000, "bf16", "forward", "dense", (9, 0)),
+    (1001, "f32", "jsd", "dense", (9, 0)),
+    (4096, "f32", "reverse", "dense", (9, 0)),
+    (50257, "bf16", "forward", "dense", (9, 0)),  # a cluster
+    (50257, "bf16", "forward", "dense", (8, 0)),  # unstaged
+    (4096, "f32", "forward", "ghost", (9, 0)),
+    (4096, "bf16", "jsd", "ghost", (9, 0)),
+    (4096, "f32", "reverse", "ghost", (9, 0)),
+    (1001, "f32", "forward", "renormalise", (9, 0)),
+    (4096, "f32", "forward", "sampled", (9, 0)),
+    (50257, "bf16", "forward", "sampled", (9, 0)),
+]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("v", "dtype", "divergence", "kind", "cc"), LABELLED)
+def test_both_terms_match_float64(v, dtype, divergence, kind, cc, smoothing, figure):
+    """In place; of five rows one has no label, one is masked, and one's label is an entry of the target."""
+    student, teacher = logits(5, v, dtype)
+    target = target_of(kind, teacher, 2.0)
+    labels, mask = torch.tensor([3, -100, v - 1, 7 % v, 0]), torch.tensor([True, True, True, False, True])
+    if kind != "dense":
+        labels[4] = target.indices[4, 1]
+    settings = {
+        "temperature": 2.0,
+        "divergence": divergence,
+        "mask": mask,
+        "labels": labels,
+        "smoothing": smoothing,
+    }
+    loss, label, grad = expected(student, target, scales=(0.7, 0.3), **settings)
+    student[3], labels[3] = float("nan"), 12345678
+    got = run(student, target, factors=(0.7, 0.3), cc=cc, inplace=True, **settings)
+    alone = run(student, target, cc=cc, gradient=False, **settings)
+    figure(
+        f"both terms {kind:11} {divergence:7} {dtype:4} V={v:6} sm_{cc[0]}{cc[1]} smoothing {smoothing}: loss "
+        f"{relative(got.loss, loss):.1e}, label {relative(got.label, label):.1e}, gradient {relative(got.grad, grad):.1e} off"
+    )
+    assert relative(got.loss, loss) < LOSS
+    assert relative(got.label, label) < LOSS
+    assert relative(got.grad, grad) < (2e-6 if dtype == "f32" else GRADIENT[dtype])
+    assert (got.grad[3] == 0).all()
+    assert torch.equal(alone.label, got.label)
+
+
+@pytest.mark.parametrize("kind", ["dense", "ghost", "sampled"])
+@pytest.mark.parametrize("bad", [-1, 4096, 2**40])
+def test_a_label_out_of_range_makes_its_term_nan_and_touches_nothing(bad, kind):
+    student, teacher = logits(3, 4096)
+    target, labels = target_of(kind, teacher, 1.0), torch.tensor([1, bad, 2])
+    got = run(student, target, labels=labels)
+    without = run(student, target, labels=torch.tensor([1, -100, 2]))
+    assert got.label.isnan().tolist() == [False, True, False]
+    assert torch.equal(got.loss, without.loss)
+    assert torch.equal(got.grad, without.grad)
+
+
+@pytest.mark.parametrize("kind", ["dense", "ghost"])
+def test_an_infinite_reverse_loss_leaves_the_label_its_gradient(kind):
+    student, teacher = logits(2, 4096)
+    if kind == "dense":
+        teacher[1, 5] = -float("inf")
+        target = teacher
+    else:
+        target = TopK.from_logits(teacher, 16)
+        target.log_probs[1, 2] = -float("inf")
+    labels = torch.tensor([3, 4])
+    got = run(student, target, divergence="reverse", labels=labels)
+    _, label, _ = expected(student, target, divergence="reverse", labels=labels)
+    wide = student.double().requires_grad_()
+    torch.nn.functional.cross_entropy(wide, labels, reduction="sum").backward()
+    assert got.loss.isinf().tolist() == [False, True]
+    assert relative(got.label, label) < LOSS
+    assert relative(got.grad[1], wide.grad[1]) < 2e-6
+
+
+@pytest.mark.parametrize("where", ["the label", "another entry"])
+def test_a_logit_of_minus_infinity_under_a_label(where):
+    """The cross-entropy is infinite if it is the label's own, or if smoothing gives every entry a share."""
+    student, teacher = logits(1, 1000)
+    student[0, 3] = teacher[0, 3] = -float("inf")
+    labels = torch.tensor([3 if where == "the label" else 5])
+    for smoothing in (0.0, 0.1):
+        _, label, grad = expected(student, teacher, labels=labels, smoothing=smoothing)
+        got = run(student, teacher, labels=labels, smoothing=smoothing)
+        assert torch.equal(got.label.isinf(), label.isinf())
+        assert relative(got.grad, grad) < 2e-6
+        if label.isfinite().all():
+            assert relative(got.label, label) < LOSS
 
 
 @pytest.mark.parametrize(
@@ -422,7 +535,6 @@ BAD = [-1, -(2**33), "V", 2**32 + 5, 2**40]
 @pytest.mark.parametrize(
     ("v", "dtype", "divergence", "kind"),
     [
-        (100, "bf16", "reverse", "renormalise"),
         (4096, "f32", "forward", "ghost"),
         (4096, "f32", "reverse", "ghost"),
         (4096, "f32", "jsd", "ghost"),

@@ -6,6 +6,7 @@ import re
 from functools import cache
 
 import pytest
+import torch
 
 from stillhouse.kernels.cuda.plan import plan
 
@@ -41,12 +42,12 @@ def test_a_removed_block_barrier_is_a_race():
         broken(*BLOCK, r"^\s*bar\.sync[^\n]*\n", "\n")
 
 
-def test_a_removed_warp_barrier_is_a_race():
-    """A row that a warp has: what one lane staged at the row's ends, another one reads."""
-    spec = plan(4, 1001, "f32", "reverse", "dense", (9, 0)).spec
-    text = re.sub(r"^\s*bar\.warp\.sync[^\n]*\n", "\n", ptx_of(spec, (9, 0)), flags=re.MULTILINE)
+def test_a_removed_barrier_of_a_row_that_a_warp_has_is_a_race():
+    """In place, the label's logit is read by one lane, and overwritten by another one."""
+    spec = plan(4, 1001, "f32", "forward", "dense", (9, 0), labels=True).spec
+    text = re.sub(r"^\s*bar\.sync[^\n]*\n", "\n", ptx_of(spec, (9, 0)), flags=re.MULTILINE)
     with pytest.raises(PtxError, match="race"):
-        run(*logits(4, 1001), divergence="reverse", program=parse(text))
+        run(*logits(4, 1001), labels=torch.full((4,), 700), inplace=True, program=parse(text))
 
 
 def test_a_removed_cluster_barrier_is_found():
@@ -75,12 +76,12 @@ def test_a_remote_store_before_the_first_cluster_barrier_is_found():
 
 def test_a_misaligned_vector_is_found():
     with pytest.raises(PtxError, match="misaligned"):
-        broken(*BLOCK, r"(ld\.global\.L1::no_allocate\.v4\.b32 \{[^}]*\}, \[%rd\d+)\]", r"\1+4]")
+        broken(*BLOCK, r"(ld\.global\.v4\.b32 \{[^}]*\}, \[%rd\d+)\]", r"\1+4]")
 
 
 def test_a_load_past_the_end_is_found():
     with pytest.raises(PtxError, match="outside of every allocation"):
-        broken(*BLOCK, r"(ld\.global\.L1::no_allocate\.v4\.b32 \{[^}]*\}, \[%rd\d+)\]", r"\1+65536]")
+        broken(*BLOCK, r"(ld\.global\.v4\.b32 \{[^}]*\}, \[%rd\d+)\]", r"\1+65536]")
 
 
 def test_a_store_past_the_end_is_found():

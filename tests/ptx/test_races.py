@@ -28,10 +28,11 @@ def without_global_stores(text):
 
 def verdict(text, launch, v, folder, seconds):
     _, teacher = logits(1, v, launch.spec.dtype)
-    values = arguments.pack(
-        launch, student_shape=(1, v), target=teacher, temperature=1.0, divergence=launch.spec.divergence, beta=0.5,
-        factor=1.0, student=FAR_APART, tensors=[2 * FAR_APART], grad=3 * FAR_APART, loss=4 * FAR_APART, mask=0, scale=0,
-    )  # fmt: skip
+    tensors, others = (
+        [FAR_APART, 2 * FAR_APART],
+        [3 * FAR_APART, 4 * FAR_APART, 0, 6 * FAR_APART, 5 * FAR_APART, 0],
+    )
+    values = arguments.pack(launch, (1, v), teacher, tensors, others, (1.0, 1.0))
     parameters = re.findall(r"\.param \.(\w+) (\w+)", text.split(")")[0])
     dims = {"grid_dim": launch.blocks, "block_dim": launch.spec.threads, "cluster_dim": launch.spec.cluster}
     settings = {
@@ -54,19 +55,20 @@ def verdict(text, launch, v, folder, seconds):
     return result["result"], result["checks"]
 
 
-def block_case():
-    launch = plan(1, 2048, "bf16", "forward", "dense", (9, 0))
+def block_case(labels=False):
+    launch = plan(1, 2048, "bf16", "forward", "dense", (9, 0), labels=labels)
     return launch, without_global_stores(ptx_of(launch.spec, (9, 0)))
 
 
 def cluster_case():
     """As small as a cluster can be: the order of its steps does not depend on V."""
-    launch = Plan(Spec("rows", "dense", "bf16", "forward", 32, 2), 2, 32 * 2 * 16, 32)
+    launch = Plan(Spec("dense", "bf16", "forward", 32, 2), 2, 32 * 2 * 16, 32)
     return launch, without_global_stores(ptx_of(launch.spec, (9, 0)))
 
 
-def test_a_block_is_free_of_races(tmp_path, figure):
-    launch, text = block_case()
+@pytest.mark.parametrize("labels", [False, True])
+def test_a_block_is_free_of_races(labels, tmp_path, figure):
+    launch, text = block_case(labels)
     result, checks = verdict(text, launch, 2048, tmp_path, 120)
     figure(f"sentryward {launch.spec.name}: {result} {checks}")
     assert result == "race_free"

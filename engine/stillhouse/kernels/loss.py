@@ -1,4 +1,4 @@
-"""``softmax_kl``: checks and shapes in front of the backends."""
+"""``softmax_kl`` and ``distillation_loss``: checks and shapes in front of the backends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from stillhouse.kernels import backends, ops, reference, small, two_terms
+from stillhouse.kernels import backends, ops, reference
 from stillhouse.kernels.checks import (
     check_floating,
     check_inplace,
@@ -19,9 +19,9 @@ from stillhouse.kernels.checks import (
     check_values,
     checked,
 )
-from stillhouse.kernels.series import NO_LABEL
 from stillhouse.kernels.targets import Labels, Sampled, Target, TopK
 
+SMALL = 8192  # logits of a call that is not worth compiling a kernel for, measured: see docs/kernels.md
 Divergence = Literal["forward", "reverse", "jsd"]
 Reduction = Literal["mean", "sum", "none"]
 
@@ -80,25 +80,19 @@ def softmax_kl(
     student, flat, flat_mask = flatten(student_logits, target, mask, chosen)
     if not torch.compiler.is_compiling():
         check_values(flat, student.shape[-1], flat_mask, chosen)
-    per_row = reduction == "none"
-    if chosen == "small":
-        assert isinstance(flat, Tensor)
-        loss = reduce(
-            small.rows_of(student, flat, None, temperature, flat_mask)[0], flat_mask, reduction, count
-        )
-    elif chosen == "torch":
-        rows = reference.softmax_kl_rows(student, flat, temperature, divergence, beta, flat_mask)
-        if student.device.type == "cpu" and not torch.compiler.is_compiling():
-            checked(rows.detach().sum().item(), rows)
+    if chosen in {"torch", "small"}:
+        rows = _rows_by_torch(student, flat, flat_mask, temperature, divergence, beta, chosen)
         loss = reduce(rows, flat_mask, reduction, count)
     else:
         if reduction == "sum":
             count = 1
         elif count is None:
             count = rows_of(student, flat_mask)
-        fixed = ops.arguments(flat, flat_mask, count, temperature, divergence, beta, per_row)
-        loss = ops.softmax_kl(student, fixed, inplace)
-    return loss.reshape(student_logits.shape[:-1]) if per_row and student_logits.dim() != 2 else loss
+        call = ops.call_of(flat, flat_mask, count, temperature, divergence, beta, per_row=reduction == "none")
+        loss = ops.softmax_kl(student, call, inplace)[0]
+    return (
+        loss.reshape(student_logits.shape[:-1]) if reduction == "none" and student_logits.dim() != 2 else loss
+    )
 
 
 class Terms(NamedTuple):
@@ -144,7 +138,7 @@ def distillation_loss(
         count: what the first term is divided by; by default the valid rows of this call.
         label_count: what the second one is divided by; by default the valid rows that have a label.
         inplace: as for :func:`softmax_kl`.
-        backend: as for :func:`softmax_kl`. On CUDA the second term takes a pass of its own.
+        backend: as for :func:`softmax_kl`. On CUDA labels that are probabilities take a pass of their own.
 
     Returns:
         Both terms, each divided by its count; 0 where that is 0. float32, or float64 for float64 logits.
@@ -158,47 +152,105 @@ def distillation_loss(
     check_labels(student_logits, labels, label_smoothing, weights, label_count)
     if inplace:
         check_inplace(student_logits)
-    chosen = choose(student_logits, target, divergence, backend, labels=True)
+    chosen = choose(student_logits, target, divergence, backend, labels=labels)
     student, flat, flat_mask = flatten(student_logits, target, mask, chosen)
     y = flat_labels(labels, label_smoothing)
     count = rows_of(student, flat_mask) if count is None else count
     if label_count is None:
         label_count = labelled_rows_of(y, flat_mask)
-    if chosen == "small":
-        assert isinstance(flat, Tensor)
-        rows = small.rows_of(student, flat, y, temperature, flat_mask)
-        return Terms(reduce(rows[0], None, "mean", count), reduce(rows[1], None, "mean", label_count))
-    if chosen == "numba" and fits_one_pass(student.shape[1], flat, divergence):
+    if chosen not in {"torch", "small"} and fits_one_pass(student, flat, divergence, labels):
         check_values(flat, student.shape[1], flat_mask, chosen)
-        settings = two_terms.Settings(
-            flat, y, flat_mask, temperature, divergence, beta, (float(weights[0]), float(weights[1])),
-            ops.number(count), ops.number(label_count),
+        call = ops.call_of(
+            flat, flat_mask, count, temperature, divergence, beta, labels=y, weights=weights, label_count=label_count
         )  # fmt: skip
-        return Terms(*two_terms.both(student, settings, inplace))
+        return Terms(*ops.softmax_kl(student, call, inplace))
+    if student.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_label_values(y, student.shape[1], flat_mask)
     soft = softmax_kl(
         student, flat, temperature=temperature, divergence=divergence, beta=beta, mask=flat_mask, count=count,
-        backend=chosen,
+        backend=None if chosen == "small" else chosen,
     )  # fmt: skip
-    return Terms(soft, label_term(student, y, flat_mask, label_count, chosen))
+    rows = reference.label_rows(student.double() if chosen == "small" else student, y, flat_mask)
+    return Terms(soft, reduce(rows.to(soft.dtype), None, "mean", label_count))
 
 
 def choose(
-    student: Tensor,
-    target: Target,
-    divergence: str,
-    backend: str | None,
-    *,
-    labels: bool = False,
+    student: Tensor, target: Target, divergence: str, backend: str | None, *, labels: Tensor | None = None,
     small_too: bool = True,
-) -> str:
+) -> str:  # fmt: skip
     """The backend of a call; ``small`` for one that needs no kernel."""
     if backend is None and student.device.type == "cpu" and student.dtype != torch.float64:
-        if small_too and small.suits(student, target, divergence):
+        if small_too and _is_small(student, target, divergence):
             return "small"
         kernel = "dense" if isinstance(target, Tensor) else "sparse"
-        one_pass = labels and fits_one_pass(student.shape[-1], target, divergence)
+        one_pass = labels is not None and fits_one_pass(student, target, divergence, labels)
         return backends.choose(student, backend, f"{kernel}_labels" if one_pass else kernel)
     return backends.choose(student, backend)
+
+
+def fits_one_pass(student: Tensor, target: Target, divergence: str, labels: Tensor) -> bool:
+    """Do the kernels have this form with a label term? Not where the student is restricted to a part of its entries.
+
+    Nor, on a GPU, of labels that are probabilities; nor while torch traces or transforms the call, when backward cannot look at
+    what it is asked for.
+    """
+    if torch.compiler.is_compiling() or ops.is_transformed():
+        return False
+    if student.is_cuda and labels.is_floating_point():
+        return False
+    if divergence != "reverse":
+        return True
+    if isinstance(target, Tensor):
+        return target.shape[-1] >= student.shape[-1]
+    return isinstance(target, TopK) and target.rest == "ghost"
+
+
+# -- what torch's operators compute
+
+
+def _is_small(student: Tensor, target: Target, divergence: str) -> bool:
+    """Is it a dense forward KL of few logits on both sides? These are what training on small data asks for.
+
+    Their operators' overhead is all that such a call takes, with any backend. So they are chosen by size alone: whether a kernel
+    was compiled before does not change a result.
+    """
+    return (
+        isinstance(target, Tensor)
+        and divergence == "forward"
+        and 0 < student.numel() <= SMALL
+        and target.shape == student.shape
+        and not torch.compiler.is_compiling()
+        and not ops.is_transformed()
+    )
+
+
+def _rows_by_torch(
+    student: Tensor, target: Target, mask: Tensor | None, temperature: float, divergence: str, beta: float, chosen: str
+) -> Tensor:  # fmt: skip
+    """The loss of each row (N,): by the specification, or by the closed form in float64 where the call is small."""
+    if chosen == "small":
+        assert isinstance(target, Tensor)
+        rows = _closed_form(student.double(), target.double(), temperature, mask)
+    else:
+        rows = reference.softmax_kl_rows(student, target, temperature, divergence, beta, mask)
+    if student.device.type == "cpu" and not torch.compiler.is_compiling():
+        checked(rows.detach().sum().item(), rows)
+    return rows.float() if chosen == "small" else rows
+
+
+def _closed_form(s: Tensor, t: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
+    if mask is not None:
+        s, t = (torch.where(mask[:, None], x, 0) for x in (s, t))
+    log_s, log_t = (torch.log_softmax(x / temperature, -1) for x in (s, t))
+    p = log_t.exp()
+    rows = torch.where(p == 0, 0, p * (log_t - log_s)).sum(-1) * temperature**2
+    rows = torch.where(
+        rows < 0, rows - rows.detach(), rows
+    )  # which rounding leaves of equal distributions: 0
+    return rows if mask is None else torch.where(mask, rows, 0)
+
+
+# -- rows in one dimension
 
 
 def flat_labels(labels: Tensor, smoothing: float) -> Labels:
@@ -206,34 +258,6 @@ def flat_labels(labels: Tensor, smoothing: float) -> Labels:
     if labels.is_floating_point():
         return Labels(None, labels.detach().reshape(-1, labels.shape[-1]), float(smoothing))
     return Labels(labels.reshape(-1), None, float(smoothing))
-
-
-def fits_one_pass(width: int, target: Target, divergence: str) -> bool:
-    """Does the CPU kernel have this form with a label term? Not where the student is restricted to a part of its entries.
-
-    Nor while torch traces or transforms the call: the operator ``softmax_kl`` is known there.
-    """
-    if torch.compiler.is_compiling() or ops.is_transformed():
-        return False
-    if divergence != "reverse":
-        return True
-    if isinstance(target, Tensor):
-        return target.shape[1] >= width
-    return isinstance(target, TopK) and target.rest == "ghost"
-
-
-def label_term(
-    student: Tensor, labels: Labels, mask: Tensor | None, count: float | Tensor, backend: str
-) -> Tensor:
-    """The label term by itself: by the kernel for sampled labels where it is one of these, else by the specification."""
-    if student.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_label_values(labels, student.shape[1], mask)
-    if labels.indices is None or labels.smoothing or backend == "torch":
-        return reduce(reference.label_rows(student, labels, mask), None, "mean", count)
-    has = labels.indices != NO_LABEL
-    ones = torch.ones(len(has), 1, dtype=torch.float32, device=has.device)
-    sample = Sampled(torch.where(has, labels.indices, 0)[:, None], ones, trusted=True)
-    return softmax_kl(student, sample, mask=has if mask is None else has & mask, count=count, backend=backend)
 
 
 def labelled_rows_of(labels: Labels, mask: Tensor | None) -> Tensor:

@@ -1,6 +1,7 @@
-"""The operators ``torch.ops.stillhouse.softmax_kl`` and ``softmax_kl_``, and their place in autograd.
+"""The operator ``torch.ops.stillhouse.softmax_kl``, and its place in autograd.
 
-The gradient is computed with the loss, in one go over the logits, and kept for backward.
+The gradient is computed with the loss, in one go over the logits, and kept for backward. With labels there are two losses, and the
+gradient is that of their weighted sum.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -8,103 +9,106 @@ The gradient is computed with the loss, in one go over the logits, and kept for 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
-from stillhouse.kernels.checks import check_count_value, check_values, checked
+from stillhouse.kernels.checks import check_count_value, check_values, checked, checked_labels
 from stillhouse.kernels.reference import top_k_at
-from stillhouse.kernels.targets import Sampled, Target, TopK
+from stillhouse.kernels.targets import Labels, Sampled, Target, TopK
 
-_ARGUMENTS = (
-    "Tensor? dense, Tensor? indices, Tensor? values, Tensor? rest, str kind, float held_at, Tensor? mask, Tensor? count, "
-    "float divisor, float temperature, str divergence, float beta, bool look, bool per_row"
-)
-_library = torch.library.Library("stillhouse", "FRAGMENT")
-_library.define(f"softmax_kl(Tensor student, {_ARGUMENTS}, bool gradient) -> (Tensor, Tensor)")
-_library.define(f"softmax_kl_(Tensor(a!) student, {_ARGUMENTS}) -> Tensor")
-
-Arguments = tuple[Any, ...]  # in the order of _ARGUMENTS
+SAME = 1e-6  # relative: weights that differ by no more count as those that the gradient was made for
+Count = float | Tensor
 
 
-def arguments(
-    target: Target, mask: Tensor | None, count: float | Tensor | None, temperature: float, divergence: str,
-    beta: float, per_row: bool,
-) -> Arguments:  # fmt: skip
-    """The operator's arguments after the student; ``look``: its values were not checked yet, and are to be."""
-    dense = target if isinstance(target, Tensor) else None
-    indices = None if isinstance(target, Tensor) else target.indices
-    values, rest, kind, held_at = None, None, "dense", 1.0
+class Call(NamedTuple):
+    """All of a call but the student's logits, as the operators take it; rows in one dimension."""
+
+    dense: Tensor | None
+    indices: Tensor | None
+    values: Tensor | None
+    rest: Tensor | None
+    kind: str  # "dense", "sampled", or what a TopK's rest is
+    held_at: float  # the temperature of a TopK's log-probabilities
+    labels: Tensor | None
+    probabilities: Tensor | None
+    smoothing: float
+    mask: Tensor | None
+    soft_count: Tensor | None  # a divisor that is a tensor, in whose place the number is 1
+    soft_divisor: float
+    label_count: Tensor | None
+    label_divisor: float
+    weight: float  # of the divergence in the gradient
+    label_weight: float
+    temperature: float
+    divergence: str
+    beta: float
+    look: bool  # the target's values were not checked yet, and are to be
+    per_row: bool
+
+    def target(self) -> Target:
+        """The teacher's side."""
+        if self.dense is not None:
+            return self.dense
+        assert self.indices is not None
+        assert self.values is not None
+        if self.kind == "sampled":
+            return Sampled(self.indices, self.values)
+        return TopK(self.indices, self.values, self.kind, self.held_at, log_rest=self.rest)  # type: ignore[arg-type]
+
+    def label_term(self) -> Labels | None:
+        """The labels, where there are any."""
+        if self.labels is None and self.probabilities is None:
+            return None
+        return Labels(self.labels, self.probabilities, self.smoothing)
+
+    def counts(self) -> tuple[Count, Count]:
+        """What either term is divided by."""
+        return (
+            self.soft_divisor if self.soft_count is None else self.soft_count,
+            self.label_divisor if self.label_count is None else self.label_count,
+        )
+
+    def late(self, dtype: torch.dtype) -> Any:
+        """What a gradient is divided by in backward: float16 would lose 1 / count times it before a scaler lifts it."""
+        count = self.counts()[0]
+        if dtype != torch.float16 or self.per_row:
+            return 1.0
+        return torch.where(count > 0, count, 1) if isinstance(count, Tensor) else count or 1.0
+
+
+def call_of(
+    target: Target, mask: Tensor | None, count: Count | None, temperature: float, divergence: str, beta: float, *,
+    per_row: bool = False, labels: Labels | None = None, weights: tuple[float, float] = (1.0, 0.0), label_count: Count = 0,
+) -> Call:  # fmt: skip
+    """The operator's arguments after the student."""
+    dense, indices, values, rest, kind, held_at = None, None, None, None, "dense", 1.0
+    if isinstance(target, Tensor):
+        dense = target
+    else:
+        indices, kind = target.indices, "sampled"
+        values = target.weights if isinstance(target, Sampled) else target.log_probs
     if isinstance(target, TopK):
-        values, rest, kind = target.log_probs, target.log_rest, target.rest
-        held_at = float(target.temperature)
-    elif isinstance(target, Sampled):
-        values, kind = target.weights, "sampled"
+        rest, kind, held_at = target.log_rest, target.rest, float(target.temperature)
     look = torch.compiler.is_compiling() and not (isinstance(target, Tensor) or target.trusted)
-    divisor, tensor = (1.0, count) if isinstance(count, Tensor) else (float(count or 0), None)
-    return (
-        dense, indices, values, rest, kind, held_at, mask, tensor, divisor, float(temperature), divergence,
+    of_labels = (
+        (None, None, 0.0) if labels is None else (labels.indices, labels.probabilities, labels.smoothing)
+    )
+    return Call(
+        dense, indices, values, rest, kind, held_at, *of_labels, mask, *_divisor(0.0 if count is None else count),
+        *_divisor(label_count), float(weights[0]), float(weights[1]), float(temperature), divergence,
         float(beta) if divergence == "jsd" else 0.5, look, per_row,
     )  # fmt: skip
 
 
-def _target(
-    dense: Tensor | None, indices: Tensor | None, values: Tensor | None, rest: Tensor | None, kind: str,
-    held_at: float,
-) -> Target:  # fmt: skip
-    if dense is not None:
-        return dense
-    assert indices is not None
-    assert values is not None
-    if kind == "sampled":
-        return Sampled(indices, values)
-    return TopK(indices, values, kind, held_at, log_rest=rest)  # type: ignore[arg-type]
-
-
-def _compute(student: Tensor, arguments: Arguments, out: Tensor | None) -> Tensor:
-    """The loss, reduced; the gradient to ``out``."""
-    *target, mask, count, divisor, temperature, divergence, beta, look, per_row = arguments
-    against = _target(*target)
-    late = student.dtype == torch.float16  # its gradient is divided in backward
-    restricted = divergence == "reverse" and isinstance(against, TopK) and against.rest == "renormalise"
-    settings = {
-        "temperature": temperature, "divergence": divergence, "beta": beta, "mask": mask, "out_grad": out,
-    }  # fmt: skip
-    if student.is_cuda:
-        factor: Any = 1.0 if per_row else reciprocal(divisor)
-        if count is not None and not per_row:
-            factor = reciprocal(count).to(device=student.device, dtype=torch.float32)
-        rows_of = _within(_cuda_rows) if restricted else _cuda_rows
-        rows = rows_of(student, against, scale=1.0 if late else factor, **settings)
-        return rows if per_row else rows.sum() * factor
-    if count is not None:
-        divisor = number(count)
-    if look:
-        check_values(against, student.shape[1], mask)
-    factor = 1.0 if per_row else reciprocal(divisor)
-    settings |= {"scale": 1.0 if late else factor, "loss_scale": factor or 1.0}
-    loss = None if per_row else student.new_empty((), dtype=torch.float32)
-    if restricted:
-        rows = _within(lambda *of, **how: cpu().softmax_kl_fwd_bwd(*of, **how)[0][0])(
-            student, against, **settings
-        )
-        total = rows.sum().item()
-        if loss is not None:
-            loss.fill_(total)
-    else:
-        rows, (total, _) = cpu().softmax_kl_fwd_bwd(student, against, loss=loss, **settings)
-    checked(
-        total, rows[0] if rows.dim() == 2 else rows, "logits at the k entries" if restricted else "logits"
-    )
-    if loss is None:
-        return rows[0] if rows.dim() == 2 else rows
-    return loss if factor else loss.zero_()
+def _divisor(count: Count) -> tuple[Tensor | None, float]:
+    return (count, 1.0) if isinstance(count, Tensor) else (None, float(count))
 
 
 def number(count: Any) -> float:
@@ -121,11 +125,74 @@ def reciprocal(count: Any) -> Any:
     return 1.0 / count if count else 0.0
 
 
+def compute(student: Tensor, call: Call, out: Tensor | None) -> Tensor:
+    """The loss, reduced, or both terms (2,); the gradient, still to be divided by ``call.late``, to ``out``."""
+    target, labels = call.target(), call.label_term()
+    if student.is_cuda:
+        return _compute_on_cuda(student, call, target, labels, out)
+    call = call._replace(
+        soft_count=None,
+        soft_divisor=number(call.counts()[0]),
+        label_count=None,
+        label_divisor=number(call.counts()[1]),
+    )
+    if call.look:
+        check_values(target, student.shape[1], call.mask)
+    late, per_row = call.late(student.dtype), call.per_row
+    each, each_label = (1.0, 0.0) if per_row else map(reciprocal, call.counts())
+    loss = None if per_row else student.new_zeros(2, dtype=torch.float32)
+    settings = {
+        "temperature": call.temperature, "divergence": call.divergence, "beta": call.beta, "mask": call.mask, "out_grad": out,
+        "scale": call.weight * each * late, "loss_scale": each or 1.0,
+    }  # fmt: skip
+    restricted = isinstance(target, TopK) and target.rest == "renormalise" and call.divergence == "reverse"
+    if restricted:
+        rows = _within(lambda *of, **how: _cpu().softmax_kl_fwd_bwd(*of, **how)[0])(
+            student, target, **settings
+        )
+        totals = (rows.sum().item(), 0.0)
+        if loss is not None:
+            loss[0] = totals[0]
+    else:
+        rows, totals = _cpu().softmax_kl_fwd_bwd(
+            student, target, loss=loss, labels=labels, label_scale=call.label_weight * each_label * late,
+            label_loss_scale=each_label or 1.0, **settings,
+        )  # fmt: skip
+    checked(totals[0], rows[0], "logits at the k entries" if restricted else "logits")
+    if labels is not None:
+        checked_labels(totals[1], rows[1], labels, student.shape[1])
+    if loss is None:
+        return rows[0]  # type: ignore[no-any-return]
+    for term, share in enumerate(
+        (each, each_label)
+    ):  # what nothing is divided by is 0, also where a row is +inf
+        if not share:
+            loss[term] = 0
+    return loss[0] if labels is None else loss
+
+
 @lru_cache(maxsize=1)
-def cpu() -> Any:
+def _cpu() -> Any:
     from stillhouse.kernels import cpu as backend  # loads or compiles the kernels: not before they are used
 
     return backend
+
+
+def _compute_on_cuda(
+    student: Tensor, call: Call, target: Target, labels: Labels | None, out: Tensor | None
+) -> Tensor:
+    late, counts = call.late(student.dtype), call.counts()
+    each = [1.0, 0.0] if call.per_row else [reciprocal(count) for count in counts]
+    settings: dict[str, Any] = {
+        "temperature": call.temperature, "divergence": call.divergence, "beta": call.beta, "mask": call.mask, "out_grad": out,
+        "scales": (call.weight * each[0] * late, call.label_weight * each[1] * late), "labels": labels,
+    }  # fmt: skip
+    restricted = isinstance(target, TopK) and target.rest == "renormalise" and call.divergence == "reverse"
+    rows = (_within(_cuda_rows) if restricted else _cuda_rows)(student, target, **settings)
+    if call.per_row:
+        return rows[0]
+    terms = [total * share for total, share in zip(rows.sum(-1).unbind(), each, strict=False)]
+    return terms[0] if labels is None else torch.stack(terms)
 
 
 def _cuda_rows(student: Tensor, target: Target, *, out_grad: Tensor | None, **settings: Any) -> Tensor:
@@ -136,11 +203,10 @@ def _cuda_rows(student: Tensor, target: Target, *, out_grad: Tensor | None, **se
         target = replace(target, log_probs=top_k_at(target, temperature), temperature=temperature)
     if not isinstance(target, Tensor) or target.dtype == student.dtype:
         return cuda.softmax_kl_fwd_bwd(student, target, out_grad=out_grad, **settings)
-    # the kernel reads both in one type
-    wide = (
-        None if out_grad is None else torch.empty(student.shape, dtype=torch.float32, device=student.device)
-    )
-    rows = cuda.softmax_kl_fwd_bwd(student.float(), target.float(), out_grad=wide, **settings)
+    wide = None if out_grad is None else student.new_empty(student.shape, dtype=torch.float32)
+    rows = cuda.softmax_kl_fwd_bwd(
+        student.float(), target.float(), out_grad=wide, **settings
+    )  # which reads both in one type
     if out_grad is not None and wide is not None:
         out_grad.copy_(wide)
     return rows
@@ -175,64 +241,153 @@ def _within(rows_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return rows_within
 
 
-def _forward(student: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *arguments, gradient = rest
+# -- the operators
+
+
+def _forward(student: Tensor, call: Call, gradient: bool) -> tuple[Tensor, Tensor]:
     student = student if student.stride(1) == 1 else student.contiguous()
     if not gradient:
-        out = student.new_empty(0)
-        return _compute(student, tuple(arguments), None), out
+        return compute(student, call, None), student.new_empty(0)
     out = torch.empty_like(student, memory_format=torch.contiguous_format)
-    return _compute(student, tuple(arguments), out), out
+    return compute(student, call, out), out
 
 
-def _forward_inplace(student: Tensor, *arguments: Any) -> Tensor:
-    return _compute(student, arguments, student)
-
-
-def _shape_of_loss(student: Tensor, arguments: Arguments) -> Tensor:
-    return student.new_empty(student.shape[:1] if arguments[-1] else (), dtype=torch.float32)
+def _shape_of_loss(student: Tensor, call: Call) -> Tensor:
+    several = student.shape[:1] if call.per_row else (2,) if call.label_term() is not None else ()
+    return student.new_empty(several, dtype=torch.float32)
 
 
 def _fake(student: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *arguments, gradient = rest
-    return _shape_of_loss(student, tuple(arguments)), student.new_empty(student.shape if gradient else (0,))
+    return _shape_of_loss(student, Call(*rest[:-1])), student.new_empty(student.shape if rest[-1] else (0,))
 
 
+_ARGUMENTS = ", ".join(
+    f"{getattr(kind, '__forward_arg__', kind)} {name}".replace("Tensor | None", "Tensor?")
+    for name, kind in Call.__annotations__.items()
+)
+_library = torch.library.Library("stillhouse", "FRAGMENT")
+_library.define(f"softmax_kl(Tensor student, {_ARGUMENTS}, bool gradient) -> (Tensor, Tensor)")
 for _key in ("CPU", "CUDA"):
-    _library.impl("softmax_kl", _forward, _key)
-    _library.impl("softmax_kl_", _forward_inplace, _key)
+    _library.impl("softmax_kl", lambda s, *rest: _forward(s, Call(*rest[:-1]), rest[-1]), _key)
 torch.library.register_fake("stillhouse::softmax_kl", _fake, lib=_library)
-torch.library.register_fake(
-    "stillhouse::softmax_kl_", lambda student, *arguments: _shape_of_loss(student, arguments), lib=_library
+
+
+def _fresh(student: Tensor, call: Call, gradient: bool) -> tuple[Tensor, Tensor]:
+    """By the operator where torch traces the call, else without: a dispatcher of a score of arguments is a tenth of a call at 4096 x 1000."""
+    if _is_plain(student):
+        return _forward(student, call, gradient)
+    made: tuple[Tensor, Tensor] = torch.ops.stillhouse.softmax_kl.default(student, *call, gradient)
+    return made
+
+
+def _is_plain(student: Tensor) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and type(student) in {Tensor, torch.nn.Parameter}
+        and not is_transformed()
+    )
+
+
+# -- and their derivative
+
+
+def softmax_kl(student: Tensor, call: Call, inplace: bool) -> tuple[Tensor, Tensor]:
+    """(Divergence, label term or 0) with their gradient; student (N, V)."""
+    refuse_forward_mode(student)
+    if not (torch.is_grad_enabled() and student.requires_grad):
+        return _terms(_fresh(student, call, False)[0], call)
+    inplace = inplace and _is_plain(student) and overwritable(student, call)
+    return _SoftmaxKL.apply(student, call, inplace)[:2]  # type: ignore[no-any-return]
+
+
+def _terms(losses: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    if call.label_term() is None:
+        return losses, losses.new_zeros(())
+    return losses[0].clone(), losses[1].clone()
+
+
+class _SoftmaxKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, call: Call, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
+        if inplace:
+            gradient = student.detach()
+            try:
+                losses = compute(gradient, call, gradient)
+            finally:  # who saved these logits is told that they are gone, also where a row was refused
+                torch.autograd.graph.increment_version(student)
+        else:
+            losses, gradient = _fresh(student, call, True)
+        ctx.call, ctx.inplace, ctx.late = call, inplace, call.late(student.dtype)
+        anchor = losses.new_empty(0)
+        again = (student,) if call.label_term() is not None and not inplace else ()
+        ctx.save_for_backward(gradient, anchor, *again)
+        ctx.set_materialize_grads(False)
+        return *_terms(losses, call), anchor
+
+    @staticmethod
+    def backward(
+        ctx: Any, soft: Tensor | None, label: Tensor | None, _: None
+    ) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+        gradient, anchor, *again = ctx.saved_tensors
+        if ctx.call.label_term() is not None:
+            asked = asked_weights(soft, label)
+            factor = common_factor(asked, ctx.call)
+            if factor is None:
+                if ctx.inplace:
+                    raise RuntimeError(
+                        _OVERWRITTEN.format(got=asked, expected=(ctx.call.weight, ctx.call.label_weight))
+                    )
+                call, factor = ctx.call._replace(weight=asked[0], label_weight=asked[1]), 1.0
+                with torch.no_grad():
+                    gradient = _fresh(again[0], call, True)[1]
+            soft = anchor.new_full((), factor)
+        if soft is None:
+            return None, None, None
+        upstream = soft if isinstance(ctx.late, float) and ctx.late == 1.0 else soft / ctx.late
+        if torch.compiler.is_compiling():
+            return _scaled(gradient, upstream), None, None
+        gradient = scaled_in_place(gradient, upstream)
+        if torch.is_grad_enabled():  # create_graph=True
+            gradient = no_second_derivative(gradient, anchor)
+        return gradient, None, None
+
+
+_OVERWRITTEN = (
+    "distillation_loss: got derivatives of its terms weighted {got}; expected a multiple of weights={expected}, for which "
+    "inplace=True has overwritten the logits by their gradient. Fix: pass these weights, or drop inplace."
 )
 
 
-def softmax_kl(student: Tensor, arguments: Arguments, inplace: bool) -> Tensor:
-    """The operator with its gradient; student (N, V)."""
-    refuse_forward_mode(student)
-    if not (torch.is_grad_enabled() and student.requires_grad):
-        loss: Tensor = torch.ops.stillhouse.softmax_kl.default(student, *arguments, False)[0]
-        return loss
-    inplace = inplace and not torch.compiler.is_compiling() and overwritable(student, arguments)
-    return _SoftmaxKL.apply(student, arguments, inplace)[0]  # type: ignore[no-any-return, no-untyped-call]
+def asked_weights(soft: Tensor | None, label: Tensor | None) -> tuple[float, float]:
+    """The derivatives that backward was given, as numbers: on a GPU it waits for them."""
+    return 0.0 if soft is None else float(soft.item()), 0.0 if label is None else float(label.item())
 
 
-def overwritable(student: Tensor, arguments: Sequence[Any]) -> bool:
+def common_factor(asked: tuple[float, float], call: Call) -> float | None:
+    """The number that the call's weights times it are what is asked for, if there is one."""
+    (a, b), (x, y) = (call.weight, call.label_weight), asked
+    if a == b == 0:
+        return 0.0 if x == y == 0 else None
+    if abs(x * b - y * a) > SAME * max(abs(x * b), abs(y * a)):
+        return None
+    return x / a if a >= b else y / b
+
+
+def overwritable(student: Tensor, read: Iterable[Any]) -> bool:
     """Is a row of the student its own memory, which no other row, target or mask is read from?"""
     first, last = _span(student)
-    others = (_span(x) for x in arguments if isinstance(x, Tensor) and x.device == student.device)
-    return (
-        student.is_contiguous()
-        and not student.is_neg()
-        and all(end <= first or last <= start for start, end in others)
-    )
+    others = (_span(x) for x in read if isinstance(x, Tensor) and x.device == student.device)
+    apart = all(end <= first or last <= start for start, end in others)
+    return student.is_contiguous() and not student.is_neg() and apart
 
 
 def _span(x: Tensor) -> tuple[int, int]:
     """Addresses of the first byte and of the one after the last."""
-    if x.is_contiguous():
-        return x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()
-    reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    reach = (
+        sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        if x.numel()
+        else -1
+    )
     return x.data_ptr(), x.data_ptr() + (reach + 1) * x.element_size()
 
 
@@ -251,44 +406,13 @@ def refuse_forward_mode(*inputs: Tensor | None) -> None:
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
-        raise RuntimeError(
-            "softmax_kl: got a forward-mode derivative (jvp, a dual tensor); expected backward, since the fused kernel "
-            "has no other. Fix: pass softmax_kl backend='torch' (after the layer, where this was linear_softmax_kl), or take the "
-            "derivative by backward."
-        )
+        raise RuntimeError(_DERIVATIVE.format(got="a forward-mode derivative (jvp, a dual tensor)"))
 
 
-class _SoftmaxKL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, arguments: Arguments, inplace: bool) -> tuple[Tensor, Tensor]:
-        if inplace:
-            gradient = student.detach()
-            try:
-                loss: Tensor = torch.ops.stillhouse.softmax_kl_.default(gradient, *arguments)
-            finally:  # who saved these logits is told that they are gone, also where a row was refused
-                torch.autograd.graph.increment_version(student)
-        else:
-            loss, gradient = torch.ops.stillhouse.softmax_kl.default(student, *arguments, True)
-        count, divisor, per_row = arguments[7], arguments[8], arguments[-1]
-        # float16 would lose 1/count times a small gradient before the loss scaler can lift it: divided in backward
-        late = student.dtype == torch.float16 and not per_row
-        ctx.divisor = (count if count is not None else divisor) if late else None
-        anchor = loss.new_empty(0)
-        ctx.save_for_backward(gradient, anchor)
-        ctx.set_materialize_grads(False)
-        return loss, anchor
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        gradient, anchor = ctx.saved_tensors
-        if ctx.divisor is not None:
-            upstream = upstream * reciprocal(ctx.divisor)
-        if torch.compiler.is_compiling():
-            return _scaled(gradient, upstream), None, None
-        gradient = scaled_in_place(gradient, upstream)
-        if torch.is_grad_enabled():  # create_graph=True
-            gradient = no_second_derivative(gradient, anchor)
-        return gradient, None, None
+_DERIVATIVE = (
+    "softmax_kl: got {got}; expected a first derivative by backward only, since the fused kernel keeps the gradient and not the "
+    "logits. Fix: pass softmax_kl backend='torch' (after the layer, where this was linear_softmax_kl), which has the others too."
+)
 
 
 def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
@@ -311,7 +435,7 @@ def no_second_derivative(gradient: Tensor, anchor: Tensor) -> Tensor:
     ``anchor`` is an empty output of the function whose gradient it is: by it the graph goes on to that function's
     inputs. Without, a derivative in one of them would be "unused", which some callers take for zero.
     """
-    return _NoSecondDerivative.apply(gradient.detach().requires_grad_(), anchor)  # type: ignore[no-any-return, no-untyped-call]
+    return _NoSecondDerivative.apply(gradient.detach().requires_grad_(), anchor)  # type: ignore[no-any-return]
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -321,8 +445,4 @@ class _NoSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, *upstream: Tensor) -> None:  # noqa: ARG004
-        raise RuntimeError(
-            "softmax_kl: got a request for its second derivative; expected a first derivative only, since the fused "
-            "kernel keeps the gradient and not the logits. Fix: pass softmax_kl backend='torch' (after the layer, where this "
-            "was linear_softmax_kl), which can be differentiated any number of times."
-        )
+        raise RuntimeError(_DERIVATIVE.format(got="a request for its second derivative"))

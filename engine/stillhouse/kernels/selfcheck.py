@@ -47,34 +47,28 @@ def _target(kind: str, teacher: Tensor) -> Target:
     return teacher
 
 
-def _to(target: Target, device: torch.device) -> Target:
-    if isinstance(target, TopK):
-        rest = None if target.log_rest is None else target.log_rest.to(device)
-        indices, log_probs = target.indices.to(device), target.log_probs.to(device)
-        return replace(target, indices=indices, log_probs=log_probs, log_rest=rest)
-    if isinstance(target, Sampled):
-        return Sampled(target.indices.to(device), target.weights.to(device), target.temperature, True)
-    return target.to(device)
-
-
-def _wide(target: Target) -> Target:
-    if isinstance(target, TopK):
-        rest = None if target.log_rest is None else target.log_rest.double()
-        return replace(target, log_probs=target.log_probs.double(), log_rest=rest)
-    if isinstance(target, Sampled):
-        return Sampled(target.indices, target.weights.double(), target.temperature)
-    return target.double()
+def _converted(target: Target, **how: Any) -> Target:
+    """On another device, or in another floating type."""
+    if isinstance(target, Tensor):
+        return target.to(**how)
+    values: dict[str, Any] = {
+        name: x for name, x in vars(target).items() if isinstance(x, Tensor) and x.is_floating_point()
+    }
+    indices = target.indices.to(device=how.get("device"))
+    return replace(target, indices=indices, **{name: x.to(**how) for name, x in values.items()})
 
 
 def _check_case(
     name: str, student: Tensor, target: Target, divergence: Any, device: torch.device, backend: str | None
 ) -> tuple[str, bool, str]:
     exact = student.double().requires_grad_()
-    expected = reference.softmax_kl_rows(exact, _wide(target), 2.0, divergence, 0.5).mean()
+    expected = reference.softmax_kl_rows(
+        exact, _converted(target, dtype=torch.float64), 2.0, divergence, 0.5
+    ).mean()
     expected.backward()
 
     def loss(mine: Tensor) -> Tensor:
-        where = _to(target, device)
+        where = _converted(target, device=device)
         return kernels.softmax_kl(mine, where, temperature=2.0, divergence=divergence, backend=backend)
 
     return _compare(name, student, device, loss, expected, exact.grad)
@@ -86,13 +80,20 @@ def _check_labels(
     """Of 0.75 times the divergence and 0.25 times the cross-entropy with labels."""
     exact, y = student.double().requires_grad_(), torch.arange(student.shape[0])
     y[3] = NO_LABEL
-    soft = reference.softmax_kl_rows(exact, _wide(target), 2.0, "forward", 0.5).mean()
+    soft = reference.softmax_kl_rows(
+        exact, _converted(target, dtype=torch.float64), 2.0, "forward", 0.5
+    ).mean()
     expected = 0.75 * soft + 0.25 * reference.label_rows(exact, Labels(y, None, 0.0)).sum() / (len(y) - 1)
     expected.backward()
 
     def loss(mine: Tensor) -> Tensor:
         terms = kernels.distillation_loss(
-            mine, _to(target, device), y.to(device), temperature=2.0, weights=(0.75, 0.25), backend=backend
+            mine,
+            _converted(target, device=device),
+            y.to(device),
+            temperature=2.0,
+            weights=(0.75, 0.25),
+            backend=backend,
         )
         return 0.75 * terms.soft + 0.25 * terms.label
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stillhouse.kernels.errors import fail
+from stillhouse.kernels.errors import fail, require
 from stillhouse.kernels.normalise import log_softmax
 from stillhouse.kernels.series import NO_LABEL
 
@@ -120,12 +120,6 @@ class Labels:
     probabilities: Tensor | None
     smoothing: float
 
-    def at(self, rows: slice) -> Labels:
-        """Those of some rows."""
-        indices = None if self.indices is None else self.indices[rows]
-        probabilities = None if self.probabilities is None else self.probabilities[rows]
-        return Labels(indices, probabilities, self.smoothing)
-
     def present(self) -> Tensor:
         """Which rows have a label, (N,)."""
         if self.indices is not None:
@@ -135,22 +129,23 @@ class Labels:
 
 
 def _check_draw(kind: str, logits: Tensor, k: object, temperature: object) -> int:
-    if logits.dim() < 1 or logits.shape[-1] < 1:
-        got, expected = tuple(logits.shape), "(..., V) with V >= 1"
-        raise fail(f"{kind}.from_logits logits shape", got, expected, "keep the vocabulary last")
+    name, shape = f"{kind}.from_logits", tuple(logits.shape)
+    require(
+        bool(shape) and shape[-1] > 0,
+        f"{name} logits shape",
+        shape,
+        "(..., V) with V >= 1",
+        "keep the vocabulary last",
+    )
     try:
         count = 0 if isinstance(k, bool) else operator.index(k)  # type: ignore[arg-type]
     except TypeError:
         count = 0
-    if count < 1 or (kind == "TopK" and count > logits.shape[-1]):
-        most = f"to V = {logits.shape[-1]}" if kind == "TopK" else "on"
-        raise fail(
-            f"{kind}.from_logits k", repr(k), f"a whole number from 1 {most}", "pass a k in that range"
-        )
-    if not isinstance(temperature, Real) or not 0 < float(temperature) < math.inf:
-        raise fail(
-            f"{kind}.from_logits temperature", repr(temperature), "a finite number above 0", "pass 1.0"
-        )
+    most = f"to V = {shape[-1]}" if kind == "TopK" else "on"
+    fits = count >= 1 and (kind != "TopK" or count <= shape[-1])
+    require(fits, f"{name} k", repr(k), f"a whole number from 1 {most}", "pass a k in that range")
+    positive = isinstance(temperature, Real) and 0 < float(temperature) < math.inf
+    require(positive, f"{name} temperature", repr(temperature), "a finite number above 0", "pass 1.0")
     return count
 
 

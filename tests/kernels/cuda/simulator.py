@@ -94,9 +94,6 @@ def load_words(address):
     return tuple(np.uint32(w) for w in (ctypes.c_uint32 * 4).from_address(int(address)))
 
 
-load_words_kept = load_words
-
-
 def store_words(address, a, b, c, d):
     (ctypes.c_uint32 * 4).from_address(int(address))[:] = [int(a), int(b), int(c), int(d)]
 
@@ -107,10 +104,6 @@ def load_u8(address):
 
 def load_u16(address):
     return np.uint32(_read(ctypes.c_uint16, address))
-
-
-def load_u32(address):
-    return np.uint32(_read(ctypes.c_uint32, address))
 
 
 def load_i64(address):
@@ -148,10 +141,6 @@ def shared_store(array, offset, value):
 
 def uncounted(number):
     return number
-
-
-def warp_barrier():
-    """The shuffles that follow are one here."""
 
 
 def cluster_rank():

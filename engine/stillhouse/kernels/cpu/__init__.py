@@ -67,23 +67,35 @@ def softmax_kl_fwd_bwd(
     square = float(temperature) ** 2
     mask = None if mask is None else mask.contiguous()
     tensors = _readable(target)  # held until the rows are done
-    common = _address(out_grad), losses.data_ptr(), _address(mask)
-    reals: tuple[float, ...] = (1.0 / temperature, scale * square, beta, loss_scale * square)
-    if isinstance(target, Tensor):
-        kind, scratch, integers = _dense(student, tensors[0], divergence, beta, common)
-    else:
-        kind, scratch, integers = _sparse(student, target, tensors, divergence, beta, common)
-        reals += (target.temperature / temperature,)
-    if labels is None:
-        return losses, _workers.run(entry(kind), rows, width, scratch, _address(loss), integers, reals)
-    indices = None if labels.indices is None else labels.indices.contiguous()
-    probabilities = None if labels.probabilities is None else _plain(labels.probabilities)
-    integers += (_address(indices), _address(probabilities))
-    reals = (*reals, *(0.0,) * (5 - len(reals)), labels.smoothing, label_scale, label_loss_scale)
-    scratch += _padded(max(width, integers[12] if kind == "dense" else 0))
-    return losses, _workers.run(
-        entry(f"{kind}_labels"), rows, width, scratch, _address(loss), integers, reals
+    kind, scratch, others = (
+        _dense(student, tensors[0], divergence)
+        if isinstance(target, Tensor)
+        else _sparse(width, target, tensors)
     )
+    indices = probabilities = None
+    smoothing, power = 0.0, 0.0 if isinstance(target, Tensor) else target.temperature / temperature
+    at = 4 * scratch  # of the label term's part
+    if labels is not None:
+        kind, smoothing = f"{kind}_labels", labels.smoothing
+        indices = None if labels.indices is None else labels.indices.contiguous()
+        probabilities = None if labels.probabilities is None else _plain(labels.probabilities)
+        scratch += _padded(max(width, others[5]) if isinstance(target, Tensor) else width)
+    integers = (
+        DIVERGENCES[divergence], student.data_ptr(), _address(out_grad), losses.data_ptr(), _address(mask),
+        student.stride(0) * student.element_size(), DTYPES[student.dtype], width, _series(beta)[1], _address(indices),
+        _address(probabilities), at, *others,
+    )  # fmt: skip
+    reals = (
+        1.0 / temperature,
+        scale * square,
+        beta,
+        loss_scale * square,
+        smoothing,
+        label_scale,
+        label_loss_scale,
+        power,
+    )
+    return losses, _workers.run(entry(kind), rows, width, scratch, _address(loss), integers, reals)
 
 
 def _readable(target: Target) -> tuple[Tensor | None, ...]:
@@ -99,40 +111,28 @@ def _readable(target: Target) -> tuple[Tensor | None, ...]:
     return target.indices.contiguous(), _plain(values), None if rest is None else _plain(rest)
 
 
-def _dense(
-    student: Tensor, teacher: Tensor | None, divergence: str, beta: float, common: tuple[int, int, int]
-) -> tuple[str, int, tuple[int, ...]]:
-    """(Entry point, float32 of scratch, the call's integers in the order of ``dense.rows_of``)."""
+def _dense(student: Tensor, teacher: Tensor | None, divergence: str) -> tuple[str, int, tuple[int, ...]]:
+    """(Entry point, float32 of scratch, the integers of ``dense.row_of``)."""
     assert teacher is not None
-    wide, vs, vt = student.shape[1], student.shape[1], teacher.shape[1]
+    vs, vt = student.shape[1], teacher.shape[1]
     if divergence == "forward":
         vt = min(vs, vt)
     elif divergence == "reverse":
         vs = min(vs, vt)
     v = max(vs, vt)
-    stride = _padded(v)
-    integers = (
-        DIVERGENCES[divergence], student.data_ptr(), teacher.data_ptr(), *common,
-        student.stride(0) * student.element_size(), teacher.stride(0) * teacher.element_size(),
-        DTYPES[student.dtype], DTYPES[teacher.dtype], vs, vt, v, wide, stride * 4, _series(beta)[1],
-    )  # fmt: skip
-    return "dense", 3 * stride, integers
+    part = _padded(v)
+    stride = teacher.stride(0) * teacher.element_size()
+    return "dense", 3 * part, (teacher.data_ptr(), stride, DTYPES[teacher.dtype], vs, vt, v, 4 * part)
 
 
 def _sparse(
-    student: Tensor, target: TopK | Sampled, tensors: tuple[Tensor | None, ...], divergence: str, beta: float,
-    common: tuple[int, int, int],
-) -> tuple[str, int, tuple[int, ...]]:  # fmt: skip
-    """The same in the order of ``sparse.rows_of``."""
-    sampled = isinstance(target, Sampled)
+    v: int, target: TopK | Sampled, tensors: tuple[Tensor | None, ...]
+) -> tuple[str, int, tuple[int, ...]]:
+    """The same of ``sparse.row_of``."""
+    sampled, k = isinstance(target, Sampled), target.indices.shape[1]
     ghost = isinstance(target, TopK) and target.rest == "ghost"
-    v, k = student.shape[1], target.indices.shape[1]
     scratch = _padded(v + (2 * v if sampled else 4 * k)) + 5 * LINE
-    integers = (
-        DIVERGENCES[divergence], student.data_ptr(), *common, student.stride(0) * student.element_size(),
-        DTYPES[student.dtype], v, *map(_address, tensors), k, sampled, ghost, _series(beta)[1], scratch * 4,
-    )  # fmt: skip
-    return "sparse", scratch, integers
+    return "sparse", scratch, (*map(_address, tensors), k, sampled, ghost)
 
 
 def _padded(columns: int) -> int:

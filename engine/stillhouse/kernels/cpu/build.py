@@ -35,7 +35,7 @@ WRAPPERS = ("create_cpython_wrapper", "create_cfunc_wrapper")  # of Numba's targ
 # of both terms' losses (float64), rows, threads, scratch, size, where the sums go as float32 (0: nowhere). Then come the
 # call's integers, addresses too, and its floats
 NEXT, PART, DONE, TOTAL, _, ROWS, THREADS, SCRATCH, SIZE, LOSS = range(10)
-HEADER, INTEGERS, REALS = 10, 18, 8
+HEADER, INTEGERS, REALS = 10, 19, 8
 FLOATS = HEADER + INTEGERS
 _LAYOUT = struct.Struct(f"={FLOATS}q{REALS}d")
 _MEMORY = ctypes.c_char * _LAYOUT.size
@@ -75,7 +75,8 @@ def totals_of(call: ctypes.Array[ctypes.c_char]) -> tuple[float, float]:
 @lru_cache(maxsize=len(ENTRIES))
 def entry(name: str) -> Compiled:
     """The compiled function ``name``, from the cache or fresh."""
-    code = cache.read(_file(name))
+    file = _file(name)  # of the sources as they are before it is compiled
+    code = cache.read(file)
     if code is None:
         _LOG.warning(
             "stillhouse compiles its CPU kernel '%s', once: about %d seconds (`stillhouse warmup` does it ahead)",
@@ -83,7 +84,7 @@ def entry(name: str) -> Compiled:
             SECONDS[name],
         )
         code = _compile(name)
-        cache.write(_file(name), code)
+        cache.write(file, code)
     return _load(code)
 
 

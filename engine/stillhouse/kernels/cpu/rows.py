@@ -33,7 +33,7 @@ from stillhouse.kernels.cpu.blocks import (
 from stillhouse.kernels.cpu.build import BLOCK
 from stillhouse.kernels.cpu.labels import label_term
 from stillhouse.kernels.cpu.lanes import LANES, fill, load, total, where
-from stillhouse.kernels.cpu.read import LOG2E, label_from, pass_a, put, scaled_row, zero
+from stillhouse.kernels.cpu.read import LOG2E, label_from, pass_a, scaled_row, zero
 from stillhouse.kernels.series import JSD_APART, LOG_ODDS, LOG_REST
 
 # the sum of |s - t|, of 2 at most, from which on closed forms serve a whole row. By Pinsker's inequality a KL is then an
@@ -166,12 +166,10 @@ def row_gradient(how, n, scratch, out, sums, logs, centre, scale, differ, label)
     """One block: (loss not counted yet, sums of the gradient and its size)."""
     divergence, beta, _ = how
     g, gd, m = out
-    if divergence == FORWARD and differ and gd == 0:
-        return forward_block(scratch, (g, 0, m), n, logs, sums, scale, True, label)
-    if divergence == FORWARD and differ and gd == 1:
-        return forward_block(scratch, (g, 1, m), n, logs, sums, scale, True, label)
     if divergence == FORWARD and differ:
-        return forward_block(scratch, (g, 2, m), n, logs, sums, scale, True, label)
+        if gd == 0:  # of float32 a loop of its own
+            return forward_block(scratch, (g, 0, m), n, logs, sums, scale, True, label)
+        return forward_block(scratch, out, n, logs, sums, scale, True, label)
     if divergence == FORWARD:
         return forward_block(scratch, out, n, logs, sums, scale, False, label)
     if divergence == REVERSE and differ:
@@ -213,17 +211,6 @@ def write_row(how, out, scratch, v, sums, logs, centre, scale, differ, label):
         size = 2.0 * zt  # at most; not summed
     unit = 1.0 / (zt if divergence == FORWARD else zs)  # what the blocks were summed in
     return loss * unit, summed * unit, size * unit
-
-
-@njit(error_model="numpy")
-def write_centred(how, out, scratch, sums, logs, centre, scale, label):
-    """A 16-bit gradient again, by way of a float32 one, which takes the place of the teacher in the scratch."""
-    place, gd, n = out
-    es, et, _ = scratch
-    _, summed, _ = write_row(how, (et, 0, n), scratch, n, sums, logs, centre, scale, False, label)
-    factor = f32(-summed / sums[0] * scale)
-    for i in range(0, n, LANES):
-        put(place, gd, i, n, fma(load(es + i * 4), factor, load(et + i * 4)), False)
 
 
 @njit(error_model="numpy")
@@ -271,11 +258,8 @@ def dense_row(how, row, sizes, power, scale, scratch, e1, labels, r):
         place = (out, sd, vs) if out != 0 else (et, 0, vs)
         part, summed, size = write_row(how, place, scratch, v, sums, logs, centre, scale, differ, label)
         loss += part
-        n = min(v, vs)
-        if out != 0 and sd == 0 and abs(summed) > 1e-7 * size:
-            centre_gradient(f32_at(es), f32_at(out), n, f32(-summed / zs * scale))
-        if out != 0 and sd != 0 and abs(summed) > 1e-3 * size:
-            write_centred(how, (out, sd, n), scratch, sums, logs, centre, scale, label)
+        if out != 0 and sd == 0 and abs(summed) > 1e-7 * size:  # 16 bits have no room for what that changes
+            centre_gradient(f32_at(es), f32_at(out), min(v, vs), f32(-summed / zs * scale))
     if 0.0 < loss < TINY:
         off = normaliser_error(v, es, diff, zs, logs)
         off = off if abs(off) < ROUNDING else 0.0  # it is the teacher's mass where the student has none

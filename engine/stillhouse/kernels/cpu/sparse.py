@@ -11,7 +11,6 @@ from numba import njit
 from stillhouse.kernels.cpu.arithmetic import (
     FLOOR,
     NEAR,
-    bool_at,
     encode_bf16,
     encode_f16,
     f32,
@@ -21,8 +20,24 @@ from stillhouse.kernels.cpu.arithmetic import (
     u16_at,
 )
 from stillhouse.kernels.cpu.blocks import forward_block
-from stillhouse.kernels.cpu.build import FLOATS, HEADER, ROWS
-from stillhouse.kernels.cpu.dense import label_scratch, leave_rows, own_scratch, take_rows
+from stillhouse.kernels.cpu.calls import (
+    BETA,
+    DIVERGENCE,
+    DTYPE,
+    INVERSE_T,
+    LABEL_SCALE,
+    LABELS,
+    OTHERS,
+    POWER,
+    PROBABILITIES,
+    SCALE,
+    SERIES,
+    SMOOTHING,
+    STRIDE,
+    STUDENT,
+    WIDTH,
+    run_rows,
+)
 from stillhouse.kernels.cpu.labels import OUT_OF_RANGE, label_term, logit
 from stillhouse.kernels.cpu.lanes import LANES, load, total_wide
 from stillhouse.kernels.cpu.loops import no_sums, over
@@ -34,7 +49,7 @@ from stillhouse.kernels.cpu.outcomes import (
     normaliser,
     outcome,
 )
-from stillhouse.kernels.cpu.read import scaled_row, student_pass, zero
+from stillhouse.kernels.cpu.read import scaled_row, student_pass
 from stillhouse.kernels.cpu.rows import (
     FORWARD,
     JSD,
@@ -236,75 +251,42 @@ def sampled_row(row, target, scale, scratch):
 
 
 @njit(error_model="numpy", forceinline=True)
-def sparse_row(how, row, target, kind, scales, scratch, in_range):
-    if kind != 0:
-        return sampled_row(row, target, scales[0], scratch)
-    return top_k_row(how, row, target, scales[1], scales[0], scratch, in_range)
-
-
-@njit(error_model="numpy", forceinline=True)
-def rows_of(call, labelled):
-    """Addresses, 0 for no mask or no gradient; strides in bytes."""
-    es, rows = own_scratch(call), i64_at(call)[ROWS]
-    q = i64_at(call + 8 * HEADER)
-    divergence, student, gradient, losses, mask, student_stride, dtype = (
-        q[0], q[1], q[2], q[3], q[4], q[5], q[6],
+def row_of(q, d, r, out, es, e1):
+    """Of a call whose other integers are indices, values, a ghost's logarithms, k, whether they are samples, and is there a ghost."""
+    indices, values, rests, k, sampled, ghost = (
+        q[OTHERS], q[OTHERS + 1], q[OTHERS + 2], q[OTHERS + 3], q[OTHERS + 4], q[OTHERS + 5],
     )  # fmt: skip
-    v, indices, values, rests, k, sampled, ghost, series = (
-        q[7], q[8], q[9], q[10], q[11], q[12], q[13], q[14],
-    )  # fmt: skip
-    d = f64_at(call + 8 * FLOATS)
-    inverse_t, scale, beta, loss_scale, power = d[0], d[1], d[2], d[3], d[4]  # T^2 is in both scales
-    labels = q[16], q[17], d[5], d[6]
-    e1 = label_scratch(labelled, es + q[15])
-    loss = f32_at(losses)
-    keep = bool_at(mask)
-    item = 4 if dtype == 0 else 2
-    entries = 0 if sampled != 0 else k  # that the gradient has values of their own for
-    terms = 1 if labelled is None else 2
-    first, last = take_rows(call)
-    while first < rows:
-        for r in range(first, last):
-            out = gradient + r * v * item if gradient != 0 else gradient
-            of_teacher, of_labels = 0.0, 0.0
-            if mask != 0 and keep[r] == 0:
-                if out != 0:
-                    zero(out, dtype, 0, v)
-            else:
-                s = student + r * student_stride
-                place = indices + r * k * 8
-                log_rest = np.float64(f32_at(rests)[r]) if rests != 0 else np.nan if ghost != 0 else -np.inf
-                in_range = True
-                if sampled == 0:
-                    in_range = gather(s, dtype, v, place, k, entries_of(es, v))
-                z, z1, rs = student_pass(s, dtype, v, inverse_t, es, out if out != 0 else es, e1)
-                given = not (
-                    rests != 0 and math.isnan(log_rest)
-                )  # and no number; otherwise NaN stands for none
-                if given and z > 0.0 and z < np.inf:
-                    of_labels, label = label_term(e1, labels, r, s, dtype, v, z1, rs)
-                    of_teacher, factor = sparse_row(
-                        (divergence, beta, series), (s, dtype, v, inverse_t),
-                        (place, values + r * k * 4, k, ghost, log_rest), sampled, (scale * inverse_t, power), (es, z, rs),
-                        in_range,
-                    )  # fmt: skip
-                    if out != 0 and of_teacher > -np.inf:
-                        scaled_row(out, dtype, v, es, f32(factor), label)
-                        scatter(out, dtype, v, es, place, entries, label)
-                else:
-                    of_teacher = np.nan
-            loss[r] = f32(loss_scale * of_teacher)
-            if labelled is not None:
-                loss[rows + r] = f32(d[7] * of_labels)
-        leave_rows(call, last - first, losses, terms)
-        first, last = take_rows(call)
+    dtype, v, it = q[DTYPE], q[WIDTH], d[INVERSE_T]
+    s, place = q[STUDENT] + r * q[STRIDE], indices + r * k * 8
+    log_rest = np.float64(f32_at(rests)[r]) if rests != 0 else np.nan if ghost != 0 else -np.inf
+    in_range = True
+    if sampled == 0:
+        in_range = gather(s, dtype, v, place, k, entries_of(es, v))
+    z, z1, rs = student_pass(s, dtype, v, it, es, out if out != 0 else es, e1)
+    given = not (rests != 0 and math.isnan(log_rest))  # and no number; otherwise NaN stands for none
+    if not (given and z > 0.0 and z < np.inf):
+        return np.nan, 0.0
+    labels = q[LABELS], q[PROBABILITIES], d[SMOOTHING], d[LABEL_SCALE]
+    of_labels, label = label_term(e1, labels, r, s, dtype, v, z1, rs)
+    how, row, scratch = (q[DIVERGENCE], d[BETA], q[SERIES]), (s, dtype, v, it), (es, z, rs)
+    target = place, values + r * k * 4, k, ghost, log_rest
+    if sampled != 0:
+        of_teacher, factor = sampled_row(row, target, d[SCALE] * it, scratch)
+    else:
+        of_teacher, factor = top_k_row(how, row, target, d[POWER], d[SCALE] * it, scratch, in_range)
+    if out != 0 and of_teacher > -np.inf:
+        scaled_row(out, dtype, v, es, f32(factor), label)
+        scatter(
+            out, dtype, v, es, place, 0 if sampled != 0 else k, label
+        )  # entries that have values of their own
+    return of_teacher, of_labels
 
 
 def sparse(call):
     """Rows of a call against a top k or samples."""
-    rows_of(call, None)
+    run_rows(call, None, row_of)
 
 
 def sparse_labels(call):
     """The same with a label term."""
-    rows_of(call, 1)
+    run_rows(call, 1, row_of)

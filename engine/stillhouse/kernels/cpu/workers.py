@@ -1,10 +1,10 @@
-"""Threads for the CPU kernels: torch's own, where they can be had, and as many as torch uses.
+"""Threads for the CPU kernels: torch's own, and as many as torch uses.
 
 A call is a record in memory, of which each thread takes rows until none is left (``cpu.build.record``). The threads are
 those of the OpenMP runtime that torch is linked to. It keeps its threads spinning for some milliseconds after torch's
 own operators, so that others would share a core with them, and these are awake. A forked child must not enter a runtime
-whose threads it does not have; there, and where torch has no OpenMP with GNU's entry point, a pool of Python threads
-takes their place. Which thread takes a row does not change what is computed, so results do not depend on any of this.
+whose threads it does not have: there, and where torch has no OpenMP with GNU's entry point, one thread does all. Which thread
+takes a row does not change what is computed, so results do not depend on any of this.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import lru_cache
 from pathlib import Path
 
@@ -31,21 +30,14 @@ class Workers:
 
     def __init__(self) -> None:
         self._forked = self._entered = False
-        self._reset()
-        os.register_at_fork(after_in_child=self._after_fork)
-
-    def _reset(self) -> None:
-        self._lock = threading.Lock()
-        self._pool: ThreadPoolExecutor | None = None
-        self._size = 0
         self._local = threading.local()
+        os.register_at_fork(after_in_child=self._after_fork)
 
     def _after_fork(self) -> None:
         self._forked = True
-        self._reset()  # a child has none of its parent's threads
         if (
             self._entered
-        ):  # torch's operators would wait for threads that were left behind, as in DataLoader's workers
+        ):  # torch's operators would wait for threads that stayed behind, as in DataLoader's workers
             torch.set_num_threads(1)
 
     def run(
@@ -56,21 +48,16 @@ class Workers:
 
         They also go to the address ``loss``, as float32, unless that is 0.
         """
-        threads = min(torch.get_num_threads(), rows) if rows * width > SERIAL else 1
+        threads = min(torch.get_num_threads(), rows) if rows * width > SERIAL and not self._forked else 1
+        parallel = openmp() if threads > 1 else None
+        threads = threads if parallel is not None else 1
         address, size = self._scratch(threads, scratch)
         call = record(rows, threads, address, size, loss, integers, floats)
-        parallel = None if self._forked or threads == 1 else openmp()
-        if threads == 1:
+        if parallel is None:
             compiled(call)
-        elif parallel is not None:
+        else:
             self._entered = True
             parallel(compiled.address, call, threads, 0)
-        else:
-            others = self._submit(threads - 1, lambda: compiled(call))
-            try:
-                compiled(call)
-            finally:
-                _wait_for(others)
         return totals_of(call)
 
     def _scratch(self, threads: int, elements: int) -> tuple[int, int]:
@@ -85,29 +72,6 @@ class Workers:
             have = torch.empty(threads * each + GUARD, dtype=torch.float32)
             self._local.memory = have
         return have.data_ptr() + GUARD * have.element_size(), each * have.element_size()
-
-    def _submit(self, copies: int, work: Callable[[], None]) -> list[Future[None]]:
-        with self._lock:  # a pool must not be replaced between being picked and being given work
-            if self._pool is None or self._size < copies:
-                if self._pool is not None:
-                    self._pool.shutdown(wait=False)  # what was submitted still runs
-                self._pool = ThreadPoolExecutor(copies, thread_name_prefix="stillhouse-kernels")
-                self._size = copies
-            return [self._pool.submit(work) for _ in range(copies)]
-
-
-def _wait_for(others: list[Future[None]]) -> None:
-    """Until all have ended, also through interrupts: they write to memory that the caller may then give back."""
-    interrupt: KeyboardInterrupt | None = None
-    while not all(other.done() for other in others):
-        try:
-            wait(others)
-        except KeyboardInterrupt as error:
-            interrupt = error
-    if interrupt is not None:
-        raise interrupt
-    for other in others:
-        other.result()
 
 
 @lru_cache(maxsize=1)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stillhouse.kernels.targets import Target
+    from stillhouse.kernels.targets import Labels, Target
 
 __all__ = ["available", "softmax_kl_fwd_bwd"]
 
@@ -59,14 +59,15 @@ def softmax_kl_fwd_bwd(
     divergence: str,
     beta: float,
     mask: Tensor | None = None,
-    scale: Tensor | float = 1.0,
+    scales: tuple[Tensor | float, Tensor | float] = (1.0, 0.0),
     out_grad: Tensor | None = None,
+    labels: Labels | None = None,
 ) -> Tensor:
-    """Loss of every row, float32 (N,); the gradient of ``sum(loss * scale)`` by the logits goes to ``out_grad``.
+    """Losses of every row, float32 (1, N), or both terms (2, N); the gradient of their sums times ``scales`` to ``out_grad``.
 
-    Runs on torch's current stream and never waits for the device, so it can be captured into a CUDA graph once the
-    kernel has run outside of one (which loads it). For the same reason it does not look at the indices of a ``TopK`` or
-    ``Sampled``: one outside of [0, V) makes the loss of its row NaN, with a gradient of zero.
+    Runs on torch's current stream and never waits for the device, so it can be captured into a CUDA graph once it
+    has run outside of one with the same settings (which loads kernel and constants). For the same reason it does not look at the indices of a ``TopK`` or
+    ``Sampled``, nor at labels: one outside of [0, V) makes that loss of its row NaN, with a gradient of zero.
 
     Args:
         student: logits (N, V), float32, bfloat16 or float16, on a CUDA device.
@@ -76,9 +77,10 @@ def softmax_kl_fwd_bwd(
         divergence: "forward", "reverse" or "jsd"; ``beta`` is the teacher's share in the latter's mixture.
         beta: between 0 and 1, exclusive.
         mask: bool (N,); rows where it is False have loss and gradient zero, whatever they hold.
-        scale: factor of each row's gradient, (N,) or one number.
+        scales: factors of the two gradients, numbers or 0-d tensors on the device.
         out_grad: (N, V) of the student's dtype; may be ``student`` itself. None: losses only, and no
             such memory.
+        labels: class indices (N,), of which -100 is none, and their smoothing; probabilities are not for these kernels.
 
     Raises:
         ImportError: numba-cuda is missing.
@@ -89,7 +91,7 @@ def softmax_kl_fwd_bwd(
         raise ImportError(f"the CUDA kernels need {missing}, which is not installed; {EXTRA}")
     from stillhouse.kernels.cuda.launch import run
 
-    return run(student, target, temperature, divergence, beta, mask, scale, out_grad)
+    return run(student, target, temperature, divergence, beta, mask, scales, out_grad, labels)
 
 
 def _missing() -> str | None:

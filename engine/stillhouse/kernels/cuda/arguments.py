@@ -11,15 +11,14 @@ from torch import Tensor
 from stillhouse.kernels.cuda.plan import Plan
 from stillhouse.kernels.reference import log_of_rest, top_k_at
 from stillhouse.kernels.series import TERMS, jsd_series
-from stillhouse.kernels.targets import Sampled, Target, TopK
+from stillhouse.kernels.targets import Sampled, Target
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-GHOST, RENORMALISE, WITHIN, SAMPLED = range(4)  # what a sparse kernel does with the entries outside the k
 
 
 def target_kind(target: Target) -> str:
-    """Logits are "dense"; top-k and sampled labels are "sparse"."""
-    return "dense" if isinstance(target, Tensor) else "sparse"
+    """What a kernel is compiled for."""
+    return "dense" if isinstance(target, Tensor) else "sampled" if isinstance(target, Sampled) else "top-k"
 
 
 def widths(v: int, target: Target, divergence: str) -> tuple[int, int, int]:
@@ -36,7 +35,7 @@ def widths(v: int, target: Target, divergence: str) -> tuple[int, int, int]:
 def flatten(target: Target, temperature: float) -> list[Tensor]:
     """The tensors a kernel reads of a target: logits, or indices (int64), values and a ghost's logarithm (float32)."""
     if isinstance(target, Tensor):
-        return [target]
+        return [target.contiguous()]
     if isinstance(target, Sampled):
         return [target.indices.contiguous(), target.weights.float().contiguous()]
     log_probs = top_k_at(target, temperature).float().contiguous()
@@ -49,51 +48,33 @@ def flatten(target: Target, temperature: float) -> list[Tensor]:
     return [*read, log_rest.float().contiguous()]
 
 
-def sparse_mode(target: TopK | Sampled, divergence: str) -> int:
-    """Which of the four ways a sparse kernel treats what lies outside the k entries."""
-    if isinstance(target, Sampled):
-        return SAMPLED
-    if target.rest == "ghost":
-        return GHOST
-    return WITHIN if divergence == "reverse" else RENORMALISE
+def constants(temperature: float, divergence: str, beta: float, smoothing: float) -> tuple[float, ...]:
+    """What is the same for all rows, as ``rows`` names its places.
 
-
-def factors(divergence: str, beta: float) -> tuple[float, float]:
-    """What the kernels' losses and gradients leave out: they work in log2, and jsd in units of (1 - beta) p_s."""
+    log2(e) / T; the factors of gradients and losses, which the kernels' lack: they work in log2, and jsd in units of (1 - beta) p_s;
+    the share of a label that goes to all entries; what jsd needs of beta: its odds and their log2, log2 of beta and of 1 - beta, and
+    two polynomials' coefficients.
+    """
+    of_loss, of_grad = 1.0, math.log(2) if divergence == "reverse" else 1.0
+    coin = (0.0,) * (4 + 2 * TERMS)
     if divergence == "jsd":
-        return (beta - 1) * math.log(2), (beta - 1) * math.log(2)
-    return 1.0, math.log(2) if divergence == "reverse" else 1.0
-
-
-COIN = 4 + 2 * TERMS  # numbers that jsd needs of beta
-FLOATS = 3 + COIN  # numbers of a kernel's arguments, which come last
-
-
-def coin(beta: float) -> tuple[float, ...]:
-    """What jsd needs of beta: its odds and their log2, log2 of beta and of 1 - beta, and two polynomials' coefficients."""
-    log_t, log_s = math.log2(beta), math.log2(1 - beta)
-    return beta / (1 - beta), log_t - log_s, log_t, log_s, *jsd_series(beta)[: 2 * TERMS]
+        of_loss = of_grad = (beta - 1) * math.log(2)
+        log_t, log_s = math.log2(beta), math.log2(1 - beta)
+        coin = (beta / (1 - beta), log_t - log_s, log_t, log_s, *jsd_series(beta)[: 2 * TERMS])
+    return math.log2(math.e) / temperature, temperature * of_grad, temperature**2 * of_loss, smoothing, *coin
 
 
 def pack(
-    launch: Plan, *, student_shape: tuple[int, int], target: Target, temperature: float, divergence: str, beta: float,
-    factor: float, student: int, tensors: Sequence[int], grad: int, loss: int, mask: int, scale: int,
+    launch: Plan, student_shape: tuple[int, int], target: Target, tensors: Sequence[int], others: Sequence[int],
+    factors: tuple[float, float],
 ) -> tuple[int | float, ...]:  # fmt: skip
-    """The arguments of the kernel of ``launch``, in order; tensors are given by address, absent ones as 0."""
-    rows, v = student_shape
-    of_loss, of_grad = factors(divergence, beta)
-    scalars = (
-        math.log2(math.e) / temperature,
-        temperature * factor * of_grad,
-        temperature * temperature * of_loss,
-        *(coin(beta) if divergence == "jsd" else [0.0] * COIN),
-    )
+    """The arguments of the kernel of ``launch``, in order; tensors are given by address, absent ones as 0.
+
+    ``tensors``: the student, then those of the target; ``others``: gradient, losses, mask, class indices, constants, factors in memory.
+    """
+    v = student_shape[1]
     if isinstance(target, Tensor):
-        _, s_width, t_width = widths(v, target, divergence)
-        last = rows if launch.spec.lanes else launch.span
-        dense = (v, target.shape[-1], s_width, t_width, last)
-        return (student, tensors[0], grad, loss, mask, scale, *dense, *scalars)
-    k = target.indices.shape[-1]
-    outside = tensors[2] if len(tensors) > 2 else 0
-    sizes = (v, k, sparse_mode(target, divergence), launch.span)
-    return (student, tensors[0], tensors[1], outside, grad, loss, mask, scale, *sizes, *scalars)
+        _, s_width, t_width = widths(v, target, launch.spec.divergence)
+        return (*tensors, *others, v, target.shape[-1], s_width, t_width, launch.span, *factors)
+    outside = tensors[3] if len(tensors) > 3 else 0
+    return (*tensors[:3], outside, *others, v, target.indices.shape[-1], launch.span, *factors)

@@ -1,4 +1,4 @@
-"""Logarithms, sums over a warp and over eight elements, and the running softmax of a row.
+"""Logarithms, tuples of a vector's elements, and the running softmax of a row.
 
 Everything is in powers of two. With k2 = log2(e) / T, a row keeps C = max(k2 * x) and D = sum 2^(k2 x - C), so that
 p = 2^z / D for z = k2 x - C. The product is never rounded on its own (one fused multiply-add), and C is the same
@@ -12,6 +12,7 @@ normaliser enters the loss squared (see the Bregman form in ``kernels/reference.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -22,7 +23,7 @@ device = ptx.device
 
 I32, U32, F32 = np.int32, np.uint32, np.float32
 LOWEST = F32(-3.0e38)  # a finite start for running maxima: -inf minus -inf is NaN
-LN2 = F32(0.6931471805599453)
+LN2, LOG2E = F32(0.6931471805599453), F32(math.log2(math.e))
 TWO_OVER_LN2 = F32(2.8853900817779268)
 THIRD, FIFTH, SEVENTH, NINTH = F32(1 / 3), F32(1 / 5), F32(1 / 7), F32(1 / 9)
 ZERO, ONE, LARGE = F32(0.0), F32(1.0), F32(1.0e30)
@@ -30,108 +31,40 @@ LOG = tuple(F32(c / math.log(2)) for c in series.LOG1P)
 RATIO_HIGH = F32(1.4)
 
 
-@device
-def sum8(x):
-    return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]))
+def unrolled(count: int, arguments: str, result: str, body: str = "", **names: object) -> Callable:
+    """A device function written out for ``count`` elements, over which Numba has no loop that stays in registers.
 
+    ``body``: a line for each element, whose number is ``#`` there. In ``result`` ``*(x)`` is the tuple of the elements' x, and
+    ``+(x)`` and ``^(x)`` are their sum and their maximum, by halves.
+    """
 
-@device
-def max8(x):
-    ab = ptx.fmax(ptx.fmax(x[0], x[1]), ptx.fmax(x[2], x[3]))
-    return ptx.fmax(ab, ptx.fmax(ptx.fmax(x[4], x[5]), ptx.fmax(x[6], x[7])))
+    def each(text: str) -> list[str]:
+        return [text.replace("#", str(i)) for i in range(count)]
 
+    def halves(parts: list[str], joined: str) -> str:
+        while len(parts) > 1:
+            parts = [joined.format(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        return parts[0]
 
-@device
-def floats(a):
-    return ptx.word_as_float(a[0]), ptx.word_as_float(a[1]), ptx.word_as_float(a[2]), ptx.word_as_float(a[3])
-
-
-@device
-def scaled(x, f):
-    return x[0] * f, x[1] * f, x[2] * f, x[3] * f, x[4] * f, x[5] * f, x[6] * f, x[7] * f
-
-
-@device
-def centred(p, w, mean, f):
-    """F (w - p mean), from the second and third results of the pair function."""
-    n = -mean
-    return scaled(
-        (
-            ptx.fma(p[0], n, w[0]), ptx.fma(p[1], n, w[1]), ptx.fma(p[2], n, w[2]), ptx.fma(p[3], n, w[3]),
-            ptx.fma(p[4], n, w[4]), ptx.fma(p[5], n, w[5]), ptx.fma(p[6], n, w[6]), ptx.fma(p[7], n, w[7]),
-        ),
-        f,
-    )  # fmt: skip
-
-
-def butterflies(width: int):
-    """Device functions (maximum, sum) over groups of ``width`` lanes, a power of two; every lane gets the result."""
-
-    @device
-    def top(x):
-        if width >= 32:
-            x = ptx.fmax(x, ptx.shuffle_xor(x, 16))
-        if width >= 16:
-            x = ptx.fmax(x, ptx.shuffle_xor(x, 8))
-        if width >= 8:
-            x = ptx.fmax(x, ptx.shuffle_xor(x, 4))
-        if width >= 4:
-            x = ptx.fmax(x, ptx.shuffle_xor(x, 2))
-        if width >= 2:
-            x = ptx.fmax(x, ptx.shuffle_xor(x, 1))
-        return x
-
-    @device
-    def total(x):
-        if width >= 32:
-            x = x + ptx.shuffle_xor(x, 16)
-        if width >= 16:
-            x = x + ptx.shuffle_xor(x, 8)
-        if width >= 8:
-            x = x + ptx.shuffle_xor(x, 4)
-        if width >= 4:
-            x = x + ptx.shuffle_xor(x, 2)
-        if width >= 2:
-            x = x + ptx.shuffle_xor(x, 1)
-        return x
-
-    return top, total
-
-
-@device
-def exponentials(x, k2, c):
-    n = -c
-    return (
-        ptx.exp2(ptx.fma(x[0], k2, n)), ptx.exp2(ptx.fma(x[1], k2, n)),
-        ptx.exp2(ptx.fma(x[2], k2, n)), ptx.exp2(ptx.fma(x[3], k2, n)),
-        ptx.exp2(ptx.fma(x[4], k2, n)), ptx.exp2(ptx.fma(x[5], k2, n)),
-        ptx.exp2(ptx.fma(x[6], k2, n)), ptx.exp2(ptx.fma(x[7], k2, n)),
-    )  # fmt: skip
-
-
-@device
-def absorb(x, k2, c, d):
-    """Eight more logits into the running (C, D): one rescaling for the eight."""
-    higher = ptx.fmax(max8(x) * k2, c)
-    return higher, ptx.fma(d, ptx.exp2(c - higher), sum8(exponentials(x, k2, higher)))
-
-
-@device
-def difference(x, y):
-    """X - y as a finite number, which a probability of zero makes zero where one side lacks the entry."""
-    return ptx.fmin(ptx.fmax(x - y, -LARGE), LARGE)
-
-
-@device
-def absorb_beside(x, y, k2, c, d, cross):
-    """As ``absorb``, and the sum of 2^(k2 x - C) (x - y) besides."""
-    higher = ptx.fmax(max8(x) * k2, c)
-    fade, e = ptx.exp2(c - higher), exponentials(x, k2, higher)
-    low = ptx.fma(e[1], difference(x[1], y[1]), e[0] * difference(x[0], y[0]))
-    low = ptx.fma(e[3], difference(x[3], y[3]), ptx.fma(e[2], difference(x[2], y[2]), low))
-    high = ptx.fma(e[5], difference(x[5], y[5]), e[4] * difference(x[4], y[4]))
-    high = ptx.fma(e[7], difference(x[7], y[7]), ptx.fma(e[6], difference(x[6], y[6]), high))
-    return higher, ptx.fma(d, fade, sum8(e)), ptx.fma(cross, fade, low + high)
+    for mark, form in (("*", None), ("+", "({} + {})"), ("^", "fmax({}, {})")):
+        while f"{mark}(" in result:
+            before, _, rest = result.partition(f"{mark}(")
+            end = next(i for i in range(len(rest)) if rest[: i + 1].count(")") > rest[: i + 1].count("("))
+            parts = each(rest[:end])
+            made = halves(parts, form) if form else f"({', '.join(parts)},)"
+            result = before + made + rest[end + 1 :]
+    lines = [*(each(body) if body else []), f"return {result}"]
+    scope = {
+        "fma": ptx.fma,
+        "exp2": ptx.exp2,
+        "fmax": ptx.fmax,
+        "fmin": ptx.fmin,
+        "I32": I32,
+        "ZERO": ZERO,
+        **names,
+    }
+    exec(f"def made({arguments}):\n    " + "\n    ".join(lines), scope)  # noqa: S102 of literals in these modules
+    return device(scope["made"])
 
 
 @device
@@ -171,3 +104,25 @@ def log2_one_plus(r):
     """log2(1 + r) for r from 0 to 1, to 2e-7 of itself: the approximate logarithm of 1 + r loses the digits of r."""
     high = ptx.fma(r, ptx.fma(r, ptx.fma(r, ptx.fma(r, LOG[8], LOG[7]), LOG[6]), LOG[5]), LOG[4])
     return r * ptx.fma(r, ptx.fma(r, ptx.fma(r, ptx.fma(r, high, LOG[3]), LOG[2]), LOG[1]), LOG[0])
+
+
+def running(count: int) -> Callable:
+    """Device function ``absorb(x, top, k2, c, d)``: so many more logits, of maximum ``top``, into the running (C, D)."""
+    whole = unrolled(count, "x, k2, n", "+(exp2(fma(x[#], k2, n)))")
+
+    @device
+    def absorb(x, top, k2, c, d):
+        higher = ptx.fmax(top * k2, c)
+        return higher, ptx.fma(d, ptx.exp2(c - higher), whole(x, k2, -higher))
+
+    return absorb
+
+
+def butterflies(width: int) -> tuple[Callable, Callable]:
+    """Device functions (maximum, sum) over groups of ``width`` lanes, a power of two; every lane gets the result."""
+    steps = [2**i for i in reversed(range(width.bit_length() - 1))]
+    scope = {"fmax": ptx.fmax, "other": ptx.shuffle_xor}
+    for name, form in (("top", "fmax(x, other(x, {}))"), ("total", "x + other(x, {})")):
+        lines = "".join(f"    x = {form.format(step)}\n" for step in steps)
+        exec(f"def {name}(x):\n{lines}    return x", scope)  # noqa: S102 as above
+    return device(scope["top"]), device(scope["total"])

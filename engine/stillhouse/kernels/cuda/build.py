@@ -17,26 +17,17 @@ from stillhouse.kernels import cache, series
 from stillhouse.kernels.cuda.plan import Spec
 
 ENTRY = "stillhouse_softmax_kl"
-RESIDENT = 1024  # threads of a multiprocessor that registers must suffice for: 64 each
-RESIDENT_JSD = {
-    128: 768,
-    256: 512,
-}  # by threads of a block: of jsd's rows shared memory holds no more, or hardly
+# threads of a multiprocessor that registers must suffice for, 64 each of the first: of a plain kernel, of a jsd or one with labels, of
+# a jsd with labels; and blocks at most, which some devices have no more of
+RESIDENT, BLOCKS = (1024, 768, 512), 24
 _COMPILING = threading.Lock()
 
 
-def kernel_function(spec: Spec) -> tuple[Any, tuple[Any, ...]]:
-    """The undecorated kernel of a specification, and its Numba signature."""
-    from stillhouse.kernels.cuda import rows, small, sparse
+def module_of(target: str) -> Any:
+    """Where the kernel for such a target is, and its Numba signature."""
+    from stillhouse.kernels.cuda import dense, sparse
 
-    if spec.family == "small":
-        return small.small_kernel(
-            spec.dtype, spec.divergence, spec.threads, spec.lanes, spec.gradient
-        ), small.SIGNATURE
-    choices = (spec.dtype, spec.divergence, spec.threads, spec.cluster, spec.staged, spec.gradient)
-    if spec.target == "sparse":
-        return sparse.sparse_kernel(*choices), sparse.SIGNATURE
-    return rows.rows_kernel(*choices, spec.lanes), rows.SIGNATURE
+    return dense if target == "dense" else sparse
 
 
 @contextmanager
@@ -58,15 +49,15 @@ def compile_ptx(spec: Spec, cc: tuple[int, int]) -> str:
     from numba import cuda, types
 
     with _COMPILING, _architecture(cc):
-        kernel, signature = kernel_function(spec)
+        module = module_of(spec.target)
         compiler: Any = cuda
         text, _ = compiler.compile(
-            kernel,
-            types.void(*signature),
+            module.kernel_of(spec),
+            types.void(*module.SIGNATURE),
             device=False,
             cc=cc,
             abi="numba",
-            launch_bounds=(spec.threads, _resident(spec) // spec.threads),
+            launch_bounds=(spec.threads, _resident_blocks(spec)),
         )
     name = re.search(r"\.visible \.entry (\w+)\(", text)
     assert name is not None, "Numba's PTX has no entry point"
@@ -76,8 +67,8 @@ def compile_ptx(spec: Spec, cc: tuple[int, int]) -> str:
     return text.replace("\n{", '\n.pragma "nounroll";\n{', 1)
 
 
-def _resident(spec: Spec) -> int:
-    return RESIDENT_JSD.get(spec.threads, RESIDENT) if spec.divergence == "jsd" else RESIDENT
+def _resident_blocks(spec: Spec) -> int:
+    return min(RESIDENT[(spec.divergence == "jsd") + spec.labels] // spec.threads, BLOCKS)
 
 
 def cubin(spec: Spec, cc: tuple[int, int]) -> bytes:

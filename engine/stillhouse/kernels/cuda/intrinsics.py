@@ -77,42 +77,21 @@ f16_high = _ptx("{.reg .b16 l,h; mov.b32 {l,h}, $1; cvt.f32.f16 $0, h;}", "=f,r"
 f16_pack = _ptx("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", _u32, _f32, _f32)
 
 # -- global memory, by address
-load_words = _ptx(
-    "ld.global.L1::no_allocate.v4.b32 {$0,$1,$2,$3}, [$4];", "=r,=r,=r,=r,l", _U4, _i64, volatile=True
-)
-load_words_kept = _ptx("ld.global.v4.b32 {$0,$1,$2,$3}, [$4];", "=r,=r,=r,=r,l", _U4, _i64, volatile=True)
+load_words = _ptx("ld.global.v4.b32 {$0,$1,$2,$3}, [$4];", "=r,=r,=r,=r,l", _U4, _i64, volatile=True)
 store_words = _ptx(
-    "st.global.v4.b32 [$0], {$1,$2,$3,$4};",
-    "l,r,r,r,r",
-    types.void,
-    _i64,
-    _u32,
-    _u32,
-    _u32,
-    _u32,
-    volatile=True,
+    "st.global.v4.b32 [$0], {$1,$2,$3,$4};", "l,r,r,r,r", types.void, _i64, *[_u32] * 4, volatile=True
 )
 load_u8 = _ptx("ld.global.u8 $0, [$1];", "=r,l", _u32, _i64, volatile=True)
 load_u16 = _ptx("ld.global.u16 $0, [$1];", "=r,l", _u32, _i64, volatile=True)
-load_u32 = _ptx("ld.global.b32 $0, [$1];", "=r,l", _u32, _i64, volatile=True)
 load_i64 = _ptx("ld.global.b64 $0, [$1];", "=l,l", _i64, _i64, volatile=True)
 load_f32 = _ptx("ld.global.f32 $0, [$1];", "=f,l", _f32, _i64, volatile=True)
-store_u16 = _ptx(
-    "{.reg .b16 l,h; mov.b32 {l,h}, $1; st.global.b16 [$0], l;}",
-    "l,r",
-    types.void,
-    _i64,
-    _u32,
-    volatile=True,
-)
+_LOW_HALF = "{.reg .b16 l,h; mov.b32 {l,h}, $1; st.global.b16 [$0], l;}"
+store_u16 = _ptx(_LOW_HALF, "l,r", types.void, _i64, _u32, volatile=True)
 store_f32 = _ptx("st.global.f32 [$0], $1;", "l,f", types.void, _i64, _f32, volatile=True)
 
-# The same number, but the compiler cannot count a loop that steps by it, and so unrolls none. Each does eight
-# elements at a time; more of them spill registers.
+# The same number, but the compiler cannot count a loop that steps by it, and so unrolls none. Each does a whole
+# vector at a time; more of them spill registers.
 uncounted = _ptx("mov.b32 $0, $1;", "=r,r", _i32, _i32)
-
-# a warp's memory in order; Numba's own takes lanes in a mask
-warp_barrier = _ptx("bar.warp.sync 0xffffffff;", "~{memory}", types.void, volatile=True)
 
 # -- clusters; every thread of every block of the cluster runs each of these
 cluster_rank = _ptx("mov.u32 $0, %cluster_ctarank;", "=r", _i32)
@@ -126,59 +105,52 @@ def _shared_pointer(context, builder, array_type, array, offset, pointee):
     return builder.addrspacecast(element, pointee.as_pointer(3), "shared")
 
 
-@intrinsic
-def shared_load_words(typingctx, array, offset):
-    """Four words of shared memory from a multiple of four words on: one 128-bit load."""
+def _in_shared(pointee, align, loads):
+    """The builder of a load from, or a store to, shared memory at ``array[offset]``, in words."""
 
     def build(context, builder, signature, args):
         offset = context.cast(builder, args[1], signature.args[1], _i32)
-        pointer = _shared_pointer(context, builder, signature.args[0], args[0], offset, _V4)
-        vector = builder.load(pointer, align=16)
-        lanes = [builder.extract_element(vector, ir.IntType(32)(i)) for i in range(4)]
-        return context.make_tuple(builder, _U4, lanes)
+        pointer = _shared_pointer(context, builder, signature.args[0], args[0], offset, pointee)
+        if not loads:
+            value = args[2]
+            if pointee is _V4:
+                value = ir.Constant(_V4, ir.Undefined)
+                for i, word in enumerate(args[2:]):
+                    value = builder.insert_element(value, word, ir.IntType(32)(i))
+            builder.store(value, pointer, align=align)
+            return context.get_dummy_value()
+        value = builder.load(pointer, align=align)
+        if pointee is not _V4:
+            return value
+        return context.make_tuple(
+            builder, _U4, [builder.extract_element(value, ir.IntType(32)(i)) for i in range(4)]
+        )
 
-    return _U4(array, offset), build
+    return build
+
+
+@intrinsic
+def shared_load_words(typingctx, array, offset):
+    """Four words of shared memory from a multiple of four words on: one 128-bit load."""
+    return _U4(array, offset), _in_shared(_V4, 16, True)
 
 
 @intrinsic
 def shared_store_words(typingctx, array, offset, a, b, c, d):
     """Four words to shared memory from a multiple of four words on: one 128-bit store."""
-
-    def build(context, builder, signature, args):
-        offset = context.cast(builder, args[1], signature.args[1], _i32)
-        pointer = _shared_pointer(context, builder, signature.args[0], args[0], offset, _V4)
-        vector = ir.Constant(_V4, ir.Undefined)
-        for i, word in enumerate(args[2:]):
-            vector = builder.insert_element(vector, word, ir.IntType(32)(i))
-        builder.store(vector, pointer, align=16)
-        return context.get_dummy_value()
-
-    return types.void(array, offset, _u32, _u32, _u32, _u32), build
+    return types.void(array, offset, _u32, _u32, _u32, _u32), _in_shared(_V4, 16, False)
 
 
 @intrinsic
 def shared_load(typingctx, array, offset):
     """One float32 of shared memory; a plain index would first be tested for being negative."""
-
-    def build(context, builder, signature, args):
-        offset = context.cast(builder, args[1], signature.args[1], _i32)
-        pointer = _shared_pointer(context, builder, signature.args[0], args[0], offset, ir.FloatType())
-        return builder.load(pointer, align=4)
-
-    return _f32(array, offset), build
+    return _f32(array, offset), _in_shared(ir.FloatType(), 4, True)
 
 
 @intrinsic
 def shared_store(typingctx, array, offset, value):
     """One float32 to shared memory."""
-
-    def build(context, builder, signature, args):
-        offset = context.cast(builder, args[1], signature.args[1], _i32)
-        pointer = _shared_pointer(context, builder, signature.args[0], args[0], offset, ir.FloatType())
-        builder.store(args[2], pointer, align=4)
-        return context.get_dummy_value()
-
-    return types.void(array, offset, _f32), build
+    return types.void(array, offset, _f32), _in_shared(ir.FloatType(), 4, False)
 
 
 _REMOTE_STORE = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from stillhouse.kernels.cuda import build
-from stillhouse.kernels.cuda.arguments import DTYPES, FLOATS, flatten, pack, target_kind, widths
+from stillhouse.kernels.cuda.arguments import DTYPES, constants, flatten, pack, target_kind, widths
 from stillhouse.kernels.cuda.plan import Plan, Spec, plan
-from stillhouse.kernels.targets import Target
+from stillhouse.kernels.errors import fail, require
+from stillhouse.kernels.targets import Labels, Target, TopK
 
 PORTABLE_CLUSTER = 8
 
@@ -28,63 +29,68 @@ class Loaded:
 
 def run(
     student: Tensor, target: Target, temperature: float, divergence: str, beta: float, mask: Tensor | None,
-    scale: Tensor | float, out_grad: Tensor | None,
+    scales: tuple[Any, Any], out_grad: Tensor | None, labels: Labels | None,
 ) -> Tensor:  # fmt: skip
     """See ``stillhouse.kernels.cuda.softmax_kl_fwd_bwd``."""
     dtype = _checked_dtype(student, target)
+    assert labels is None or labels.indices is not None, "probabilities are not for these kernels"
+    restricted = isinstance(target, TopK) and target.rest == "renormalise" and divergence == "reverse"
+    assert not restricted, "the student is to be restricted to the k entries first, which makes dense rows"
     rows, v = student.shape
-    loss = torch.empty(rows, dtype=torch.float32, device=student.device)
+    losses = torch.empty((1 if labels is None else 2, rows), dtype=torch.float32, device=student.device)
     if rows == 0:
-        return loss
+        return losses
     source = student.contiguous()
-    grad = None if out_grad is None else _gradient_buffer(source, out_grad)
-    factor, scales = _scales(scale, rows, student)
-    tensors = [t.contiguous() for t in flatten(target, temperature)]
-    keeps = mask.contiguous() if mask is not None else None
+    grad = out_grad
+    if grad is not None and not (grad.is_contiguous() and grad.dtype == source.dtype):
+        grad = torch.empty_like(source)  # to copy from
+    factors, scaling = _scales(scales, student.device)
+    smoothing = 0.0 if labels is None else labels.smoothing
+    read = [source, *flatten(target, temperature)]
+    others = [
+        source if grad is None else grad, losses, None if mask is None else mask.contiguous(),
+        None if labels is None or labels.indices is None else labels.indices.contiguous(),
+        _constants(temperature, divergence, beta, smoothing, student.device), scaling,
+    ]  # fmt: skip
     with torch.cuda.device(student.device):
         cc = torch.cuda.get_device_capability()
-        width = widths(v, target, divergence)[0]
-        launch = plan(rows, width, dtype, divergence, target_kind(target), cc, gradient=grad is not None)
-        values = pack(
-            launch, student_shape=(rows, v), target=target, temperature=temperature, divergence=divergence,
-            beta=beta, factor=factor, student=source.data_ptr(), tensors=[t.data_ptr() for t in tensors],
-            grad=(source if grad is None else grad).data_ptr(), loss=loss.data_ptr(), mask=keeps.data_ptr() if keeps is not None else 0,
-            scale=scales.data_ptr() if scales is not None else 0,
+        launch = plan(
+            rows, widths(v, target, divergence)[0], dtype, divergence, target_kind(target), cc, grad is not None,
+            labels is not None,
         )  # fmt: skip
-        _start(launch, cc, student.device, values)
+        tensors, more = ([0 if x is None else x.data_ptr() for x in some] for some in (read, others))
+        _start(launch, cc, student.device, pack(launch, (rows, v), target, tensors, more, factors))
     if out_grad is not None and grad is not None and grad is not out_grad:
         out_grad.copy_(grad)
-    return loss
+    return losses
 
 
 def _checked_dtype(student: Tensor, target: Target) -> str:
-    if student.dtype not in DTYPES:
-        raise ValueError(
-            f"student logits: got {student.dtype}, expected one of {list(DTYPES)}; cast them first"
-        )
-    if isinstance(target, Tensor) and target.dtype != student.dtype:
-        raise ValueError(
-            f"teacher logits: got {target.dtype}, expected the student's {student.dtype}; cast one of them"
-        )
-    if not student.is_cuda:
-        raise ValueError(
-            f"student logits: got a tensor on {student.device}, expected a CUDA device; use .cuda()"
-        )
-    return DTYPES[student.dtype]
+    got, expected = student.dtype, list(DTYPES)
+    require(got in DTYPES, "student logits", got, f"one of {expected}", "cast them first")
+    if isinstance(target, Tensor) and target.dtype != got:
+        raise fail("teacher logits", target.dtype, f"the student's {got}", "cast one of them")
+    place = f"a tensor on {student.device}"
+    require(student.is_cuda, "student logits", place, "a CUDA device", "use .cuda()")
+    return DTYPES[got]
 
 
-def _gradient_buffer(source: Tensor, out_grad: Tensor) -> Tensor:
-    """Where the kernel writes: ``out_grad`` where it is laid out like the logits, else a tensor to copy from."""
-    if out_grad.is_contiguous() and out_grad.dtype == source.dtype:
-        return out_grad
-    return torch.empty_like(source)
+def _scales(scales: tuple[Any, Any], device: torch.device) -> tuple[tuple[float, float], Tensor | None]:
+    """(Numbers, and what they are to be multiplied by where that is known on the device alone)."""
+    if not any(isinstance(x, Tensor) for x in scales):
+        return (float(scales[0]), float(scales[1])), None
+    given = [torch.as_tensor(x, dtype=torch.float32, device=device) for x in scales]
+    return (1.0, 1.0), torch.stack(given)
 
 
-def _scales(scale: Tensor | float, rows: int, student: Tensor) -> tuple[float, Tensor | None]:
-    """(one factor, or 1 with a factor for each row)."""
-    if not isinstance(scale, Tensor):
-        return float(scale), None
-    return 1.0, scale.to(device=student.device, dtype=torch.float32).expand(rows).contiguous()
+@lru_cache(maxsize=64)
+def _constants(
+    temperature: float, divergence: str, beta: float, smoothing: float, device: torch.device
+) -> Tensor:
+    """Copied to the device once."""
+    return torch.tensor(
+        constants(temperature, divergence, beta, smoothing), dtype=torch.float32, device=device
+    )
 
 
 def _start(launch: Plan, cc: tuple[int, int], device: torch.device, values: tuple[int | float, ...]) -> None:
@@ -101,15 +107,18 @@ def _start(launch: Plan, cc: tuple[int, int], device: torch.device, values: tupl
         **({"cluster": spec.cluster} if spec.cluster > 1 else {}),
     )
     stream = Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
-    start(stream, config, loaded.kernel, *_typed(launch, values))
+    start(stream, config, loaded.kernel, *_typed(spec, values))
 
 
-def _typed(launch: Plan, values: tuple[int | float, ...]) -> list[Any]:
+def _typed(spec: Spec, values: tuple[int | float, ...]) -> list[Any]:
     """In the widths of the kernel's signature; a plain int would be passed in 64 bits, a float in double."""
-    addresses = 8 if launch.spec.target == "sparse" else 6
-    integers = len(values) - addresses - FLOATS
-    kinds = [np.int64] * addresses + [np.int32] * integers + [np.float32] * FLOATS
+    kinds = _kinds(spec.target)
     return [kind(value) for kind, value in zip(kinds, values, strict=True)]
+
+
+@cache
+def _kinds(target: str) -> list[Any]:
+    return [getattr(np, str(kind)) for kind in build.module_of(target).SIGNATURE]
 
 
 @cache
@@ -123,9 +132,8 @@ def _load(spec: Spec, cc: tuple[int, int], device: int) -> Loaded:
     kernel = code.get_kernel(build.ENTRY)
     names = driver.CUfunction_attribute
     handle = driver.CUkernel(int(kernel.handle))
-    if spec.family == "rows" or spec.lanes == 32:
-        limit = _largest_shared(driver, handle, device)
-        _set(driver, names.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, limit, handle, device)
+    limit = _largest_shared(driver, handle, device)
+    _set(driver, names.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, limit, handle, device)
     if spec.cluster > PORTABLE_CLUSTER:
         _set(driver, names.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1, handle, device)
     return Loaded(kernel, code)

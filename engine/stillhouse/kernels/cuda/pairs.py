@@ -1,9 +1,8 @@
-"""The arithmetic of one pair of logits, for rows whose two sides differ and for those that nearly agree.
+"""The arithmetic of one pair of logits, and what of a row is known before it.
 
-Where a row's loss is not small its terms are summed as they are: what rounds off in one is small beside their sum. Where
-it is small, terms and gradients are differences of nearly equal numbers. There log2(p / q) is had from the
-difference of the logits, exactly (the rounding of either, scaled, would be as large as what is left), and the rest by
-series; the gradient is taken less its sum over the row, which is the error of a normaliser.
+Where both sides nearly agree, terms and gradients are differences of nearly equal numbers. So log2(p / q) is had from the
+difference of the logits, exactly (the rounding of either, scaled, would be as large as what is left), and where it is small the
+rest by series; where it is not, closed forms lose nothing.
 
 p is the teacher's side, of reverse the student's. ``sides`` is what a row's first pass makes of both (``compare``), and
 ``known`` what is made of that for a pair function, whose results lack the factor known[3], and what
@@ -13,6 +12,8 @@ p is the teacher's side, of reverse the student's. ``sides`` is what a row's fir
 # mypy: ignore-errors
 # Numba infers the types of device functions from their callers.
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 
@@ -32,12 +33,10 @@ from stillhouse.kernels.cuda.arithmetic import (
 F32 = np.float32
 FAR = F32(1.0e4)
 ROUNDER = F32(1.5 * 2**23)  # added and taken away, it leaves a float32 rounded to a whole number
-NEAR_ROW = {"forward": F32(0.125), "reverse": F32(0.125), "jsd": F32(0.25)}  # bits of KL(p || q)
 NEAR_JSD = F32(
     0.125
 )  # bits of a JSD over beta (1 - beta): about a KL where that is small, and less elsewhere
 TINY = F32(1.0e-6)  # a loss below which a normaliser's error may show, up to 1e-13
-MANY = F32(4.0)  # bits that an entry which the student lacks counts for
 PHI = tuple(F32(c) for c in series.PHI)
 NEAR = F32(series.RADIUS)
 
@@ -47,59 +46,6 @@ def compare(k2, cp, dp, cq, dq):
     """(k2, C_p, C_q, 1 / D_p, D_p / D_q, log2 of that): the logarithm is that of the very float, so that the two agree."""
     ratio = quotient(dp, dq)
     return k2, cp, cq, ptx.reciprocal(dp), ratio, log2_of_normal(ratio)
-
-
-def agreement(divergence: str):
-    """Device function: is KL(p || q), to some digits, small? ``cross`` is the sum of 2^(k2 x - C) (x - y).
-
-    Not where q lacks an entry that p has, or has next to nothing of. The JSD may be small there all the same, which
-    ``near_after_all`` sees.
-    """
-    limit = NEAR_ROW[divergence]
-
-    @device
-    def nearly_agree(sides, cross):
-        k2, cp, cq, inverse, ratio, log_ratio = sides
-        return ptx.fma(k2, cross * inverse, cq - cp) - log_ratio < limit
-
-    return nearly_agree
-
-
-# -- KL, rows that differ
-
-
-@device
-def kl_known(sides, coin):
-    k2, cp, cq, inverse, ratio, log_ratio = sides
-    return k2, -cp, -cq, inverse, ratio, log_ratio
-
-
-@device
-def kl_pair(xp, xq, known):
-    """(p phi(log q/p), p, q - p, p log2(p / q)) with phi(x) = exp(x) - 1 - x."""
-    k2, n_p, n_q, base, ratio, log_ratio = known
-    zp, zq = ptx.fma(xp, k2, n_p), ptx.fma(xq, k2, n_q)
-    p = ptx.exp2(zp)
-    change = ptx.fma(ptx.exp2(zq), ratio, -p)
-    weighted = p * ((zp - zq) - log_ratio) if p > ZERO else ZERO
-    return ptx.fma(weighted, LN2, change), p, change, weighted
-
-
-@device
-def forward_pair(xt, xs, known):
-    """(loss, p_s - p_t, unused): the gradient needs no sum over the row."""
-    loss, p, change, weighted = kl_pair(xt, xs, known)
-    return loss, change, ZERO
-
-
-@device
-def reverse_pair(xt, xs, known):
-    """(loss, p_s, p_s log2(p_s / p_t)): the gradient is p_s (log(p_s / p_t) - its mean)."""
-    loss, p, change, weighted = kl_pair(xs, xt, known)
-    return loss, p, weighted
-
-
-# -- KL, rows that nearly agree
 
 
 @device
@@ -113,13 +59,13 @@ def level(k2, cp, cq):
 
 
 @device
-def rounded_gap(x, y, k2, offset, rest):
+def gap_of_halves(x, y, k2, offset, rest):
     """K2 (x - y - offset) + rest, for 16-bit logits, which were rounded more than their difference is."""
     return ptx.fma((x - y) - offset, k2, rest)
 
 
 @device
-def exact_gap(x, y, k2, offset, rest):
+def gap_of_floats(x, y, k2, offset, rest):
     """The same for float32: what rounds off in x - y is found and added back.
 
     Infinite where q lacks an entry that p has, and no number where p lacks it.
@@ -131,13 +77,10 @@ def exact_gap(x, y, k2, offset, rest):
 
 
 @device
-def kl_near_known(sides, coin):
+def kl_known(sides, coin):
     k2, cp, cq, inverse, ratio, log_ratio = sides
     offset, rest = level(k2, cp, cq)
     return k2, -cp, -cq, inverse, ratio, offset, rest - log_ratio
-
-
-# -- the Jensen-Shannon divergence
 
 
 @device
@@ -145,7 +88,7 @@ def jsd_known(sides, coin):
     """What ``jsd_apart`` takes: (1 - beta) p_s over beta p_t / D_t, as a whole power of two and a rest near one, and logs.
 
     The first goes to the student's maximum, where it is exact, so that the logarithm added to each has few digits; what
-    a maximum of 1e7 or more leaves of it goes to the rest.
+    a maximum of 1e7 or more leaves of it goes to the rest. Then the level of the logits' difference, and the polynomials.
     """
     k2, ct, cs, inverse, ratio, log_ratio = sides
     shift = log_ratio - coin[1]
@@ -154,7 +97,20 @@ def jsd_known(sides, coin):
     moved = whole - cs
     back = moved - whole
     lost = (whole - (moved - back)) - (cs + back)
-    return k2, -ct, moved, unit, (shift - whole) + lost, coin[1], coin[2], coin[3]
+    offset, rest = level(k2, ct, cs)
+    return (
+        k2,
+        -ct,
+        moved,
+        unit,
+        (shift - whole) + lost,
+        coin[1],
+        coin[2],
+        coin[3],
+        offset,
+        rest - log_ratio,
+        *coin[4:],
+    )
 
 
 @device
@@ -182,48 +138,21 @@ def jsd_apart(xt, xs, known):
 
 
 @device
-def jsd_pair(xt, xs, known):
-    """(loss, p_s, p_s (log2(m / p_s) - log2(1 - beta))).
-
-    The gradient takes the last relative to its mean, so the constant is free, and it keeps the digits of what is
-    left where the student has nearly all of the mass.
-    """
-    loss, ps, log_m, pt = jsd_apart(xt, xs, known)
-    return loss, ps, ps * log_m
-
-
-@device
-def jsd_near_known(sides, coin):
-    """Besides: the level of the logits' difference, and what is added to log2(m / p_s) for entries apart and near."""
-    offset, rest = level(sides[0], sides[1], sides[2])
-    return *jsd_known(sides, coin), offset, rest - sides[5], coin[3], ZERO, *coin[4:]
-
-
-@device
-def relative_to_constant(known):
-    """The same for rows that differ, whose log2(m / p_s) is had less log2(1 - beta), as in ``jsd_pair``."""
-    return *known[:10], ZERO, -known[10], *known[12:]
-
-
-@device
 def polynomial(x, c):
     high = ptx.fma(x, ptx.fma(x, ptx.fma(x, c[7], c[6]), c[5]), c[4])
     return ptx.fma(x, ptx.fma(x, ptx.fma(x, ptx.fma(x, high, c[3]), c[2]), c[1]), c[0])
 
 
-# -- pair functions of rows that nearly agree, by how the gap is had
+def pair_of(divergence: str, gap_of: Callable, centred: bool = False) -> Callable:
+    """The pair function of the teacher's logit and the student's: (loss, b, c, d).
 
-
-def near_pair(divergence: str, gap_of, centred: bool = True):
-    """The pair function: (loss, p_s, what the gradient is made of), which is less p_s times its sum over the row.
-
-    That is p_s - p_t for forward, p_s log2(p_s / p_t) for reverse and p_s log2(m / p_s) for jsd. Without ``centred`` the
-    second result of forward is p_s - p_t.
+    The gradient is b of forward, and c - b sum(c) of the others; of forward too where it is ``centred``. Of jsd c is p_s log2(m / p_s), and d the same less log2(1 - beta),
+    which tells entries apart where the student has nearly all of its mass alone: which one serves is for the row to say.
     """
 
     @device
     def kl(xp, xq, known):
-        """(p phi(log q/p), p, q, q - p, p log2(p / q)), by series where p and q nearly agree."""
+        """(p phi(log q/p), p, q, q - p, p log2(p / q)) with phi(x) = exp(x) - 1 - x, by series where p and q nearly agree."""
         k2, n_p, n_q, base, ratio, offset, rest = known
         p, q = ptx.exp2(ptx.fma(xp, k2, n_p)), ptx.exp2(ptx.fma(xq, k2, n_q)) * ratio
         gap = gap_of(xp, xq, k2, offset, rest)
@@ -238,66 +167,59 @@ def near_pair(divergence: str, gap_of, centred: bool = True):
     @device
     def forward(xt, xs, known):
         loss, p, q, change, weighted = kl(xt, xs, known)
-        return loss, q if centred else change, change
+        return loss, q if centred else change, change, ZERO
 
     @device
     def reverse(xt, xs, known):
         loss, p, q, change, weighted = kl(xs, xt, known)
-        return loss, p, weighted
+        return loss, p, weighted, ZERO
 
     @device
     def jsd(xt, xs, known):
         """By the polynomials of ``series.jsd_series`` where p_t and p_s nearly agree."""
         apart, ps, log_m, pt = jsd_apart(xt, xs, known[:8])
-        offset, rest, add_apart, add_near = known[8:12]
-        gap = gap_of(xt, xs, known[0], offset, rest)
+        gap = gap_of(xt, xs, known[0], known[8], known[9])
         x = gap * -LN2
         near = abs(x) < NEAR
-        loss = pt * (gap * x) * polynomial(x, known[20:])
-        log_m = ptx.fma(gap, polynomial(x, known[12:20]), add_near) if near else log_m + add_apart
-        return loss if near else apart, ps, ps * log_m
+        loss = pt * (gap * x) * polynomial(x, known[18:])
+        by_series = gap * polynomial(x, known[10:18])
+        together = by_series if near else log_m + known[7]
+        alone = by_series - known[7] if near else log_m
+        return loss if near else apart, ps, ps * together, ps * alone
 
     return {"forward": forward, "reverse": reverse, "jsd": jsd}[divergence]
 
 
+# -- what is done to a row's loss and mean (of which jsd has two) before they are used: (loss, mean)
+# The loss is less half the square of what rounding added to log2(p / q), which is seen where it is tiny
+
+
 @device
-def near_after_all(total, coin):
-    """Is the JSD of a row that was taken for one that differs small? Then it is to be done again."""
+def forward_settled(total, mean, other, coin):
+    return ptx.fmax(ptx.fma(mean * F32(-0.5), mean, total), ZERO) if total < TINY else total, mean
+
+
+@device
+def reverse_settled(total, mean, other, coin):
+    off = ptx.fma(mean, LN2, -total)
+    return ptx.fmax(ptx.fma(off * F32(-0.5), off, total), ZERO) if total < TINY else total, mean
+
+
+@device
+def jsd_is_small(total, coin):
     return -total * (ONE + coin[0]) < NEAR_JSD * coin[0]
 
 
 @device
-def any_agreement(sides, xt, xs):
-    """An entry's part of KL(p_t || p_s) in bits, but no more than some for one that the student lacks."""
-    k2, ct, cs, inverse, ratio, log_ratio = sides
-    gap = ptx.fmin(ptx.fma(xt, k2, -ct) - ptx.fma(xs, k2, -cs) - log_ratio, MANY)
-    p = ptx.exp2(ptx.fma(xt, k2, -ct)) * inverse
-    return p * gap if p > ZERO else ZERO
-
-
-# -- the loss less half the square of what rounding added to log2(p / q), which is seen where a loss is tiny
-
-
-@device
-def forward_corrected(total, mean, coin):
-    return ptx.fmax(ptx.fma(mean * F32(-0.5), mean, total), ZERO) if total < TINY else total
-
-
-@device
-def reverse_corrected(total, mean, coin):
-    off = ptx.fma(mean, LN2, -total)
-    return ptx.fmax(ptx.fma(off * F32(-0.5), off, total), ZERO) if total < TINY else total
-
-
-@device
-def jsd_corrected(total, mean, coin):
+def jsd_settled(total, mean, other, coin):
     """In units of (beta - 1) ln 2, so below zero; the mean is beta times the total but for beta times the error."""
     beta = coin[0] * ptx.reciprocal(ONE + coin[0])
     off = mean * ptx.reciprocal(beta) - total
-    return ptx.fmin(ptx.fma(beta * F32(0.5) * LN2 * off, off, total), ZERO) if -total < TINY else total
+    corrected = ptx.fmin(ptx.fma(beta * F32(0.5) * LN2 * off, off, total), ZERO) if -total < TINY else total
+    return corrected, mean if jsd_is_small(total, coin) else other
 
 
-# -- log2-probabilities in the place of logits, near or not, with the constant of rows that differ
+# -- log2-probabilities in the place of logits
 
 
 @device
@@ -307,12 +229,9 @@ def kl_of_logs(coin):
 
 @device
 def jsd_of_logs(coin):
-    apart = (ONE, ZERO, ZERO, coin[0], -coin[1], coin[1], coin[2], coin[3])
-    return *apart, ZERO, ZERO, ZERO, -coin[3], *coin[4:]
+    return ONE, ZERO, ZERO, coin[0], -coin[1], coin[1], coin[2], coin[3], ZERO, ZERO, *coin[4:]
 
 
-PAIRS = {"forward": forward_pair, "reverse": reverse_pair, "jsd": jsd_pair}
 KNOWN = {"forward": kl_known, "reverse": kl_known, "jsd": jsd_known}
-NEAR_KNOWN = {"forward": kl_near_known, "reverse": kl_near_known, "jsd": jsd_near_known}
-CORRECTED = {"forward": forward_corrected, "reverse": reverse_corrected, "jsd": jsd_corrected}
+SETTLED = {"forward": forward_settled, "reverse": reverse_settled, "jsd": jsd_settled}
 OF_LOGS = {"forward": kl_of_logs, "reverse": kl_of_logs, "jsd": jsd_of_logs}

@@ -1,4 +1,4 @@
-"""Kernels for top-k teachers and sampled labels: the student's row is read once and the gradient written once.
+"""The kernel for top-k teachers and sampled labels: the student's row is read once and the gradient written once.
 
 A top-k teacher makes k + 1 outcomes: its entries, and everything else as one (see ``kernels/reference.py``). The
 entries are first marked in a bitmap in shared memory; the pass over the row then sums what is not marked, with a
@@ -10,77 +10,40 @@ thread before the last pass, which leaves marked elements as they are.
 # Numba infers the types of device functions from their callers.
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 from numba import cuda, types
 
 from stillhouse.kernels.cuda import intrinsics as ptx
-from stillhouse.kernels.cuda.arguments import FLOATS, GHOST, SAMPLED, WITHIN
-from stillhouse.kernels.cuda.arithmetic import (
-    LN2,
-    LOWEST,
-    ZERO,
-    absorb,
-    device,
-    log2_of,
+from stillhouse.kernels.cuda.arithmetic import LN2, LOG2E, LOWEST, ZERO, device, log2_of, running, unrolled
+from stillhouse.kernels.cuda.merge import SCRATCH, SUMS, meeting, softmaxes
+from stillhouse.kernels.cuda.pairs import OF_LOGS, gap_of_floats, pair_of
+from stillhouse.kernels.cuda.plan import Spec
+from stillhouse.kernels.cuda.rows import (
+    GRADIENT,
+    HUGE,
+    K2,
+    LOSS,
+    NAN,
+    beginning,
+    clearing,
+    coin_of,
+    label_at,
+    label_gradient,
+    label_of_row,
+    masking,
+    store_losses,
+    sweep,
+    times,
 )
-from stillhouse.kernels.cuda.chunks import is_kept, row_geometry, row_scale, walk
-from stillhouse.kernels.cuda.merge import SCRATCH, merges
-from stillhouse.kernels.cuda.pairs import OF_LOGS, exact_gap, near_pair
 from stillhouse.kernels.cuda.vectors import codec
 
 ALIGNMENT = ptx.SHARED_ALIGNMENT
 I32, I64, F32, U32 = np.int32, np.int64, np.float32, np.uint32
-LOG2E = F32(math.log2(math.e))
-MINUS_INFINITY, INFINITY, NAN = F32(-np.inf), F32(np.inf), F32(np.nan)
-HUGE = F32(3.0e38)
-
-SIGNATURE = (*[types.int64] * 8, *[types.int32] * 4, *[types.float32] * FLOATS)
-
-
-@device
-def unmarked(x, marks, mark):
-    return MINUS_INFINITY if (marks & mark) != U32(0) else x
-
-
-@device
-def others_only(x, marks):
-    """Eight logits, the marked ones as -inf."""
-    if marks == U32(0):
-        return x
-    return (
-        unmarked(x[0], marks, U32(1)), unmarked(x[1], marks, U32(2)),
-        unmarked(x[2], marks, U32(4)), unmarked(x[3], marks, U32(8)),
-        unmarked(x[4], marks, U32(16)), unmarked(x[5], marks, U32(32)),
-        unmarked(x[6], marks, U32(64)), unmarked(x[7], marks, U32(128)),
-    )  # fmt: skip
-
-
-@device
-def chosen(new, old, marks, mark):
-    return old if (marks & mark) != U32(0) else new
-
-
-@device
-def keep_marked(new, old, marks):
-    return (
-        chosen(new[0], old[0], marks, U32(1)), chosen(new[1], old[1], marks, U32(2)),
-        chosen(new[2], old[2], marks, U32(4)), chosen(new[3], old[3], marks, U32(8)),
-        chosen(new[4], old[4], marks, U32(16)), chosen(new[5], old[5], marks, U32(32)),
-        chosen(new[6], old[6], marks, U32(64)), chosen(new[7], old[7], marks, U32(128)),
-    )  # fmt: skip
-
-
-@device
-def scaled_powers(x, k2, n, f):
-    return (
-        f * ptx.exp2(ptx.fma(x[0], k2, n)), f * ptx.exp2(ptx.fma(x[1], k2, n)),
-        f * ptx.exp2(ptx.fma(x[2], k2, n)), f * ptx.exp2(ptx.fma(x[3], k2, n)),
-        f * ptx.exp2(ptx.fma(x[4], k2, n)), f * ptx.exp2(ptx.fma(x[5], k2, n)),
-        f * ptx.exp2(ptx.fma(x[6], k2, n)), f * ptx.exp2(ptx.fma(x[7], k2, n)),
-    )  # fmt: skip
+MINUS_INFINITY, INFINITY = F32(-np.inf), F32(np.inf)
+SIGNATURE = (*[types.int64] * 10, *[types.int32] * 3, *[types.float32] * 2)
 
 
 @device
@@ -95,93 +58,142 @@ def value_at(values, i):
     return ptx.load_f32(values + I64(i) * 4)
 
 
-def sparse_kernel(
-    dtype: str, divergence: str, threads: int, cluster: int, staged: bool, gradient: bool = True
-) -> Callable:
-    """The kernel (undecorated) of one dtype, divergence, block and cluster size.
+def bitmap(code: SimpleNamespace, spec: Spec) -> SimpleNamespace:
+    """Device functions over a bit for each element of this block's slice, after the logits that are kept."""
+    per, threads, words_of_slot = code.per, spec.threads, 4 if spec.staged else 0
 
-    Its arguments: addresses of student, indices (int64), log-probabilities or weights (float32), logarithm
-    of the mass outside (float32, or 0), gradient, loss, mask (or 0), scale (or 0); V, k, the mode, chunks in a block's slice; then the
-    same factors as for dense teachers. Without ``gradient`` it writes losses only.
-    """
-    code, pair, of_logs = codec(dtype), near_pair(divergence, exact_gap), OF_LOGS[divergence]
-    merge, geometry, steps = (
-        merges(threads, cluster),
-        row_geometry(code.size),
-        walk(code, threads, code.vectors),
+    @device
+    def clear(words, span, tid):
+        i = tid
+        while i < I32(span * per) >> I32(5):
+            ptx.shared_store(words, I32(span * words_of_slot + i), ZERO)
+            i = I32(i + threads)
+
+    @device
+    def mark(words, place, chunks, index):
+        """Set an entry's bit, where it is in the slice. An or of bits is the same in whatever order."""
+        bit = I32(index - chunks[0] - chunks[4] * per)
+        if index >= I32(0) and bit >= I32(0) and bit < I32((chunks[5] - chunks[4]) * per):
+            base = I32(place[6] * words_of_slot)
+            cuda.atomic.or_(words, U32(base + (bit >> I32(5))), U32(1) << U32(bit & I32(31)))
+
+    @device
+    def mark_all(words, place, chunks, indices, k):
+        i = chunks[6]
+        while i < k:
+            mark(words, place, chunks, index_at(indices, i, place[3]))
+            i = I32(i + threads)
+
+    @device
+    def of_slot(words, place, slot):
+        bit = I32(slot * per)
+        word = ptx.float_as_word(ptx.shared_load(words, I32(place[6] * words_of_slot + (bit >> I32(5)))))
+        return U32((word >> U32(bit & I32(31))) & U32((1 << per) - 1))
+
+    return SimpleNamespace(clear=clear, mark=mark, mark_all=mark_all, of_slot=of_slot)
+
+
+def first_pass(code: SimpleNamespace, spec: Spec, marks: SimpleNamespace) -> Callable:
+    """Keep the row, and (C, D) of what is not marked; with labels those of all at T = 1, and the sum."""
+    absorb, decode, marks_of = running(code.per), code.decode, marks.of_slot
+    top_of, sum_of = unrolled(code.per, "x", "^(x[#])"), unrolled(code.per, "x", "+(x[#])")
+    unmarked = unrolled(
+        code.per, "x, m", "*(nothing if (m & U32(1 << #)) != U32(0) else x[#])", nothing=MINUS_INFINITY, U32=U32
+    )  # fmt: skip
+    staged, labels, sampled = spec.staged, spec.labels, spec.target == "sampled"
+
+    def make(access):
+        fetch, within = access.fetch, access.within
+
+        @device
+        def step(words, place, e, slot, state, k2):
+            a = fetch(place[0], e, place[3])
+            if staged:
+                ptx.shared_store_words(words, I32(slot * 4), a[0], a[1], a[2], a[3])
+            x = decode(a)
+            c1, d1, total = state[2], state[3], state[4]
+            if labels:
+                c1, d1 = absorb(x, top_of(x), LOG2E, c1, d1)
+                total = total + sum_of(within(x, e, place[3]))
+            if not sampled:
+                m = marks_of(words, place, slot)
+                x = unmarked(x, m) if m != U32(0) else x
+            c, d = absorb(x, top_of(x), k2, state[0], state[1])
+            return c, d, c1, d1, total
+
+        return step
+
+    return sweep(code, spec.threads, make)
+
+
+def last_pass(code: SimpleNamespace, spec: Spec, marks: SimpleNamespace) -> Callable:
+    """Write f 2^(k2 x - C) everywhere but at the marked elements, which have their gradient already."""
+    decode, encode, marks_of = code.decode, code.encode, marks.of_slot
+    if spec.labels:
+        powers = unrolled(
+            code.per, "x, k2, n, f, label", "*(fma(exp2(fma(x[#], k2, n)), f, of(x[#], label)))", of=label_gradient
+        )  # fmt: skip
+    else:
+        powers = unrolled(code.per, "x, k2, n, f, label", "*(f * exp2(fma(x[#], k2, n)))")
+    keep = unrolled(code.per, "new, old, m", "*(old[#] if (m & U32(1 << #)) != U32(0) else new[#])", U32=U32)
+
+    def make(access):
+        fetch, put = access.fetch, access.put
+
+        @device
+        def step(words, place, e, slot, state, given):
+            k2, n, f, label = given
+            a = ptx.shared_load_words(words, I32(slot * 4)) if staged else fetch(place[0], e, place[3])
+            gradient, m = powers(decode(a), k2, n, f, label), marks_of(words, place, slot)
+            if m != U32(0):
+                gradient = keep(gradient, decode(fetch(place[2], e, place[3])), m)
+            put(place[2], e, place[3], encode(gradient))
+            return state
+
+        return step
+
+    staged = spec.staged
+    return sweep(code, spec.threads, make)
+
+
+def outcomes(spec: Spec) -> Callable:
+    """Device function of two log2-probabilities, the teacher's and the student's: (loss, b, c); the gradient is c - b sum(c)."""
+    pair, of_logs, jsd = (
+        pair_of(spec.divergence, gap_of_floats, True),
+        OF_LOGS[spec.divergence],
+        spec.divergence == "jsd",
     )
-    size, forward, marks_at = code.size, divergence == "forward", 4 * code.vectors if staged else 0
-    decode, encode, put, put_edge, fetch_edge, stage, unstage, place, load_one, store_one = (
-        code.decode, code.encode, code.put, code.put_edge, code.fetch_edge, code.stage, code.unstage, code.place,
-        code.load_one, code.store_one,
-    )  # fmt: skip
-    fetch, fetch_last = code.fetch if staged else code.fetch_kept, code.fetch
-    softmax_two, sum_two = merge.softmax_two, merge.sum_two
-    whole_of, edges, edge, mine, element_of, clear_row, cell, stride, jump = (
-        steps.whole_of, steps.edges, steps.edge, steps.mine, steps.element_of, steps.clear_row, steps.cell,
-        steps.stride, steps.jump,
-    )  # fmt: skip
 
     @device
-    def mark(words, span, indices, k, v, chunks):
-        """Set the bit of every entry in this block's slice. An or of bits is the same in whatever order."""
-        origin, apart, lo, hi, tid = chunks[0], chunks[4], chunks[5], chunks[6], chunks[7]
-        base = I32(span * marks_at)
-        i = tid
-        while i < k:
-            index = index_at(indices, i, v)
-            bit = I32(place(I32(index - origin), apart) - lo * 8)
-            if index >= I32(0) and bit >= I32(0) and bit < I32((hi - lo) * 8):
-                cuda.atomic.or_(words, U32(base + (bit >> I32(5))), U32(1) << U32(bit & I32(31)))
-            i = I32(i + threads)
+    def outcome(log_t, log_s, coin):
+        known = of_logs(coin)
+        a, b, c, d = pair(log_t, log_s, known)
+        return a * known[3], b * known[3], (d if jsd else c) * known[3]
+
+    return outcome
+
+
+# of the k entries: ``target`` is (addresses of indices and values, k); ``student`` is (k2, -C, log2 D)
+
+
+@device
+def log_of(x, student):
+    """The student's log2-probability of a logit."""
+    return ptx.fma(x, student[0], student[1]) - student[2]
+
+
+def entry_sums(code: SimpleNamespace, spec: Spec, outcome: Callable) -> tuple[Callable, Callable]:
+    """Device functions: the entries' (C, D), and the sums of their outcomes."""
+    threads, size, load_one, sampled = spec.threads, code.size, code.load_one, spec.target == "sampled"
 
     @device
-    def clear_marks(words, span, tid):
-        base, count = I32(span * marks_at), I32(span >> I32(2))
-        i = tid
-        while i < count:
-            ptx.shared_store(words, I32(base + i), ZERO)
-            i = I32(i + threads)
-
-    @device
-    def marks_of(words, span, slot):
-        word = ptx.float_as_word(ptx.shared_load(words, I32(span * marks_at + (slot >> I32(2)))))
-        return U32((word >> U32((slot & I32(3)) << I32(3))) & U32(255))
-
-    @device
-    def take(words, span, slot, home, a, b, k2, c, d):
-        if staged:
-            stage(words, home, a, b)
-        return absorb(others_only(decode(a, b), marks_of(words, span, slot)), k2, c, d)
-
-    @device
-    def absorb_row(words, span, s_row, v, chunks, k2):
-        """Keep the row, and (C, D) of what is not marked."""
-        c, d = LOWEST, ZERO
-        slot, stop, at, home = whole_of(chunks)
-        while slot < stop:
-            a, b = fetch(s_row + at, chunks[4])
-            c, d = take(words, span, slot, home, a, b, k2, c, d)
-            slot, at, home = ptx.uncounted(slot + threads), at + stride, I32(home + jump)
-        j = chunks[7]
-        while j < edges(chunks):
-            chunk = edge(j, chunks)
-            if mine(chunk, chunks):
-                a, b = fetch_edge(s_row, element_of(chunk, chunks), v, chunks[4])
-                slot = I32(chunk - chunks[5])
-                c, d = take(words, span, slot, cell(slot, chunks), a, b, k2, c, d)
-            j = I32(j + threads)
-        return c, d
-
-    @device
-    def absorb_entries(s_row, indices, k, v, k2, tid):
-        """(C, D) of the k entries alone."""
+    def absorb(place, target, k2, tid):
         c, d = LOWEST, ZERO
         i = tid
-        while i < k:
-            index = index_at(indices, i, v)
+        while i < target[2]:
+            index = index_at(target[0], i, place[3])
             if index >= I32(0):
-                x = load_one(s_row + I64(index) * size)
+                x = load_one(place[0] + I64(index) * size)
                 higher = ptx.fmax(x * k2, c)
                 d = ptx.fma(d, ptx.exp2(c - higher), ptx.exp2(ptx.fma(x, k2, -higher)))
                 c = higher
@@ -189,210 +201,202 @@ def sparse_kernel(
         return c, d
 
     @device
-    def outcome(log_p, log_q, coin):
-        """The pair function of two log2-probabilities."""
-        known = of_logs(coin)
-        a, b, c = pair(log_p, log_q, known)
-        return a * known[3], b * known[3], c * known[3]
-
-    @device
-    def entry_sums(s_row, indices, values, k, v, mode, k2, n, log_d, coin, shift, tid):
-        """(loss, mean) over the entries; an index that is none of the row's makes them NaN and infinite.
+    def sums(place, target, student, coin, shift, tid):
+        """(loss, mean); an index that is none of the row's makes them NaN and infinite.
 
         The mean of forward is what its gradient sums to: the error of a normaliser, or of a teacher whose outcomes do
         not sum to one.
         """
         total, mean = ZERO, ZERO
         i = tid
-        while i < k:
-            index, x = index_at(indices, i, v), ZERO
+        while i < target[2]:
+            index, value, log_s = index_at(target[0], i, place[3]), value_at(target[1], i), ZERO
             if index >= I32(0):
-                x = load_one(s_row + I64(index) * size)
-            log_q, value = ptx.fma(x, k2, n) - log_d, value_at(values, i)
+                log_s = log_of(load_one(place[0] + I64(index) * size), student)
             if index < I32(0):
                 total, mean = NAN, INFINITY
-            elif mode == I32(SAMPLED):
+            elif sampled:
                 if value > ZERO:  # 0 times -inf is NaN
-                    total, mean = total - value * log_q * LN2, mean + value
+                    total, mean = total - value * log_s * LN2, mean + value
             else:
-                a, b, c = outcome(value * LOG2E, log_q, coin)
+                a, b, c = outcome(value * LOG2E, log_s, coin)
                 total, mean = total + a, mean + ptx.fma(b, -shift, c)
             i = I32(i + threads)
         return total, mean
 
-    @device
-    def weight_of(indices, values, k, v, i, index):
-        """(Is this the first draw of that index?, the weight of all of its draws)."""
-        first, weight = True, ZERO
-        j = I32(0)
-        while j < k:
-            if index_at(indices, j, v) == index:
-                weight = weight + value_at(values, j)
-                if j < i:
-                    first = False
-            j = I32(j + 1)
-        return first, weight
+    return absorb, sums
+
+
+@device
+def draws_of(target, v, i, index):
+    """(Is the i-th the first of that index?, the weight of all of its draws)."""
+    first, weight = True, ZERO
+    j = I32(0)
+    while j < target[2]:
+        if index_at(target[0], j, v) == index:
+            weight = weight + value_at(target[1], j)
+            if j < i:
+                first = False
+        j = I32(j + 1)
+    return first, weight
+
+
+def entry_gradients(code: SimpleNamespace, spec: Spec, outcome: Callable) -> Callable:
+    """Device function that writes them."""
+    threads, size, per, load_one, store_one = spec.threads, code.size, code.per, code.load_one, code.store_one
+    sampled, labels = spec.target == "sampled", spec.labels
 
     @device
-    def write_entries(
-        s_row, g_row, indices, values, k, v, mode, k2, n, log_d, coin, mean, grad_scale, chunks
-    ):
-        i = chunks[7]
-        while i < k:
-            index = index_at(indices, i, v)
-            bit = place(I32(index - chunks[0]), chunks[4])
-            if index >= I32(0) and mine(bit >> I32(3), chunks):
+    def write(place, chunks, target, student, coin, mean, scale, share, y, label):
+        """The gradients of the entries in this block's slice, and of the label as one more, unless it is an entry itself."""
+        k = target[2]
+        i = chunks[6]
+        while i < (k + I32(1) if labels else k):
+            index = index_at(target[0], i, place[3]) if i < k else y
+            chunk = I32(index - chunks[0]) // I32(per)
+            if index >= I32(0) and chunk >= chunks[4] and chunk < chunks[5]:
                 first, weight = True, ZERO
-                if mode == I32(SAMPLED):
-                    first, weight = weight_of(indices, values, k, v, i, index)
+                if sampled or i == k:
+                    first, weight = draws_of(target, place[3], i, index)
                 if first:  # the others must not read what the first one overwrites
-                    log_q = ptx.fma(load_one(s_row + I64(index) * size), k2, n) - log_d
-                    if mode == I32(SAMPLED):
-                        gradient = mean * ptx.exp2(log_q) - weight
+                    x = load_one(place[0] + I64(index) * size)
+                    log_s = log_of(x, student)
+                    if sampled:
+                        gradient = mean * ptx.exp2(log_s) - weight
+                    elif i == k:
+                        gradient = share * ptx.exp2(log_s)
                     else:
-                        a, b, c = outcome(value_at(values, i) * LOG2E, log_q, coin)
+                        a, b, c = outcome(value_at(target[1], i) * LOG2E, log_s, coin)
                         gradient = ptx.fma(b, -mean, c)
-                    store_one(g_row + I64(index) * size, gradient * grad_scale)
+                    gradient = gradient * scale if scale != ZERO else ZERO
+                    if labels:
+                        gradient = gradient + label_gradient(x, label) - (label[3] if index == y else ZERO)
+                    store_one(place[2] + I64(index) * size, gradient)
             i = I32(i + threads)
 
-    @device
-    def write_row(words, span, s_row, g_row, v, chunks, k2, n, f):
-        """Write f 2^(k2 x - C) everywhere but at the marked elements, which have their gradient already."""
-        slot, stop, at, home = whole_of(chunks)
-        while slot < stop:
-            if staged:
-                a, b = unstage(words, home)
-            else:
-                a, b = fetch_last(s_row + at, chunks[4])
-            gradient, marks = scaled_powers(decode(a, b), k2, n, f), marks_of(words, span, slot)
-            if marks != U32(0):
-                a, b = fetch_last(g_row + at, chunks[4])
-                gradient = keep_marked(gradient, decode(a, b), marks)
-            a, b = encode(gradient)
-            put(g_row + at, chunks[4], a, b)
-            slot, at, home = ptx.uncounted(slot + threads), at + stride, I32(home + jump)
-        j = chunks[7]
-        while j < edges(chunks):
-            chunk = edge(j, chunks)
-            if mine(chunk, chunks):
-                e = element_of(chunk, chunks)
-                slot = I32(chunk - chunks[5])
-                if staged:
-                    a, b = unstage(words, cell(slot, chunks))
-                else:
-                    a, b = fetch_edge(s_row, e, v, chunks[4])
-                gradient, marks = scaled_powers(decode(a, b), k2, n, f), marks_of(words, span, slot)
-                if marks != U32(0):
-                    a, b = fetch_edge(g_row, e, v, chunks[4])
-                    gradient = keep_marked(gradient, decode(a, b), marks)
-                a, b = encode(gradient)
-                put_edge(g_row, e, v, chunks[4], a, b)
-            j = I32(j + threads)
+    return write
+
+
+def gradients(code: SimpleNamespace, spec: Spec, marks: SimpleNamespace, outcome: Callable) -> Callable:
+    """Device function: the gradient of a row, ``share`` of its probability that of an unmarked entry is."""
+    write_entries, last = entry_gradients(code, spec, outcome), last_pass(code, spec, marks)
+    clear, mark, mark_all = clearing(code, spec.threads), marks.mark, marks.mark_all
+    sampled, labels = spec.target == "sampled", spec.labels
 
     @device
-    def row_sums(mode, ck, dk, co, do):
-        """(C, log2 D) of the student's distribution, and log2 of the mass outside of the k entries."""
-        if mode == I32(WITHIN):
-            return ck, log2_of(dk), MINUS_INFINITY
-        c = co
-        d = do
-        if mode != I32(SAMPLED):
-            c = ptx.fmax(ck, co)
-            d = dk * ptx.exp2(ck - c) + do * ptx.exp2(co - c)
-        log_d = log2_of(d)
-        return c, log_d, (co - c) + log2_of(do) - log_d
+    def write(words, place, chunks, target, student, coin, mean, shift, scale, share, y, of_label):
+        if mean > HUGE:  # loss inf, or NaN for an index out of range, and no gradient
+            scale, share, mean = ZERO, ZERO, ZERO
+        if mean == ZERO and scale == ZERO and not labels:
+            clear(words, place, chunks, ZERO, ZERO)
+            return
+        write_entries(place, chunks, target, student, coin, mean + shift, scale, share, y, of_label)
+        if sampled:
+            mark_all(words, place, chunks, target[0], target[2])
+        if labels:  # by all: an or is the same however often
+            mark(words, place, chunks, y)
+        cuda.syncthreads()
+        f = scale * share * ptx.exp2(-student[2]) if scale != ZERO else ZERO
+        last(words, place, chunks, ZERO, (student[0], student[1], f, of_label))
+
+    return write
+
+
+def rest_outcome(spec: Spec, outcome: Callable) -> Callable:
+    """Device function: (loss, third result, what the mean is taken relative to, 1 / mass) of the outcome outside the k entries.
+
+    Where it has most of the mass, the mean of the logarithms is nearly its own: taking all of them relative to it keeps the digits
+    of the difference.
+    """
+    forward = spec.divergence == "forward"
+
+    @device
+    def of_rest(outside, row, log_rest, coin):
+        log_t = value_at(outside, row) * LOG2E if outside != I64(0) else MINUS_INFINITY
+        loss, _, third = outcome(log_t, log_rest, coin)
+        shift, over = ZERO, ZERO
+        if log_rest > F32(-120.0):
+            over = ptx.exp2(-log_rest)
+            if not forward and third < HUGE:
+                shift = third * over
+        return loss, third, shift, over
+
+    return of_rest
+
+
+def kernel_of(spec: Spec) -> Callable:
+    """The kernel (undecorated). Its arguments: addresses of student, indices (int64), log-probabilities or weights (float32),
+    logarithms of the mass outside (float32; 0 where the teacher has none there), then as for dense teachers: gradient, losses, mask,
+    class indices, what is the same for all rows, factors; V, k, chunks in a block's slice; the same factors as numbers.
+    """
+    code, cluster, labels, sampled = codec(spec.dtype), spec.cluster, spec.labels, spec.target == "sampled"
+    marks, outcome, numbers = bitmap(code, spec), outcomes(spec), 7 if labels else 4
+    first, of_rest = first_pass(code, spec, marks), rest_outcome(spec, outcome)
+    absorb_entries, sums_of_entries = entry_sums(code, spec, outcome)
+    write, begin = gradients(code, spec, marks, outcome), beginning(code, cluster)
+    meet = meeting(spec.threads, cluster, 0, numbers, softmaxes(3, 1) if labels else softmaxes(2))
+    meet_sums, masked = meeting(spec.threads, cluster, SUMS, 2, softmaxes(0, 2)), masking(code, spec)
+    store, load_one, size, jsd, gradient = (
+        store_losses(spec),
+        code.load_one,
+        code.size,
+        spec.divergence == "jsd",
+        spec.gradient,
+    )
+    clear_marks, mark_all = marks.clear, marks.mark_all
 
     def kernel(
-        s, indices, values, outside, g, loss, mask, scale, v, k, mode, span, k2, grad_factor, loss_factor,
-        odds, log_odds, log_t, log_s, s0, s1, s2, s3, s4, s5, s6, s7, l0, l1, l2, l3, l4, l5, l6, l7,
-    ):  # fmt: skip
-        coin = (
-            odds, log_odds, log_t, log_s, s0, s1, s2, s3, s4, s5, s6, s7, l0, l1, l2, l3, l4, l5, l6, l7,
-        )  # fmt: skip
+        s, indices, values, outside, g, loss, mask, labels_at, constants, scales, v, k, span, soft, label
+    ):
         words = cuda.shared.array(0, types.uint32, alignment=ALIGNMENT)
         scratch = cuda.shared.array(SCRATCH, np.float32)
-        tid = I32(cuda.threadIdx.x)
-        row = I32(I32(cuda.blockIdx.x) // I32(cluster))
-        rank = I32(0)
-        if cluster > 1:
-            ptx.cluster_arrive()
-            rank = ptx.cluster_rank()
-        s_row, g_row = s + I64(row) * v * size, g + I64(row) * v * size
-        indices, values = indices + I64(row) * k * 8, values + I64(row) * k * 4
-        origin, first, last, count, apart = geometry(s_row, s_row, g_row, v, v)
-        lo = I32(rank * span)
-        chunks = (origin, first, last, count, apart, lo, min(I32(lo + span), count), tid, I32(0))
-        leader = rank == I32(0) and tid == I32(0)
-        if not is_kept(mask, row):
-            if cluster > 1:
-                ptx.cluster_wait()
-            if gradient:
-                clear_row(g_row, v, chunks)
-            if leader:
-                ptx.store_f32(loss + I64(row) * 4, ZERO)
+        row, rank, place, chunks = begin(s, s, g, v, v, v, v, span)
+        target = (indices + I64(row) * k * 8, values + I64(row) * k * 4, k)
+        tid, leader = chunks[6], rank == I32(0) and chunks[6] == I32(0)
+        if masked(words, place, chunks, mask, row, rank, loss):
             return
 
         clear_marks(words, span, tid)
         cuda.syncthreads()
-        if mode != I32(SAMPLED):
-            mark(words, span, indices, k, v, chunks)
+        if not sampled:
+            mark_all(words, place, chunks, target[0], k)
             cuda.syncthreads()
-        co, do = absorb_row(words, span, s_row, v, chunks, k2)
+        y, wrong, xs = I32(-1), False, ZERO
+        if labels:
+            y, wrong = label_at(labels_at, row, v)
+            if y >= I32(0) and leader:
+                xs = load_one(place[0] + I64(y) * size)
+        coin = coin_of(constants) if jsd else (ZERO,)
+        k2 = ptx.load_f32(constants + 4 * K2)
+        co, do, c1, d1, logits = first(words, place, chunks, (LOWEST, ZERO, LOWEST, ZERO, ZERO), k2)
         ck, dk = LOWEST, ZERO
-        if rank == I32(0) and mode != I32(SAMPLED):
-            ck, dk = absorb_entries(s_row, indices, k, v, k2, tid)
+        if rank == I32(0) and not sampled:
+            ck, dk = absorb_entries(place, target, k2, tid)
         if cluster > 1:
             ptx.cluster_wait()
-        ck, dk, _, co, do = softmax_two(scratch, tid, rank, ck, dk, ZERO, co, do)
-        c, log_d, log_rest = row_sums(mode, ck, dk, co, do)
-        n = -c
-
-        # What is outside is one outcome more, unless nothing is. Where it has most of the mass, the mean of the
-        # logarithms is nearly its own: taking all of them relative to it keeps the digits of the difference.
-        rest = mode != I32(SAMPLED) and mode != I32(WITHIN) and k < v
-        rest_loss, rest_third, shift, over = ZERO, ZERO, ZERO, ZERO
-        if rest:
-            log_p = MINUS_INFINITY
-            if mode == I32(GHOST):
-                log_p = value_at(outside, row) * LOG2E
-            rest_loss, _, rest_third = outcome(log_p, log_rest, coin)
-            if log_rest > F32(-120.0):
-                over = ptx.exp2(-log_rest)
-                if not forward and rest_third < HUGE:
-                    shift = rest_third * over
+        x = meet(scratch, tid, rank, (ck, dk, co, do, c1, d1, logits)[:numbers])
+        c = x[2] if sampled else ptx.fmax(x[0], x[2])
+        log_d = log2_of(x[1] * ptx.exp2(x[0] - c) + x[3] * ptx.exp2(x[2] - c))
+        student = (k2, -c, log_d)
+        rest_loss, third, shift, over = ZERO, ZERO, ZERO, ZERO
+        if not sampled and k < v:
+            rest_loss, third, shift, over = of_rest(outside, row, (x[2] - c) + log2_of(x[3]) - log_d, coin)
         total, mean = ZERO, ZERO
         if rank == I32(0):
-            total, mean = entry_sums(s_row, indices, values, k, v, mode, k2, n, log_d, coin, shift, tid)
-            if leader and rest:
-                total = total + rest_loss
-                if shift == ZERO:
-                    mean = mean + rest_third
-        total, mean = sum_two(scratch, tid, rank, total, mean)
-        grad_scale = row_scale(scale, row, grad_factor)
-        share = -mean  # of its probability that an unmarked gradient is
-        if shift == ZERO:
-            share = ptx.fma(rest_third, over, -mean)
-        if mode == I32(SAMPLED):
-            share = mean
-        elif mode == I32(WITHIN):
-            share = ZERO
+            total, mean = sums_of_entries(place, target, student, coin, shift, tid)
+            if leader:
+                total, mean = total + rest_loss, mean + third if shift == ZERO else mean
+        total, mean = meet_sums(scratch, tid, rank, (total, mean))
+        of_label, second_loss = (ZERO, ZERO, ZERO, ZERO), ZERO
+        if labels:
+            of_label, second_loss = label_of_row(y, wrong, xs, x[4:], constants, scales, label, v)
         if leader:
-            ptx.store_f32(loss + I64(row) * 4, total * loss_factor)
+            store(loss, row, total * ptx.load_f32(constants + 4 * LOSS), second_loss)
         if not gradient:
             return
 
-        if mean > HUGE:  # as for dense teachers: loss inf, or NaN for an index out of range, and no gradient
-            clear_row(g_row, v, chunks)
-            return
-        centre = mean if mode == I32(SAMPLED) else mean + shift
-        write_entries(
-            s_row, g_row, indices, values, k, v, mode, k2, n, log_d, coin, centre, grad_scale, chunks
-        )
-        if mode == I32(SAMPLED):
-            mark(words, span, indices, k, v, chunks)
-        cuda.syncthreads()
-        if mode == I32(WITHIN):
-            n = LOWEST  # logits outside may lie above the maximum of the k: zero, not zero times infinity
-        write_row(words, span, s_row, g_row, v, chunks, k2, n, grad_scale * share * ptx.exp2(-log_d))
+        scale = times(soft, scales, 0) * ptx.load_f32(constants + 4 * GRADIENT)
+        share = mean if sampled else ptx.fma(third, over, -mean) if shift == ZERO else -mean
+        write(words, place, chunks, target, student, coin, mean, shift, scale, share, y, of_label)
 
     return kernel
