@@ -19,12 +19,28 @@ from stillhouse.terminal import steady_streams
 
 def parser() -> argparse.ArgumentParser:
     """The whole command-line surface."""
+    from stillhouse.cli import label_commands
+
     main = argparse.ArgumentParser(
         prog="stillhouse", description="A plugin-based engine for knowledge distillation."
     )
     main.add_argument("--version", action="store_true", help="print the version")
     commands = main.add_subparsers(dest="command", metavar="COMMAND")
+    every = [*_making(commands), *_study(commands), *label_commands.add(commands), *_looking(commands)]
+    every += [*_files(commands), *_plugins(commands), *_machine(commands), *_benches(commands)]
+    main.add_argument("--debug", action="store_true", help="show tracebacks")
+    for command in every:
+        # SUPPRESS: a default here would undo a --debug before the command.
+        command.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks"
+        )
+    return main
 
+
+Parsers = tuple[argparse.ArgumentParser, ...]
+
+
+def _making(commands: Any) -> Parsers:
     run = commands.add_parser("run", help="make one run from a config file or a shipped config's name")
     run.add_argument(
         "config", metavar="CONFIG|NAME", help="a YAML file, or a name: see 'stillhouse config list'"
@@ -40,18 +56,20 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--out", default="runs/compare", metavar="DIR", help="default runs/compare")
     compare.add_argument("--workers", type=int, metavar="N", help="runs at once, default as many as fit")
     _keeping(compare)
-    study, report = _study(commands)
+    return run, compare
 
-    from stillhouse.cli import label_commands
 
-    labelling = label_commands.add(commands)
+def _looking(commands: Any) -> Parsers:
     verify = commands.add_parser("verify", help="check every file of a run against its digest")
     verify.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
     verify.add_argument("--json", action="store_true", help="as JSON")
     runs = commands.add_parser("runs", help="what runs there are: finished, running, damaged, and how far")
     runs.add_argument("dir", nargs="?", default="runs", metavar="DIR", help="default runs")
     runs.add_argument("--json", action="store_true", help="as JSON")
+    return verify, runs
 
+
+def _files(commands: Any) -> Parsers:
     init = commands.add_parser("init", help="write a config for a task over your own files, with comments")
     init.add_argument(
         "task", metavar="TASK", help="causal-lm, text-classification, token-classification, ..."
@@ -68,7 +86,10 @@ def parser() -> argparse.ArgumentParser:
         "--to", default="transformers", metavar="FORM", help="transformers, torch-export or onnx"
     )
     export.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    return init, export
 
+
+def _plugins(commands: Any) -> Parsers:
     plugins = commands.add_parser("plugins", help="list what is installed, without importing it; and more")
     plugins.add_argument("--json", action="store_true", help="as JSON")
     _plugin_verbs(plugins)
@@ -82,7 +103,10 @@ def parser() -> argparse.ArgumentParser:
     config.add_parser("list", help="list the shipped configs")
 
     commands.add_parser("schema", help="print the config's JSON schema, for editors")
+    return plugins, show
 
+
+def _machine(commands: Any) -> Parsers:
     doctor = commands.add_parser(
         "doctor", help="versions, devices, the kernel in use and why, missing extras"
     )
@@ -90,7 +114,10 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="as JSON")
 
     commands.add_parser("warmup", help="compile the CPU kernels now, and keep them: for images and CI")
+    return (doctor,)
 
+
+def _benches(commands: Any) -> Parsers:
     bench = commands.add_parser("bench", help="measure, side by side in one run").add_subparsers(
         dest="bench_command", metavar="WHAT", required=True
     )
@@ -118,35 +145,10 @@ def parser() -> argparse.ArgumentParser:
         "kernels", help="softmax-KL beside torch, and beside the memory floor", add_help=False
     )
     kernels.add_argument("rest", nargs=argparse.REMAINDER)
-
-    main.add_argument("--debug", action="store_true", help="show tracebacks")
-    every = (
-        run,
-        compare,
-        study,
-        report,
-        verify,
-        runs,
-        *labelling,
-        plugins,
-        show,
-        doctor,
-        overhead,
-        trainers,
-        study_costs,
-        labels,
-        init,
-        export,
-    )
-    for command in every:
-        # SUPPRESS: a default here would undo a --debug before the command.
-        command.add_argument(
-            "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks"
-        )
-    return main
+    return overhead, trainers, study_costs, labels
 
 
-def _study(commands: Any) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+def _study(commands: Any) -> Parsers:
     study = commands.add_parser("study", help="tune methods, run them on fresh seeds, and write a report")
     study.add_argument("study", metavar="STUDY.yaml|NAME", help="a study's file, or a shipped study's name")
     study.add_argument("--quick", action="store_true", help="as small as the study's key 'quick' says")
