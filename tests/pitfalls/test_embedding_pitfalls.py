@@ -570,7 +570,7 @@ class TestWhatTheCallerSetUp:
 
         student.forward = types.MethodType(patched, student)
         step = stillhouse.DistillStep("sld", student=student, teacher=net(seed=2), probe=rows(4), steps=9)
-        step.progress.begin(step.stages[2])
+        step.begin(step.stages[2])
         assert float(step(student, rows(4)).loss) == pytest.approx(0, abs=1e-7)
         step.update.abandon()
         with torch.no_grad():

@@ -177,7 +177,7 @@ class Rig:
         """
         rows = torch.arange(8)
         for stage in self.step.stages:
-            self.step.progress.begin(stage)
+            self.step.begin(stage)
             made = make(self.data.stage(stage.data).batch(rows))
             parts = [made] if isinstance(made, Batch) else list(made)
             if stage.model is not None:

@@ -358,6 +358,10 @@ class DistillStep:
         """The stages, their lengths, and where the step stands."""
         return self.progress.schedule
 
+    def begin(self, stage: Stage) -> None:
+        """Go to the beginning of a stage out of turn: the plugins are told, and it is set up."""
+        self.progress.begin(stage)
+
     def model(self, stage: Stage | None = None) -> nn.Module:
         """The model whose outputs the stage's losses read; the student where they read none."""
         return self.run.models[(stage or self.info.stage).model or STUDENT]

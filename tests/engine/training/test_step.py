@@ -41,7 +41,7 @@ def gradient(method, batch: Batch, parts: int | list[int], stage: int, *, bf16: 
     """The update's whole gradient when it is made in ``parts`` micro-batches, or in some of these sizes."""
     student = toys.net(seed=1)
     step = step_of(method, student)
-    step.progress.begin(step.stages[min(stage, len(step.stages) - 1)])
+    step.begin(step.stages[min(stage, len(step.stages) - 1)])
     with torch.no_grad():  # away from the copy that stands in for the teacher in a later stage
         for parameter in student.parameters():
             parameter.add_(0.3 * parameter.flip(0))
@@ -466,7 +466,7 @@ def test_stages_train_and_freeze_what_they_say():
     step = DistillStep(Two(), student=student, probe=toys.rows(2))
     head = step.run.models["two.head"]
     for stage, (trains_student, trains_head) in zip(step.stages, [(0, 1), (1, 1), (1, 0)], strict=True):
-        step.progress.begin(stage)
+        step.begin(stage)
         assert {p.requires_grad for p in student.parameters()} == {bool(trains_student)}
         assert {p.requires_grad for p in head.parameters()} == {bool(trains_head)}
         assert (student.training, head.training) == (bool(trains_student), bool(trains_head))
@@ -479,7 +479,7 @@ def test_what_the_user_froze_stays_frozen():
     student = toys.net()
     student[0].weight.requires_grad_(False)
     step = DistillStep("hard_labels", student=student, probe=toys.rows(2))
-    step.progress.begin(step.stages[0])
+    step.begin(step.stages[0])
     assert not student[0].weight.requires_grad
     assert student[0].bias.requires_grad
 
