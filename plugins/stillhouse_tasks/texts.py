@@ -97,8 +97,8 @@ class StdlibTexts(Task):
                 raise ConfigError(
                     f"task: {sum(sizes)} rows of {name} asked for; expected at most the {len(there)} that this Python has"
                 )
-        asked = of_package[: sum(first)].split(first)
-        further = others[: sum(rest)].split(rest)
+        asked = torch.split(of_package[: sum(first)], first)
+        further = torch.split(others[: sum(rest)], rest)
         left = torch.cat([of_package[sum(first) :], others[sum(rest) :]])
 
         def part(package: Tensor, method: Tensor, returning: Tensor) -> tuple[list[Tensor], list[Tensor]]:
