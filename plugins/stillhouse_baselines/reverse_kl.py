@@ -22,7 +22,7 @@ from stillhouse_baselines.divergences import divergence_and_labels
 class ReverseKLConfig(MethodConfig):
     """Settings of reverse KL."""
 
-    temperature: float = Field(1.0, gt=0, description="T of both softmaxes; the loss is multiplied by T^2.")
+    temperature: float = Field(4.0, gt=0, description="T of both softmaxes; the loss is multiplied by T^2.")
     alpha: float = Field(0.9, ge=0, le=1, description="Weight of the teacher; 1 - alpha is the labels'.")
 
 

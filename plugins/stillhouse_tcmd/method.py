@@ -79,7 +79,7 @@ class TCMDConfig(MethodConfig):
     )
     unlabelled: bool = Field(True, description="Train on the unlabelled split too, where the task has one.")
     shares: tuple[float, float, float] = Field(
-        (1.0, 1.0, 2.0), description="Relative lengths of specialise (all tasks together), combine, refine."
+        (1.0, 1.0, 6.0), description="Relative lengths of specialise (all tasks together), combine, refine."
     )
 
 

@@ -79,7 +79,7 @@ def test_with_task_ids_combine_learns_from_the_specialists_and_never_calls_the_t
 
 
 def test_specialists_learn_their_tasks_rows_and_the_unlabelled_ones():
-    made, seen = several(steps=120), {}
+    made, seen = several({"name": "tcmd", "shares": [1, 1, 2]}, steps=120), {}
     watch_ids(made, lambda stage, ids: seen.setdefault(stage, set()).update(ids))
     made.run()
     assert seen["specialise-0"] == {*range(36), *range(48, 80)}

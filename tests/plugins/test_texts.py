@@ -59,7 +59,7 @@ def test_more_rows_than_there_are_are_refused():
         texts.StdlibTexts(texts.TextsConfig(package=5000)).splits()
 
 
-@pytest.mark.parametrize("make", [texts.reader, texts.bag])
+@pytest.mark.parametrize("make", [texts.wide, texts.bag])
 def test_what_follows_a_text_does_not_move_its_answer(make):
     model, row = make(), torch.randint(1, texts.WORDS, (1, texts.LENGTH))
     row[:, 20:] = 0

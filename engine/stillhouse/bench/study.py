@@ -25,7 +25,6 @@ from typing import Any
 import yaml
 
 from stillhouse.errors import ConfigError, StillhouseError
-from stillhouse.study.directory import read_results
 
 SET_CHILD_SUBREAPER = 36
 """Linux's prctl: see ``man 2 prctl``."""
@@ -59,7 +58,7 @@ def measure(cells: int, updates: int, workers: int) -> dict[str, float]:
         wall = time.perf_counter() - started
         if done.returncode:
             raise StillhouseError(f"the study ended with {done.returncode}: {done.stderr[-500:]}")
-        results = read_results(folder / "out")[0].values()
+        results = [json.loads(path.read_bytes()) for path in (folder / "out" / "cells").glob("*/result.json")]
         found = {"wall": wall, "cells_wall": sum(one["wall_seconds"] for one in results) / workers}
         if counted:
             with contextlib.suppress(ChildProcessError):  # none is left
@@ -74,7 +73,7 @@ def _adopt_orphans() -> bool:
     """Make this process the parent of whatever its children leave behind, so that their time is counted; Linux alone."""
     if sys.platform != "linux":
         return False
-    return ctypes.CDLL(None).prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+    return bool(ctypes.CDLL(None).prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0)
 
 
 def _of_children() -> float:

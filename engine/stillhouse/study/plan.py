@@ -87,9 +87,7 @@ class Entry(BaseModel):
 
     def with_facts(self, facts: Facts) -> Entry:
         """The entry after preparation, its cells made anew."""
-        made = self.model_copy(update={"facts": facts})
-        made._cells = {}
-        return made
+        return Entry.model_validate(dict(self) | {"facts": facts})
 
     def cell(self, trial: int, seed: int, phase: Phase) -> Cell:
         """The cell, made once: who runs a study asks for all of them whenever one has ended."""

@@ -183,7 +183,9 @@ class TestOfTheShippedStudy:
             assert opened.execute_script(marks % pair) == found
 
     def test_it_sorts_and_a_phone_can_read_it(self, opened):
-        opened.find_elements("css selector", "#pair1 table.scores th button")[1].click()
+        head = opened.find_elements("css selector", "#pair1 table.scores th button")[1]
+        opened.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", head)
+        head.click()
         cells = "return [...document.querySelectorAll('#pair1 table.scores tbody tr')].map(r => parseFloat(r.cells[1].innerText))"
         scores = [score for score in opened.execute_script(cells) if score is not None and score == score]
         assert scores == sorted(scores)
