@@ -69,9 +69,10 @@ def _bits_sum(tensor: Tensor) -> int:
 
 
 def digest(model: nn.Module) -> str:
-    """A digest of the model's parameters and buffers, bit for bit."""
+    """A digest of the model's parameters and buffers, bit for bit: also of buffers that no checkpoint holds."""
     found = hashlib.sha256()
-    for name, value in model.state_dict().items():
+    state = model.state_dict()
+    for name, value in [*state.items(), *((n, b) for n, b in model.named_buffers() if n not in state)]:
         if not isinstance(value, Tensor):  # packed weights of a quantised layer
             found.update(f"{name} {value!r}".encode())
             continue

@@ -10,7 +10,7 @@ import torch
 import toys
 from torch import nn
 
-from stillhouse.models.integrity import Counter, StillHeld, checksum, prepare_to_train, versions
+from stillhouse.models.integrity import Counter, StillHeld, checksum, digest, prepare_to_train, versions
 
 
 def parts(model: nn.Module) -> list[bool]:
@@ -132,3 +132,14 @@ def test_a_copy_of_a_counted_model_counts_nothing_here(way):
     assert counter.calls == 0
     net(toys.rows(2)[0])
     assert counter.calls == 1
+
+
+def test_a_buffer_that_no_checkpoint_holds_is_in_the_digest():
+    def scaled(by: float) -> nn.Module:
+        model = nn.Linear(2, 2)
+        nn.init.ones_(model.weight), nn.init.zeros_(model.bias)
+        model.register_buffer("scale", torch.tensor(by), persistent=False)
+        return model
+
+    assert digest(scaled(1.0)) == digest(scaled(1.0))
+    assert digest(scaled(1.0)) != digest(scaled(3.0))
