@@ -47,6 +47,7 @@ class Server:
                     self.send_header(key.replace("_", "-"), value)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
+                outer.done(self)  # before the client can ask again
                 self.wfile.write(body)
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -68,6 +69,7 @@ class Server:
             self.asked.append(content)
             self.times.append(time.monotonic())
             self.at_once += 1
+            handler.counted = True
             self.greatest = max(self.greatest, self.at_once)
             fault = self.faults[0] if self.faults else ""
             if fault and not fault.startswith("always"):
@@ -75,8 +77,13 @@ class Server:
         try:
             self.respond(handler, content, fault.removeprefix("always "))
         finally:
-            with self.lock:
-                self.at_once -= 1
+            self.done(handler)
+
+    def done(self, handler: Any) -> None:
+        """The request is no longer one of those at once."""
+        with self.lock:
+            if getattr(handler, "counted", False):
+                self.at_once, handler.counted = self.at_once - 1, False
 
     def respond(self, handler: Any, content: dict[str, Any], fault: str) -> None:
         word, _, rest = fault.partition(" ")

@@ -187,7 +187,7 @@ class TestRefused:
         self.refused(run("text-classification"), folder, "is (2,) in the checkpoint", "3 classes")
 
     def test_a_method_without_a_meaning_for_the_task(self, run, folder):
-        self.refused(run("sentence-embeddings", "method=kd"), folder, "'kd'", "embedding")
+        self.refused(run("sentence-embeddings", "methods=[kd]"), folder, "'kd'", "embedding")
 
 
 class TestExport:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from stillhouse.api import Task
-from stillhouse.config import Training, dump, validate
+from stillhouse.config import RunConfig, Training, dump, validate
 from stillhouse.contract.context import STUDENT, TARGET
 from stillhouse.contract.kinds import TaskKind, kind_of
 from stillhouse.contract.metrics import (
@@ -23,7 +23,7 @@ from stillhouse.contract.metrics import (
     metrics_named,
 )
 from stillhouse.contract.splits import Splits
-from stillhouse.errors import ConfigError, nearest
+from stillhouse.errors import ConfigError
 from stillhouse.models.integrity import prepare_to_train
 from stillhouse.plugin.load import MethodLike, as_plugins, configured
 from stillhouse.runs import directory, stored, teachers
@@ -142,8 +142,10 @@ def _refuse_unused(
     for name in training:
         if name == "out":
             raise ConfigError("got out; expected dir, the run directory to keep")
-        if name not in KEYS:
-            raise ConfigError(f"got {name}, which is no setting here{nearest(name, KEYS)}")
+        if name in RunConfig.model_fields and name not in KEYS:  # the others are told as a config's are
+            raise ConfigError(
+                f"got {name}, which is no setting here; expected one of {', '.join(sorted(KEYS))}"
+            )
     for name, given in (
         ("resume", resume),
         ("overwrite", overwrite),
