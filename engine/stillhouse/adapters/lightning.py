@@ -194,5 +194,7 @@ class DistilledModule(Distilling, lightning.LightningModule):  # type: ignore[mi
         return self.distilled(batch)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Logs the loss as ``val_loss``."""
-        self.log("val_loss", self.distilled(batch), sync_dist=True)
+        """Logs the loss as ``val_loss``: a mean over batches, each weighted by its rows that count."""
+        output = self.step.evaluate(self.student, batch)
+        rows, _ = output.counts or (0.0, 0.0)
+        self.log("val_loss", output.loss, sync_dist=True, on_epoch=True, batch_size=int(rows))

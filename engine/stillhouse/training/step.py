@@ -331,7 +331,9 @@ class DistillStep:
         given, info = self.batches.complete(self.batches.read(batch)), self.info
         rows, own = self.kind.rows(given), self.kind.labelled(given)
         count = own if labelled is None else labelled
-        self.info = replace(info, rows=max(rows, 1.0), labelled=count, share=1.0, micro=0, micros=1, logged={})
+        self.info = replace(
+            info, rows=max(rows, 1.0), labelled=count, share=1.0, micro=0, micros=1, logged={}
+        )
         try:
             with torch.no_grad():
                 output = self._computed(model, given.to(self.device))

@@ -72,6 +72,15 @@ def test_what_is_logged_is_the_whole_update_s():
         assert float(trainer.callback_metrics[name]) == pytest.approx(last, rel=1e-5)
 
 
+def test_the_validation_loss_is_the_mean_over_rows():
+    rows = five.texts(10, seed=3)
+    losses = []
+    for size in (3, 10):
+        _, trainer = fitted(1, validation=DataLoader(rows, batch_size=size, collate_fn=five.padded))
+        losses.append(float(trainer.callback_metrics["val_loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_a_loader_that_does_not_read_ahead_is_told_where_the_one_is_that_does():
     with pytest.raises(ConfigError, match=r"from stillhouse\.adapters\.lightning"):
         fitted(4, loader=DataLoader)
