@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,10 @@ def there(path: str) -> bool:
 
 
 def compare(own: Any, other: Any, who: str) -> None:
-    """Raise ConfigError, naming the first token, where two tokenizers number tokens differently.
+    """Raise ConfigError where two tokenizers number tokens differently, or make other tokens of a text.
 
-    A longer vocabulary is no difference: the shared beginning is what is compared.
+    It names the first token, or the first part of the pipeline. A longer vocabulary is no difference: the shared
+    beginning is compared. A tokenizer without a backend of the ``tokenizers`` library is compared by its numbers alone.
     """
     first, second = _by_number(own), _by_number(other)
     for number in range(min(len(first), len(second))):
@@ -60,6 +62,44 @@ def compare(own: Any, other: Any, who: str) -> None:
                 f"the {who}'s tokenizer is another than the task's: token {number} is {b!r} there and {a!r} here; expected "
                 "the same numbers, for both models read the same tokens: use models of one tokenizer"
             )
+    shared = min(len(first), len(second))
+    here, yonder = _pipeline(own, shared), _pipeline(other, shared)
+    for part in {**here, **yonder} if here and yonder else ():
+        a, b = here.get(part), yonder.get(part)
+        if a != b:
+            raise ConfigError(
+                f"the {who}'s tokenizer makes other tokens of a text than the task's: {part} is {_brief(b, a)} there and "
+                f"{_brief(a, b)} here; expected the same, for both models read the same tokens: use models of one tokenizer"
+            )
+
+
+def _pipeline(tokenizer: Any, shared: int) -> dict[str, Any]:
+    """What decides which tokens a text becomes, part by part; empty where the tokenizer doesn't say."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return {}
+    said = json.loads(backend.to_str())
+    model = dict(said["model"])
+    vocabulary = model.pop("vocab", None)
+    if isinstance(vocabulary, list):  # with a score each, by which a text is divided
+        model["scores"] = vocabulary[:shared]
+    added = [
+        {name: value for name, value in token.items() if name != "special"}
+        for token in said["added_tokens"]
+        if token["id"] < shared
+    ]
+    parts = {name: said[name] for name in ("normalizer", "pre_tokenizer", "post_processor")}
+    return {**parts, "added_tokens": added, **{f"model.{name}": value for name, value in model.items()}}
+
+
+def _brief(part: Any, other: Any) -> str:
+    """A part as a message shows it: of two lists, how long this one is and its first item that the other lacks."""
+    if isinstance(part, list) and isinstance(other, list):
+        place = next((i for i, (a, b) in enumerate(zip(part, other, strict=False)) if a != b), len(other))
+        first = f", number {place} {part[place]!r}" if place < len(part) else ""
+        return f"a list of {len(part)}{first}"
+    text = repr(part)
+    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def _by_number(tokenizer: Any) -> dict[int, str]:

@@ -298,6 +298,25 @@ class TestModels:
         more = checkpoints.gpt2(tmp_path / "more", tokenizer=tokenizer)
         assert causal().teachers["pretrained"](path=str(more)).config.vocab_size == len(tokenizer)
 
+    def test_a_tokenizer_that_divides_texts_otherwise_is_refused_with_the_part(self, causal, tmp_path):
+        from tokenizers import Tokenizer, normalizers
+
+        backend = checkpoints.byte_tokenizer().backend_tokenizer
+        said = json.loads(backend.to_str())
+        said["model"]["merges"] = said["model"]["merges"][:-1]
+        fewer = checkpoints.byte_tokenizer()
+        fewer._tokenizer = Tokenizer.from_str(json.dumps(said))
+        lower = checkpoints.byte_tokenizer()
+        lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+        path = checkpoints.gpt2(tmp_path / "lower", tokenizer=lower)
+        with pytest.raises(ConfigError, match=r"normalizer is \{'type': 'Lowercase'\} there and None here"):
+            causal().teachers["pretrained"](path=str(path))
+        path = checkpoints.gpt2(tmp_path / "fewer", tokenizer=fewer)
+        with pytest.raises(
+            ConfigError, match=r"model\.merges is a list of \d+ there and a list of \d+, number"
+        ):
+            causal().teachers["pretrained"](path=str(path))
+
     def test_rows_longer_than_the_models_positions_are_refused(self, causal, made, tmp_path):
         with pytest.raises(ConfigError, match=r"reads 64 tokens at most, and task\.length is 65"):
             causal(length=65).students["pretrained"](path=str(made / "gpt2"))

@@ -16,7 +16,7 @@ optimizer.zero_grad()
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -143,8 +143,19 @@ class AcceleratedStep:
         """All that is trained, for ``accelerator.clip_grad_norm_``."""
         return [parameter for group in self.step.parameter_groups() for parameter in group["params"]]
 
+    def state_dict(self) -> dict[str, Any]:
+        """What accelerate does not hold: see DistillStep. With it ``accelerator.register_for_checkpointing(step)`` works."""
+        return self.step.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there; ``accelerator.load_state`` does so with a registered step, after the student's weights.
+
+        Raises CheckpointError where it is of other methods or another number of steps.
+        """
+        self.step.load_state_dict(state)
+
     def save_state(self, folder: str | Path) -> None:
-        """Beside ``accelerator.save_state(folder)``: what accelerate does not hold, written by the main process."""
+        """For a step that is not registered, beside ``accelerator.save_state(folder)``: written by the main process, no pickle."""
         if not self.step.update.open:
             self.step.end_update()
         if self._accelerator.is_main_process:

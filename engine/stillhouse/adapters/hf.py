@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from stillhouse.adapters import host, state
+from stillhouse.adapters.means import Means
 from stillhouse.contract.context import STUDENT
 from stillhouse.contract.kinds import ID_NAMES
 from stillhouse.errors import ConfigError, DataError, MissingExtra
@@ -29,6 +30,7 @@ from stillhouse.training.step import DistillStep
 try:
     from transformers import Trainer, TrainerCallback
     from transformers.modeling_outputs import SequenceClassifierOutput
+    from transformers.trainer_pt_utils import find_batch_size
 except ImportError:
     raise MissingExtra("stillhouse.adapters.hf", "transformers", "hf") from None
 
@@ -68,7 +70,7 @@ class _Distilling(Trainer):  # type: ignore[misc]
     def __init__(self, *args: Any, distillation: Distillation, **named: Any) -> None:
         self.step: DistillStep | None = None
         self._distillation = distillation
-        self._terms, self._eval_terms = host.Terms(), host.Terms()
+        self._terms, self._means = host.Terms(), Means()
         super().__init__(*args, **named)
         self._refuse()
         self.add_callback(_AfterUpdate(self))
@@ -203,7 +205,7 @@ class _Distilling(Trainer):  # type: ignore[misc]
             output = step(model, inputs)
         host.sum_when_differentiated(step, output.loss)
         if not torch.is_grad_enabled():
-            self._eval_terms.add(output.metrics)
+            self._means.add(step, unwrapped(model), output, *self._real(inputs))
         if not return_outputs:
             return output.loss
         logits = None if output.outputs is None else output.outputs.logits
@@ -230,6 +232,33 @@ class _Distilling(Trainer):  # type: ignore[misc]
 
     # Evaluating and logging.
 
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        # Trainer's own mean counts every batch alike; what is logged and compared is the mean over rows.
+        self._means = Means(self._means.on_labels)
+        found = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        found.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in self._means.take().items()})
+        return found
+
+    def _real(self, inputs: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
+        """The batch, and whether it is another than was given: without the rows that fill up the ranks' last one."""
+        state, rows = self.accelerator.gradient_state, find_batch_size(inputs)
+        if host.ranks() == 1 or not state.end_of_dataloader or state.remainder <= 0 or not rows:
+            return inputs, False
+        kept = min(max(state.remainder - self.args.process_index * rows, 0), rows)
+        if kept == rows:
+            return inputs, False
+        cut = {k: v[:kept] if isinstance(v, Tensor) and v.dim() else v for k, v in inputs.items()}
+        return cut if kept else {}, True
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -253,9 +282,6 @@ class _Distilling(Trainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], *args: Any, **named: Any) -> None:
         if "loss" in logs:
             logs.update(self._terms.take())
-        prefix = next((name.removesuffix("loss") for name in logs if name.endswith("_loss")), "train_")
-        if prefix != "train_":
-            logs.update({f"{prefix}{name}": value for name, value in self._eval_terms.take().items()})
         super().log(logs, *args, **named)
 
     # Checkpoints: the student by save_pretrained, what stands beside it in a file of ours, the teacher nowhere.

@@ -121,7 +121,7 @@ class Distilling:
             what = f"{type(loader).__name__}" + (f" of {own}" if own else "")
             raise ConfigError(
                 f"an update has {count} batches, and the training loader is a {what}; expected one that reads so far "
-                f"ahead, over data of known length: UpdateLoader(..., accumulate_grad_batches={count})"
+                f"ahead, over data of known length: UpdateLoader(..., accumulate_grad_batches={count}), from stillhouse.adapters.lightning"
             )
         loader.limit = int(batches)
 
@@ -138,10 +138,10 @@ class Distilling:
         host.sum_when_differentiated(step, output.loss)
         if not training:
             return output.loss
-        # Each rank and micro-batch has its part of the terms; Lightning shows the last one's, so parts are scaled up.
-        scale = host.ranks() * step.info.micros
-        named = {name: value * scale for name, value in output.metrics.items()}
-        self.log_dict(named, sync_dist=host.ranks() > 1, batch_size=1)  # type: ignore[attr-defined]
+        if not step.update.open:  # the update is whole: its terms are the sums over its micro-batches
+            # Lightning shows the mean over ranks, of which each has its part of the sum.
+            named = {name: value * host.ranks() for name, value in step.update.metrics.items()}
+            self.log_dict(named, sync_dist=host.ranks() > 1, batch_size=1)  # type: ignore[attr-defined]
         return output.loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -194,5 +194,7 @@ class DistilledModule(Distilling, lightning.LightningModule):  # type: ignore[mi
         return self.distilled(batch)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Logs the loss as ``val_loss``."""
-        self.log("val_loss", self.distilled(batch), sync_dist=True)
+        """Logs the loss as ``val_loss``: a mean over batches, each weighted by its rows that count."""
+        output = self.step.evaluate(self.student, batch)
+        rows, _ = output.counts or (0.0, 0.0)
+        self.log("val_loss", output.loss, sync_dist=True, on_epoch=True, batch_size=int(rows))

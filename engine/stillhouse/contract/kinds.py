@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from stillhouse.contract.batch import IGNORE, Batch, tensors_in
-from stillhouse.contract.positions import attention_of, next_token, shifted, without_packing_mask
+from stillhouse.contract.positions import (
+    attention_of,
+    check_attention,
+    next_token,
+    shifted,
+    without_packing_mask,
+)
 from stillhouse.errors import ConfigError, DataError, nearest
 
 LABEL_NAMES = ("labels", "label")
@@ -101,6 +107,7 @@ class TaskKind:
                 )
             labels = shifted(labels, IGNORE)
         mask = found.get("mask")
+        check_attention(inputs)
         inputs = without_packing_mask(inputs)
         if not tensors_in(inputs):
             raise DataError(

@@ -22,6 +22,26 @@ def attention_of(inputs: Any, *, decoder: bool) -> Tensor | None:
     return found.bool() if isinstance(found, Tensor) and found.dim() == 2 else None
 
 
+def check_attention(inputs: Any) -> None:
+    """Raise DataError where an attention mask has not an entry for each token."""
+    if not isinstance(inputs, Mapping) or inputs.get("past_key_values") is not None:
+        return  # beside kept keys the mask covers them too
+    for before in ("", "decoder_"):
+        mask = inputs.get(f"{before}attention_mask")
+        for name in (f"{before}input_ids", f"{before}inputs_embeds"):
+            tokens = inputs.get(name)
+            if (
+                isinstance(mask, Tensor)
+                and isinstance(tokens, Tensor)
+                and mask.dim() == 2
+                and mask.shape != tokens.shape[:2]
+            ):
+                raise DataError(
+                    f"{before}attention_mask is {tuple(mask.shape)}, and {name} is {tuple(tokens.shape)}; expected an entry "
+                    "for each token: pad, cut and shift both alike"
+                )
+
+
 def without_packing_mask(inputs: Any) -> Any:
     """Packed rows without their attention mask: where one is given, transformers looks across the texts of a row.
 

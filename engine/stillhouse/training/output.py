@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -23,11 +23,17 @@ class StepOutput:
         The terms by ``plugin.term``, ``loss``, and what hooks logged; detached.
     outputs
         The student's outputs, or None in a stage whose losses run modules of their own.
+    parts
+        In an evaluation: what each term adds to the loss, its value times its weight.
+    counts
+        In an evaluation: the batch's rows that count, and those of them with a label.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor]
     outputs: StudentOut | None
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    counts: tuple[float, float] | None = None
 
     def __iter__(self) -> Iterator[Any]:
         """``loss, metrics = step(student, batch)``."""

@@ -202,7 +202,7 @@ class DistillStep:
         counted, inputs as they are.
         """
         if not torch.is_grad_enabled():
-            return self._evaluated(model, batch)
+            return self.evaluate(model, batch)
         if self.closed:
             raise ConfigError(
                 "the step was closed, by close() or at the end of its with, and a training batch came; expected it inside "
@@ -251,7 +251,9 @@ class DistillStep:
         given_back = (
             self.divided_by if torch.is_grad_enabled() else 1.0
         )  # nobody divides what is only looked at
-        return StepOutput(loss if given_back == 1.0 else loss * given_back, metrics, student_out)
+        evaluating = not torch.is_grad_enabled()
+        parts = {name: term.weight * term.value for name, term in terms.items()} if evaluating else {}
+        return StepOutput(loss if given_back == 1.0 else loss * given_back, metrics, student_out, parts)
 
     def _student_out(self, model: nn.Module, batch: Batch) -> StudentOut | None:
         name = self.info.stage.model
@@ -320,14 +322,22 @@ class DistillStep:
             self.progress.advance()
         return made
 
-    def _evaluated(self, model: nn.Module, given: Any) -> StepOutput:
-        batch, info = self.batches.complete(self.batches.read(given)), self.info
-        rows, labelled = self.kind.rows(batch), self.kind.labelled(batch)
+    def evaluate(self, model: nn.Module, batch: Any, *, labelled: float | None = None) -> StepOutput:
+        """What a call without a graph gives: the loss of this batch alone, with its ``counts``.
+
+        labelled
+            What losses on labels are divided by; default: the batch's rows with a label.
+        """
+        given, info = self.batches.complete(self.batches.read(batch)), self.info
+        rows, own = self.kind.rows(given), self.kind.labelled(given)
+        count = own if labelled is None else labelled
         self.info = replace(
-            info, rows=max(rows, 1.0), labelled=labelled, share=1.0, micro=0, micros=1, logged={}
+            info, rows=max(rows, 1.0), labelled=count, share=1.0, micro=0, micros=1, logged={}
         )
         try:
-            return self._computed(model, batch.to(self.device))
+            with torch.no_grad():
+                output = self._computed(model, given.to(self.device))
+            return replace(output, counts=(rows, self.info.labelled))
         finally:
             self.info = info
 

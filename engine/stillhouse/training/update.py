@@ -146,6 +146,11 @@ class Update:
         self._add(metrics)
         self.open, self._used = self.open - 1, True
 
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """The metrics of the micro-batches that were made so far, summed: the update's, once none is open."""
+        return dict(self._metrics)
+
     def close(self) -> dict[str, Tensor]:
         """The metrics of the update, summed over its micro-batches; empty where none was made."""
         made, self._metrics, self._used = self._metrics if self._used else {}, {}, False

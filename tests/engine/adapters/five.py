@@ -100,7 +100,7 @@ class Case:
         return DataLoader(self.data, batch_size=self.micro, collate_fn=padded, **named)
 
 
-def plain(case: Case) -> None:
+def plain(case: Case) -> dict[str, torch.Tensor]:
     from stillhouse.adapters.host import own_generators
 
     loader = case.loader()
@@ -117,6 +117,7 @@ def plain(case: Case) -> None:
             clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], CLIP)
             optimizer.step()
             step.zero_grad()
+        return step.evaluate(case.student, padded(texts(10, seed=3))).metrics
 
 
 def hf(case: Case, base=None, arguments=None, **named) -> object:

@@ -112,6 +112,55 @@ def test_evaluate_gives_the_loss_of_each_batch_and_its_terms(tmp_path):
     assert {"eval_kd.kl", "eval_kd.ce"} <= trainer.state.log_history[-1].keys()
 
 
+def test_padding_on_the_left_gives_the_same_loss_where_places_are_given():
+    student, rows = five.gpt2(1), five.texts(4)
+    right = five.padded(rows)
+    left = {name: value.clone() for name, value in right.items()}
+    for i, row in enumerate(rows):
+        for name, value in left.items():
+            left[name][i] = value[i].roll(value.shape[1] - len(row["input_ids"]))
+    places = (left["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    distillation = stillhouse.Distillation("kd", teacher=five.gpt2(2), task="causal_lm")
+    with distillation.attach(student, probe=right) as step, torch.no_grad():
+        expected = float(step(student, right).loss)
+        assert float(step(student, {**left, "position_ids": places}).loss) == pytest.approx(
+            expected, rel=1e-6
+        )
+        # transformers' GPT-2 counts pads as places
+        assert float(step(student, left).loss) != pytest.approx(expected, rel=1e-6)
+
+
+def test_evaluate_is_the_mean_over_the_rows_whatever_the_batches(tmp_path):
+    rows = five.texts(10)
+    rows[3]["attention_mask"][:] = 0  # no row of it counts: alone it enters as nothing
+    for row in rows[5:8]:
+        row["labels"][2:] = -100
+    rows[8]["labels"][:] = -100
+    trainer = made(tmp_path, FITNETS, data=rows, teacher=five.gpt2(2, layers=3, width=24))
+    for row in rows:  # positions without a label count for the terms against the teacher
+        row["mask"] = row["attention_mask"].bool()
+
+    def joined(items):
+        mask = nn.utils.rnn.pad_sequence([row["mask"] for row in items], True, False)
+        return {**five.padded(items), "mask": mask}
+
+    trainer.data_collator = joined
+    found = {}
+    for size in (1, 3, 8, 10):
+        trainer.args.per_device_eval_batch_size = size
+        found[size] = trainer.evaluate()
+    with torch.no_grad():
+        whole = trainer.step(trainer.model, joined(rows))
+    assert whole.counts[0] != whole.counts[1]
+    for metrics in found.values():
+        for name in ("loss", "kd.kl", "kd.ce", "fitnets.hint"):
+            assert metrics[f"eval_{name}"] == pytest.approx(float(whole.metrics[name]), rel=1e-5), name
+    assert trainer.state.log_history[-1]["eval_loss"] == found[10]["eval_loss"]
+    trainer.args.per_device_eval_batch_size = 3
+    predicted = trainer.predict(rows).metrics
+    assert predicted["test_kd.ce"] == pytest.approx(float(whole.metrics["kd.ce"]), rel=1e-5)
+
+
 def test_evaluate_gives_logits_and_labels_to_compute_metrics(tmp_path):
     seen = {}
 

@@ -60,7 +60,11 @@ def test_two_processes_equal_one(trainer, method, tmp_path):
     first, second = in_two_processes(tmp_path, "two_processes.py", trainer, method)
     assert torch.equal(first["weights"], second["weights"])
     case = five.Case(METHODS[method], UPDATES, 1, tmp_path)
-    five.plain(case)
+    expected = five.plain(case)
+    if trainer == "hf":
+        for found in (first["evaluated"], second["evaluated"]):
+            for name, value in expected.items():
+                assert found[f"eval_{name}"] == pytest.approx(float(value), rel=1e-5), name
     whole = torch.cat([p.detach().flatten() for p in case.student.parameters()])
     assert (first["weights"] - whole).abs().max() <= 1e-6
     both = torch.tensor(first["losses"]) + torch.tensor(second["losses"])

@@ -322,3 +322,13 @@ class TestWithoutATask:
             ConfigError, match=r"no kind of task is called 'causal'; did you mean 'causal_lm'"
         ):
             kind_of("causal", X)
+
+
+@pytest.mark.parametrize("kind", ["causal_lm", "token_classification", "classification"])
+def test_an_attention_mask_of_another_length_is_refused_with_both_shapes(kind):
+    tokens = torch.ones(2, 5, dtype=torch.long)
+    batch = {"input_ids": tokens, "attention_mask": tokens[:, :-1]}
+    with pytest.raises(DataError, match=r"attention_mask is \(2, 4\), and input_ids is \(2, 5\)"):
+        KINDS[kind].read(batch)
+    kept = {**batch, "input_ids": tokens[:, :1], "past_key_values": object()}
+    assert KINDS[kind].read(kept).inputs["attention_mask"].shape == (2, 4)
