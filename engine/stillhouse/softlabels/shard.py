@@ -77,6 +77,7 @@ def publish(
     row_shape: Sequence[int] | None,
     fingerprint: Mapping[str, str],
     data: Sequence[tuple[int, str]] = (),
+    recipe: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write the shard and then its manifest, which is returned.
 
@@ -85,6 +86,8 @@ def publish(
 
     row_shape
         The shape of each sample's rows, equal for all (``()``: one row); None where samples differ in length.
+    recipe
+        What else their bytes depend on, as ``Recipe.about`` says it; None where nobody knows.
     """
     tensors, first = dict(rows.arrays), int(rows.ids[0])
     contiguous = bool((torch.diff(rows.ids) == 1).all())
@@ -117,6 +120,7 @@ def publish(
         "features": {"per_row": sorted(rows.per_row), "per_sample": sorted(rows.per_sample)},
         "fingerprint": dict(fingerprint),
         "data": [[count, found] for count, found in data],
+        **({} if recipe is None else {"recipe": dict(recipe)}),
     }
     place.write(f"{name}.safetensors", content)
     place.write(f"{name}.json", sealed(manifest))

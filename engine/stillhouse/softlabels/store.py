@@ -374,9 +374,11 @@ def _order(order: Tensor, each: Tensor) -> Tensor:
 
 
 def _one_kind(where: Place, about: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-    same = ("form", "features", "row_shape")
-    stored = {key: json.dumps(manifest[key]) for key in same}
-    asked = {key: json.dumps(about[key]) for key in same}
+    same = ["form", "features", "row_shape"]
+    if about.get("recipe") is not None and manifest.get("recipe") is not None:
+        same.append("recipe")
+    stored = {key: json.dumps(manifest[key], sort_keys=True) for key in same}
+    asked = {key: json.dumps(about[key], sort_keys=True) for key in same}
     made_from = {name: value for name, value in manifest["fingerprint"].items() if name != "data"}
     if about["fingerprint"].get("data") is not None:
         made_from = dict(manifest["fingerprint"])
