@@ -20,6 +20,7 @@ from stillhouse.errors import ConfigError, DamagedFile, WriteFailed
 from stillhouse.softlabels.fidelity import Fidelity
 from stillhouse.softlabels.fingerprint import PLAIN, differs, parts_digests, rows_digest, with_data
 from stillhouse.softlabels.forms import Form
+from stillhouse.softlabels.holding import LOCK, held
 from stillhouse.softlabels.label import Answered, Asking, Recipe, check_head, find_head, origin
 from stillhouse.softlabels.places import Folder, Place, place, sha256, unsealed
 from stillhouse.softlabels.schema import check_store
@@ -188,7 +189,7 @@ class _Found:
     """What lies in a place already."""
 
     def __init__(self, where: Place) -> None:
-        self.place, self.names = where, set(where.names())
+        self.place, self.names = where, set(where.names()) - {LOCK}
         self.good: list[Range] = []
         self.damaged: list[str] = []
 
@@ -360,13 +361,12 @@ def label_split(
     """Label a split from Python objects, in this process; what is published already is kept. See ``plan`` for errors.
 
     where
-        A directory or a URI. Nobody else may write there meanwhile; ``stillhouse label`` sees to that by a lock.
+        A directory or a URI, held meanwhile by the same lock as ``stillhouse label`` takes: InUse, saying who writes there.
     """
     if isinstance(where, str | Path):
         where = place(where)
-    if isinstance(where, Folder):
-        where.sweep()
-    with Asking(teacher, device or torch.device("cpu"), recipe.features, recipe.head) as asking:
+    asked = Asking(teacher, device or torch.device("cpu"), recipe.features, recipe.head)
+    with asked as asking, held(where):
         made = plan(where, asking, split, recipe, tokenizer=tokenizer, shard_samples=shard_samples)
         for _ in labelled(made, asking, split):
             pass

@@ -142,7 +142,7 @@ def test_damage_is_found_and_mended(cli, config):
 
 
 def test_one_writer_at_a_time_and_who_it_is(cli, config):
-    from stillhouse.runs.labelling import held
+    from stillhouse.softlabels.holding import held
     from stillhouse.softlabels.places import place
 
     with held(place("kept")):

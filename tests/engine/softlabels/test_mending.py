@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import making
 import pytest
 import torch
 from making import Tokens, V, made, tokens
 
 from stillhouse.errors import CheckpointError, ConfigError
+from stillhouse.files.lock import InUse
 from stillhouse.softlabels import Form, SoftLabels
+from stillhouse.softlabels.holding import held
 from stillhouse.softlabels.inspection import verify
 from stillhouse.softlabels.places import place, sealed, unsealed
 from stillhouse.softlabels.rewrite import compact
@@ -104,3 +108,13 @@ def test_a_form_that_does_not_fit_the_teacher_is_refused_before_anything_is_writ
     with pytest.raises(ConfigError, match=said):
         made(tmp_path / "new", form, teacher=Tokens(), head="head" if form.kind == "hidden" else "")
     assert not (tmp_path / "new").exists()
+
+
+def test_one_writer_at_a_time_from_python_too(tmp_path):
+    half = tmp_path / ".shard-000000000008.json.0123456789ab.part"
+    with held(place(tmp_path)):
+        half.write_bytes(b"another writer's")
+        with pytest.raises(InUse, match=rf"process {os.getpid()} on .* runs there"):
+            made(tmp_path, TOP)
+        assert half.exists()
+    assert len(made(tmp_path, TOP)) == 30

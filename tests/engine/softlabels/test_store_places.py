@@ -11,8 +11,8 @@ from making import made, tokens
 from test_store import FORMS, equal
 
 from stillhouse.errors import CheckpointError, DamagedFile
-from stillhouse.runs.labelling import held
 from stillhouse.softlabels import SoftLabels
+from stillhouse.softlabels.holding import held
 from stillhouse.softlabels.inspection import verify
 from stillhouse.softlabels.places import place
 from stillhouse.softlabels.rewrite import compact
