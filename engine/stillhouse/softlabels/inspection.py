@@ -138,7 +138,7 @@ def verify(where: str | Path) -> Iterator[tuple[str, str]]:
         try:
             manifest = read_manifest(there, name)
             shown_name = f"{shown_name} ({samples(manifest)})"
-            Shard(there, manifest)
+            Shard(there, manifest, anew=True).check_values()
         except StillhouseError as error:
             problem = str(error)
         whole &= not problem

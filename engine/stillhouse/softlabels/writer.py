@@ -234,7 +234,7 @@ class _Found:
                 continue
             try:
                 manifest = read_manifest(self.place, name)
-                Shard(self.place, manifest)
+                Shard(self.place, manifest, anew=True).check_values()
             except DamagedFile as error:
                 self.damaged.append(str(error))
                 continue
