@@ -132,7 +132,7 @@ def set_up(config: RunConfig, options: Options, say: Callable[[str], None]) -> S
     splits.validate()
     split = splits.stage(options.data)
     device = pick_device(config.device)
-    teacher, kind = _teacher(parts, splits, device, say), KINDS[parts.task.kind]
+    teacher, kind = _teacher(parts, splits, device, options, say), KINDS[parts.task.kind]
     probe = split.batch(torch.arange(min(2, len(split)))).to(device)
     if not isinstance(teacher, Served):
         stochastic = stochastic_module(teacher, probe.for_teacher, kind)
@@ -168,7 +168,9 @@ def _form(
     ), head
 
 
-def _teacher(parts: Parts, splits: Splits, device: torch.device, say: Callable[[str], None]) -> nn.Module:
+def _teacher(
+    parts: Parts, splits: Splits, device: torch.device, options: Options, say: Callable[[str], None]
+) -> nn.Module:
     spec = parts.config.teacher
     if parts.config.teachers:
         raise ConfigError(
@@ -184,6 +186,10 @@ def _teacher(parts: Parts, splits: Splits, device: torch.device, say: Callable[[
         return freeze(model)
     with torch.random.fork_rng():
         untrained = parts.builders["teacher"]()
+    with Asking(untrained, device, options.features):
+        pass  # names of modules that are not there are refused before it is trained
+    if options.form == "hidden" and not isinstance(untrained, Served):
+        find_head(untrained, options.head)
     if isinstance(untrained, Served):
         return freeze(untrained)
     settings = teachers.training(spec.train, parts.task).model_copy(update={"device": parts.config.device})

@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from stillhouse.contract.splits import Split
-from stillhouse.errors import CheckpointError, DamagedFile, DataError
+from stillhouse.errors import CheckpointError, ConfigError, DamagedFile, DataError
 from stillhouse.softlabels.base import SoftLabels
 from stillhouse.softlabels.fingerprint import check_same, differs, parts_digests, with_data
 from stillhouse.softlabels.forms import Form, Labels, decode, decoded, moved, shaped, spread
@@ -337,6 +337,11 @@ class StoredLabels(SoftLabels):
             stored = self.about["fingerprint"].get(field)
             if value is not None and stored != value:
                 raise differs(str(self.place), field, stored, value)
+        if split is not None and not hasattr(split, "batch"):
+            raise ConfigError(
+                f"split is a {type(split).__name__}; expected a split, such as DatasetSplit(data, fixed=True, collate=..., "
+                "kind=...): the labels are bound to what the teacher reads of its batches"
+            )
         if split is not None:
             self._check_data(split)
 

@@ -272,6 +272,10 @@ class TestChecking:
         labels = made(tmp_path, FORMS["topk"], split=split)
         labels.check(teacher=labels.fingerprint["teacher"], tokenizer="none", split=split)
 
+    def test_rows_that_are_no_split_are_refused(self, tmp_path):
+        with pytest.raises(ConfigError, match="split is a list; expected a split"):
+            made(tmp_path, FORMS["topk"]).check(split=[{"input_ids": [1]}])
+
     @pytest.mark.parametrize(
         ("asked", "said"),
         [
@@ -407,6 +411,7 @@ def test_mapped_pages_are_given_back(tmp_path, monkeypatch):
     from stillhouse.softlabels import pages
 
     labels = made(tmp_path, FORMS["dense"])
+    labels.lookup(torch.arange(10))  # the first read of a shard gives back what its check mapped
     monkeypatch.setattr(pages, "RESIDENT", 1)
     monkeypatch.setattr(pages, "_mapped_bytes", lambda: 2**40)
     told = []
