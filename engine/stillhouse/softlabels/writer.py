@@ -95,6 +95,8 @@ def plan(
     Form.read(recipe.form.about())  # one that was put together by hand may have no meaning
     if not 0 <= recipe.seed < 2**62:
         raise ConfigError(f"seed = {recipe.seed}; expected 0 to 2^62 - 1")
+    if not len(split):
+        raise ConfigError("there is no sample to label; expected data with one at least")
     if not split.fixed:
         raise ConfigError(
             "the data change at every reading (a random input transform), so a label belongs to no sample; expected fixed "

@@ -201,6 +201,11 @@ class TestLabelling:
             made(tmp_path, FORMS["topk"], split=split)
         assert not list(tmp_path.iterdir())
 
+    def test_no_data_are_refused(self, tmp_path):
+        with pytest.raises(ConfigError, match="no sample to label"):
+            made(tmp_path / "new", FORMS["topk"], split=TensorSplit(torch.zeros(0, LENGTH).long()))
+        assert not (tmp_path / "new").exists()
+
     def test_a_teacher_that_gives_nan_is_refused_naming_the_samples(self, tmp_path):
         teacher = Tokens()
         with torch.no_grad():
