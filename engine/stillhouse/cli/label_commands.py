@@ -191,8 +191,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _compact(options: argparse.Namespace) -> int:
-    from stillhouse.runs.labelling import held
     from stillhouse.softlabels import SoftLabels
+    from stillhouse.softlabels.holding import held
     from stillhouse.softlabels.places import place
     from stillhouse.softlabels.rewrite import compact
     from stillhouse.softlabels.writer import size
@@ -219,8 +219,8 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from stillhouse.runs.labelling import held
     from stillhouse.softlabels.exchange import read_any
+    from stillhouse.softlabels.holding import held
     from stillhouse.softlabels.places import place
 
     made_from = {}

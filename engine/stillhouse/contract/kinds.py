@@ -118,7 +118,12 @@ class TaskKind:
         elif self.shifted and isinstance(mask, Tensor) and mask.dim() == 2 and mask.dtype == torch.bool:
             # It says which tokens count, as the labels do: position i counts if the token that it predicts does.
             mask = shifted(mask, False) & next_token(inputs, attention_of(inputs, decoder=False))
-        return Batch(inputs, labels, _numbers(found.get("ids")), found.get("teacher_inputs"), mask)
+        batch = Batch(inputs, labels, _numbers(found.get("ids")), found.get("teacher_inputs"), mask)
+        if batch.ids is not None and len(batch.ids) != len(batch):
+            raise DataError(
+                f"{len(batch.ids)} sample ids for a batch of {len(batch)} samples; expected one for each sample"
+            )
+        return batch
 
     def _mask(self, inputs: Any, labels: Tensor | None) -> Tensor | None:
         """Which rows count, by the labels and the attention mask; None where neither says it."""

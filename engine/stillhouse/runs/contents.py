@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 
 from stillhouse.errors import CheckpointError, PluginError
 from stillhouse.files import read_bytes
+from stillhouse.files.lock import LOCK
 from stillhouse.files.writing import is_half_written
-from stillhouse.runs.lock import LOCK
 
 CONFIG, MANIFEST, METRICS, SUMMARY = "config.yaml", "manifest.json", "metrics.jsonl", "summary.json"
 STUDENT, CURVE, REPORT, COMPRESSION = "student.safetensors", "curve.png", "README.md", "compression.md"

@@ -16,6 +16,7 @@ import torch
 from stillhouse.config import RunConfig, dump, to_yaml
 from stillhouse.errors import CheckpointError, DamagedFile
 from stillhouse.files import check_seal, digest, read_json, sweep, write_json, write_text
+from stillhouse.files.lock import holder, in_use
 from stillhouse.kernels import explain
 from stillhouse.plugin.dispatch import Plugins
 from stillhouse.runs import checkpoint, contents
@@ -31,7 +32,6 @@ from stillhouse.runs.contents import (
     STUDENT,
     SUMMARY,
 )
-from stillhouse.runs.lock import holder, in_use
 from stillhouse.runs.machine import git_state, machine, versions
 
 __all__ = [

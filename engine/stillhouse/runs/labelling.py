@@ -5,14 +5,11 @@ stillhouse label CONFIG|NAME --out DIR [--form topk --k 64] [--workers N]
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +19,7 @@ from torch import nn
 from stillhouse.config import RunConfig
 from stillhouse.contract.kinds import KINDS, TaskKind
 from stillhouse.contract.splits import Split, Splits
-from stillhouse.errors import CheckpointError, ConfigError, DamagedFile, MissingExtra, StillhouseError
+from stillhouse.errors import ConfigError, MissingExtra, StillhouseError
 from stillhouse.models.integrity import freeze, stochastic_module
 from stillhouse.models.served import Served
 from stillhouse.plugin.dispatch import Plugins
@@ -30,12 +27,11 @@ from stillhouse.runs import teachers
 from stillhouse.runs.resolve import Parts, pick_device, resolve
 from stillhouse.softlabels import Form
 from stillhouse.softlabels.fingerprint import tokenizer_digest
+from stillhouse.softlabels.holding import held
 from stillhouse.softlabels.label import Asking, Recipe, find_head
-from stillhouse.softlabels.places import Folder, Place, place, sealed
+from stillhouse.softlabels.places import place, sealed
 from stillhouse.softlabels.store import STORE, StoredLabels
 from stillhouse.softlabels.writer import Plan, Range, compare, labelled, make, plan, size
-
-LOCK = "lock.json"
 
 
 @dataclass(frozen=True)
@@ -89,8 +85,6 @@ def label(
     where = place(out)
     setting = set_up(config, options, say)
     with setting.asking, held(where):
-        if isinstance(where, Folder):
-            where.sweep()
         about = {"config": config.name, "data": options.data}
         made = plan(
             where, setting.asking, setting.split, setting.recipe, tokenizer=setting.tokenizer,
@@ -138,7 +132,7 @@ def set_up(config: RunConfig, options: Options, say: Callable[[str], None]) -> S
     splits.validate()
     split = splits.stage(options.data)
     device = pick_device(config.device)
-    teacher, kind = _teacher(parts, splits, device, say), KINDS[parts.task.kind]
+    teacher, kind = _teacher(parts, splits, device, options, say), KINDS[parts.task.kind]
     probe = split.batch(torch.arange(min(2, len(split)))).to(device)
     if not isinstance(teacher, Served):
         stochastic = stochastic_module(teacher, probe.for_teacher, kind)
@@ -174,7 +168,9 @@ def _form(
     ), head
 
 
-def _teacher(parts: Parts, splits: Splits, device: torch.device, say: Callable[[str], None]) -> nn.Module:
+def _teacher(
+    parts: Parts, splits: Splits, device: torch.device, options: Options, say: Callable[[str], None]
+) -> nn.Module:
     spec = parts.config.teacher
     if parts.config.teachers:
         raise ConfigError(
@@ -190,6 +186,10 @@ def _teacher(parts: Parts, splits: Splits, device: torch.device, say: Callable[[
         return freeze(model)
     with torch.random.fork_rng():
         untrained = parts.builders["teacher"]()
+    with Asking(untrained, device, options.features):
+        pass  # names of modules that are not there are refused before it is trained
+    if options.form == "hidden" and not isinstance(untrained, Served):
+        find_head(untrained, options.head)
     if isinstance(untrained, Served):
         return freeze(untrained)
     settings = teachers.training(spec.train, parts.task).model_copy(update={"device": parts.config.device})
@@ -285,52 +285,3 @@ def _by_ray(made: Plan, config: RunConfig, options: Options) -> Iterator[dict[st
     finally:
         if started:
             ray.shutdown()
-
-
-# One command at a time in a place.
-
-
-def held(where: Place) -> AbstractContextManager[Any]:
-    """The place, held by this process for the writer's life."""
-    if isinstance(where, Folder):
-        from stillhouse.runs.lock import Lock
-
-        return Lock(where.path)
-    return _held_remote(where)
-
-
-@contextmanager
-def _held_remote(where: Place) -> Iterator[None]:
-    """An object that says who writes. Stores without locks leave a moment in which two may begin: shards are equal then."""
-    me = {
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-    if LOCK in where.names():
-        try:
-            who = json.loads(where.read(LOCK))
-        except (DamagedFile, ValueError):
-            who = {}
-        if not _gone(who):
-            raise CheckpointError(
-                f"{where} is in use: process {who.get('pid')} on {who.get('host')} writes there since {who.get('started')}; "
-                f"wait for it, or remove {where}/{LOCK} if it is gone"
-            )
-    where.write(LOCK, json.dumps(me).encode())
-    try:
-        yield
-    finally:
-        where.remove(LOCK)
-
-
-def _gone(who: dict[str, Any]) -> bool:
-    if who.get("host") != socket.gethostname():
-        return False
-    try:
-        os.kill(int(who["pid"]), 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, KeyError, ValueError):
-        return False
-    return False

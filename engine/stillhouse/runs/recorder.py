@@ -18,11 +18,11 @@ from stillhouse.contract.splits import Split
 from stillhouse.contract.task import Task
 from stillhouse.errors import CheckpointError, DamagedFile, Diverged
 from stillhouse.files import check_seal, read_bytes
+from stillhouse.files.lock import Lock
 from stillhouse.runs import checkpoint, directory
 from stillhouse.runs.display import Display
 from stillhouse.runs.evaluate import score
 from stillhouse.runs.interrupts import Interrupted, Interrupts
-from stillhouse.runs.lock import Lock
 from stillhouse.runs.metrics import Metrics
 from stillhouse.softlabels import SoftLabels
 from stillhouse.training.labels import keep

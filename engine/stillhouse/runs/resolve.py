@@ -16,13 +16,13 @@ from stillhouse.config import Named, RunConfig, StudentConfig, TeacherConfig, du
 from stillhouse.contract.context import STUDENT, TARGET
 from stillhouse.contract.task import Builder
 from stillhouse.errors import ConfigError, nearest
+from stillhouse.files.lock import Lock
 from stillhouse.plugin.builders import arguments
 from stillhouse.plugin.catalog import entries, find
 from stillhouse.plugin.catalog import load as load_plugin
 from stillhouse.plugin.dispatch import Plugin, Plugins
 from stillhouse.plugin.load import configured, load_methods
 from stillhouse.runs import teachers
-from stillhouse.runs.lock import Lock
 from stillhouse.softlabels import StoredLabels
 from stillhouse.training import optim
 

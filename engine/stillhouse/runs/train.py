@@ -22,13 +22,13 @@ from stillhouse.contract.splits import Splits
 from stillhouse.errors import Diverged, WriteFailed
 from stillhouse.files import digest as file_digest
 from stillhouse.files import write_bytes, write_json
+from stillhouse.files.lock import Lock
 from stillhouse.files.tensors import tensor_bytes
 from stillhouse.runs import contents, directory, page, stored, weights
 from stillhouse.runs.answering import teacher_of
 from stillhouse.runs.display import Display
 from stillhouse.runs.evaluate import Sealed, check_score, score
 from stillhouse.runs.interrupts import Interrupted
-from stillhouse.runs.lock import Lock
 from stillhouse.runs.recorder import Recorder
 from stillhouse.runs.rehearsal import offers, rehearse
 from stillhouse.runs.resolve import Parts, builder_of, pick_device, resolve

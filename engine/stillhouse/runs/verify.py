@@ -13,9 +13,9 @@ from typing import Any
 from stillhouse.config import dump, parse, validate
 from stillhouse.errors import CheckpointError, DamagedFile, StillhouseError
 from stillhouse.files import check_seal, digest, read_bytes, read_json, read_text
+from stillhouse.files.lock import described, holder
 from stillhouse.runs import checkpoint, directory, stored
 from stillhouse.runs.directory import CHECKPOINTS, CONFIG, MANIFEST, METRICS, SOFT_LABELS, SUMMARY
-from stillhouse.runs.lock import described, holder
 from stillhouse.runs.metrics import read_rows
 
 DEEP = 4

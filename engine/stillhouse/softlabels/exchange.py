@@ -54,6 +54,7 @@ def write_parquet(labels: StoredLabels, path: Path) -> int:
 
     pq, rows = parquet(), 0
     about = {name: labels.about[name] for name in ("version", "form", "row_shape", "fingerprint", "samples")}
+    about["recipe"] = next((manifest.get("recipe") for manifest in labels.manifests), None)
     about["data"] = [pair for manifest in labels.manifests for pair in manifest["data"]]
     half = path.with_name(f".{path.name}.part")
     writer = None
@@ -148,14 +149,33 @@ def _read_parquet(source: Path, where: Place, made_from: Mapping[str, str]) -> S
             f"Parquet {source} has no column '{min(missing)}'; expected {', '.join(_LISTED[form.kind])}"
         )
     fingerprint = {**about["fingerprint"], **made_from}
+    _once(source, file)
 
     def parts() -> Iterator[Rows]:
         for batch in file.iter_batches(_GROUP):
             yield _from_columns(form, batch)
 
     return store(
-        where, form, parts(), fingerprint, about["row_shape"], list(map(tuple, about.get("data", [])))
-    )
+        where, form, parts(), fingerprint, about["row_shape"], list(map(tuple, about.get("data", []))),
+        samples=int(about.get("samples", 0)), recipe=about.get("recipe"),
+    )  # fmt: skip
+
+
+def _once(source: Path, file: Any) -> None:
+    """Raise DamagedFile unless every row has a number of its own."""
+    ids = file.read(columns=["id"]).column("id")
+    if ids.null_count or not str(ids.type).startswith(("int", "uint")):
+        raise DamagedFile(
+            f"Parquet {source}: column 'id' is {ids.type} with {ids.null_count} empty; expected a number a row"
+        )
+    known = torch.from_numpy(ids.to_numpy().astype("int64")).sort().values
+    twice = (known.diff() == 0).nonzero()
+    if len(twice):
+        raise DamagedFile(
+            f"Parquet {source} holds sample {int(known[twice[0, 0]])} twice; expected each once"
+        )
+    if len(known) and int(known[0]) < 0:
+        raise DamagedFile(f"Parquet {source} holds sample {int(known[0])}; expected 0 or above")
 
 
 def _from_columns(form: Form, batch: Any) -> Rows:
@@ -204,11 +224,18 @@ def store(
     fingerprint: Mapping[str, str],
     row_shape: list[int] | None,
     data: list[tuple[int, str]] | None = None,
+    *,
+    samples: int = 0,
+    recipe: Mapping[str, Any] | None = None,
 ) -> StoredLabels:
     """Write a store from parts of samples that come in order.
 
     data
         Digests of the rows' data with how many samples each is of; shards then end where they do.
+    samples
+        How many there should be: those of an incomplete store stay incomplete. At least those that come.
+    recipe
+        What is known of how the rows were made, see ``publish``.
     """
     sizes = [int(count) for count, _ in data or ()]
     waiting: list[Rows] = []
@@ -219,14 +246,14 @@ def store(
             joined = Rows.joined(waiting)
             now, rest = cut(form, joined, size)
             here = [data[shard]] if data and shard < len(data) else []
-            publish(where, form, now, row_shape, with_data(fingerprint, here), here)
+            publish(where, form, now, row_shape, with_data(fingerprint, here), here, recipe)
             total, shard = total + len(now.ids), shard + 1
             waiting = [rest] if len(rest.ids) else []
     if waiting:
         joined = Rows.joined(waiting)
-        publish(where, form, joined, row_shape, fingerprint)
+        publish(where, form, joined, row_shape, fingerprint, recipe=recipe)
         total += len(joined.ids)
-    describe(where, form, fingerprint, samples=total, row_shape=row_shape)
+    describe(where, form, fingerprint, samples=max(total, samples), row_shape=row_shape)
     return StoredLabels(where)
 
 

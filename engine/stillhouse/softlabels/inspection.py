@@ -12,9 +12,10 @@ from torch import Tensor
 from stillhouse.errors import StillhouseError
 from stillhouse.kernels import Sampled, TeacherHead, TopK
 from stillhouse.softlabels.forms import Labels, multiplied
-from stillhouse.softlabels.places import place, unsealed
+from stillhouse.softlabels.places import Place, place, sha256, unsealed
+from stillhouse.softlabels.schema import check_store
 from stillhouse.softlabels.shard import PREFIX, Shard, read_manifest, samples
-from stillhouse.softlabels.store import STORE, StoredLabels
+from stillhouse.softlabels.store import HEAD, STORE, StoredLabels
 
 _LOOKED_AT = 4096
 """Samples, spread over the store, that entropy and coverage are computed of."""
@@ -119,20 +120,25 @@ def _tops(labels: Labels) -> list[list[tuple[int, float]]]:
 def verify(where: str | Path) -> Iterator[tuple[str, str]]:
     """Every file of a store with what is wrong with it, or an empty string; then the whole: samples missing or twice."""
     there = place(where)
-    problem = ""
+    problem, about = "", {}
     try:
-        unsealed(there.read(STORE), f"{there}/{STORE}")
+        about = unsealed(there.read(STORE), f"{there}/{STORE}")
+        check_store(about, f"{there}/{STORE}")
     except StillhouseError as error:
         problem = str(error)
     yield STORE, problem
     whole = not problem
+    if whole and about["head"] is not None:
+        problem = _head_problem(there, about["head"])
+        whole = not problem
+        yield HEAD, problem
     manifests = {name for name in there.names() if name.startswith(PREFIX) and name.endswith(".json")}
     for name in sorted(manifests):
         shown_name, problem = name.removesuffix(".json"), ""
         try:
             manifest = read_manifest(there, name)
             shown_name = f"{shown_name} ({samples(manifest)})"
-            Shard(there, manifest)
+            Shard(there, manifest, anew=True).check_values()
         except StillhouseError as error:
             problem = str(error)
         whole &= not problem
@@ -144,3 +150,13 @@ def verify(where: str | Path) -> Iterator[tuple[str, str]]:
             labels.check_whole()
         except StillhouseError as error:
             yield "the whole", str(error)
+
+
+def _head_problem(there: Place, digest: str) -> str:
+    try:
+        found = sha256(there.read(HEAD))
+    except StillhouseError as error:
+        return str(error)
+    if found == digest:
+        return ""
+    return f"{there}/{HEAD} was changed or damaged since it was written; label again, which writes it anew"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -43,6 +43,10 @@ class Recipe:
     features: tuple[str, ...] = ()
     feature_dtype: str = "float16"
     head: str = ""
+
+    def about(self) -> dict[str, Any]:
+        """What bytes depend on beside the form and the features' names, as manifests have it."""
+        return {"batch_size": self.batch_size, "seed": self.seed, "feature_dtype": self.feature_dtype}
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,11 @@ def _encoded(ids: Tensor, answered: Answered, recipe: Recipe) -> Rows:
     form = recipe.form
     answer: Labels = answered.answer
     draws = None
+    if isinstance(answer, TopK) and answer.indices.numel() and int(answer.indices.max()) >= form.outputs:
+        raise DataError(
+            f"samples {int(ids[0])} to {int(ids[-1])}: the teacher answers with class {int(answer.indices.max())}; expected "
+            f"less than {form.outputs}, the form's outputs"
+        )
     if form.kind == "hidden":
         assert answered.hidden is not None
         answer = answered.hidden

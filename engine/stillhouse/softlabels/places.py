@@ -27,8 +27,12 @@ class Place(Protocol):
     def read(self, name: str) -> bytes:
         """A file's content; DamagedFile where it is missing or can't be read."""
 
-    def local(self, name: str, sha256: str) -> Path:
-        """A file of this digest on this machine, fetched if need be; whoever reads it checks the digest."""
+    def local(self, name: str, sha256: str, *, anew: bool = False) -> Path:
+        """A file of this digest on this machine, fetched if need be; whoever reads it checks the digest.
+
+        anew
+            Fetch it again, whatever is kept here of it.
+        """
 
     def remove(self, name: str) -> None:
         """Remove a file."""
@@ -57,7 +61,7 @@ class Folder:
     def read(self, name: str) -> bytes:
         return read_bytes(self.path / name, what="soft labels")
 
-    def local(self, name: str, sha256: str) -> Path:
+    def local(self, name: str, sha256: str, *, anew: bool = False) -> Path:
         return self.path / name
 
     def remove(self, name: str) -> None:
@@ -109,9 +113,9 @@ class Remote:
         except Exception as error:  # noqa: BLE001
             raise DamagedFile(f"soft labels {self.uri}/{name} can't be read: {error}") from None
 
-    def local(self, name: str, sha256: str) -> Path:
+    def local(self, name: str, sha256: str, *, anew: bool = False) -> Path:
         kept = cache_dir() / "soft-labels" / f"{sha256}.safetensors"
-        if not kept.is_file():
+        if anew or not kept.is_file():
             write_bytes(kept, self.read(name))
         return kept
 

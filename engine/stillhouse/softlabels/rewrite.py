@@ -28,7 +28,8 @@ def compact(labels: StoredLabels, where: Place, *, packed: bool = False) -> Stor
         data = [
             (int(count), digest) for number in group for count, digest in labels.manifests[number]["data"]
         ]
-        publish(where, form, rows, about["row_shape"], with_data(shared, data), data)
+        recipe = labels.manifests[group[0]].get("recipe")
+        publish(where, form, rows, about["row_shape"], with_data(shared, data), data, recipe)
     known = ("version", "form", "row_shape", "features", "fingerprint", "samples", "head", "seal")
     describe(
         where,

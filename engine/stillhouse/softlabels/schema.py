@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from torch import Tensor
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from stillhouse.errors import ConfigError, DamagedFile
 from stillhouse.softlabels.codes import whole_numbers
@@ -39,12 +39,20 @@ class _Features(TypedDict):
 
 
 @with_config(_STRICT)
+class _Recipe(TypedDict):
+    batch_size: Count
+    seed: Count
+    feature_dtype: str
+
+
+@with_config(_STRICT)
 class _Shared(TypedDict):
     version: Literal[1]
     form: dict[str, Any]
     row_shape: list[Count] | None
     features: _Features
     fingerprint: dict[str, str]
+    recipe: NotRequired[_Recipe | None]
 
 
 @with_config(_STRICT)

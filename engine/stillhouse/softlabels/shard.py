@@ -16,16 +16,19 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from stillhouse.errors import DamagedFile
+from stillhouse.errors import DamagedFile, DataError
 from stillhouse.files import digest
 from stillhouse.softlabels.codes import from_planes, pack, planes, unpack
 from stillhouse.softlabels.forms import Form
 from stillhouse.softlabels.pages import give_back, mapped
 from stillhouse.softlabels.places import Place, sealed, sha256, unsealed
 from stillhouse.softlabels.schema import PLANES, check_manifest, check_tensors, class_problem
+from stillhouse.softlabels.values import holds_nan, value_problems
 
 VERSION = 1
 PREFIX = "shard-"
+_LOOKED_AT = 2**24
+"""Bytes, about, whose values are checked at a time."""
 
 
 @dataclass
@@ -77,6 +80,7 @@ def publish(
     row_shape: Sequence[int] | None,
     fingerprint: Mapping[str, str],
     data: Sequence[tuple[int, str]] = (),
+    recipe: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write the shard and then its manifest, which is returned.
 
@@ -85,6 +89,8 @@ def publish(
 
     row_shape
         The shape of each sample's rows, equal for all (``()``: one row); None where samples differ in length.
+    recipe
+        What else their bytes depend on, as ``Recipe.about`` says it; None where nobody knows.
     """
     tensors, first = dict(rows.arrays), int(rows.ids[0])
     contiguous = bool((torch.diff(rows.ids) == 1).all())
@@ -117,6 +123,7 @@ def publish(
         "features": {"per_row": sorted(rows.per_row), "per_sample": sorted(rows.per_sample)},
         "fingerprint": dict(fingerprint),
         "data": [[count, found] for count, found in data],
+        **({} if recipe is None else {"recipe": dict(recipe)}),
     }
     place.write(f"{name}.safetensors", content)
     place.write(f"{name}.json", sealed(manifest))
@@ -166,23 +173,30 @@ class Shard:
 
     trusted
         Its digest was checked before.
+    anew
+        Look at the file itself, where it lies at a URI, and at no copy of it.
     """
 
-    def __init__(self, place: Place, manifest: Mapping[str, Any], *, trusted: bool = False) -> None:
+    def __init__(
+        self, place: Place, manifest: Mapping[str, Any], *, trusted: bool = False, anew: bool = False
+    ) -> None:
         self.manifest = manifest
         self.form = Form.read(manifest["form"])
         self.count = int(manifest["ids"]["count"])
-        path = place.local(manifest["file"], manifest["sha256"]) if trusted else checked(place, manifest)
+        name, sha = manifest["file"], manifest["sha256"]
+        path = place.local(name, sha) if trusted else checked(place, manifest, anew=anew)
         self._what = f"soft labels: shard {manifest['file']} of {place} ({samples(manifest)})"
         try:
             self._map, self.tensors, _ = mapped(path)
         except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, RecursionError) as error:
             raise DamagedFile(f"{self._what} is no safetensors file: {error}") from None
-        if not trusted:
-            check_tensors(self.tensors, manifest, self.form, self._what)
-            self.forget()
         shape = manifest["row_shape"]
         self._each = None if shape is None else int(torch.Size(shape).numel())
+        if not trusted:
+            check_tensors(self.tensors, manifest, self.form, self._what)
+            if any(holds_nan(self.tensors[name]) for name in self.form.fields if name in self.tensors):
+                self.check_values()
+            self.forget()
         # where samples have one size, a sample is one stretch of bytes
         self.alike = shape is not None and not self.form.packed and self.form.kind != "sampled"
         self.stretches = self._stretches(shape) if self.alike else {}
@@ -261,7 +275,35 @@ class Shard:
             frame += count
             if name == "indices" and (problem := class_problem(self.form, found[name])):
                 raise DamagedFile(f"{self._what} can't be used: sample number {position} in it {problem}")
+            if holds_nan(found[name]):
+                raise DamagedFile(
+                    f"{self._what} can't be used: sample number {position} in it holds NaN in {name}"
+                )
         return found
+
+    def check_values(self) -> None:
+        """Raise DamagedFile, naming the first sample whose rows hold what no teacher's answer is."""
+        at_once = max(1, _LOOKED_AT * self.count // max(1, self.size))
+        for positions in torch.split(torch.arange(self.count), at_once):
+            try:
+                arrays = self.take(positions)
+            except DataError as error:
+                raise DamagedFile(f"{self._what} can't be used: {error}") from None
+            self._check(positions, arrays)
+            self.forget()
+
+    def _check(self, positions: Tensor, arrays: Mapping[str, Tensor]) -> None:
+        for bad, problem in value_problems(self.form, arrays):
+            if bool(bad.any()):
+                row = int(bad.nonzero()[0, 0])
+                ends = self.row_counts(positions).cumsum(0)
+                at = int(positions[int(torch.searchsorted(ends, row, right=True))])
+                sample = (
+                    int(self.tensors["ids"][at])
+                    if "ids" in self.tensors
+                    else self.manifest["ids"]["first"] + at
+                )
+                raise DamagedFile(f"{self._what} can't be used: sample {sample} {problem}")
 
     @property
     def size(self) -> int:
@@ -280,16 +322,17 @@ def segments(starts: Tensor, counts: Tensor) -> Tensor:
     return torch.repeat_interleave(starts, counts) + within
 
 
-def checked(place: Place, manifest: Mapping[str, Any]) -> Path:
-    """The shard's file on this machine, with the digest that its manifest has.
+def checked(place: Place, manifest: Mapping[str, Any], *, anew: bool = False) -> Path:
+    """The shard's file on this machine, with the digest that its manifest has; a damaged copy is fetched anew.
 
     Raises DamagedFile, naming the shard and its samples, where it is missing or was changed.
     """
-    path = place.local(manifest["file"], manifest["sha256"])
+    name, sha = manifest["file"], manifest["sha256"]
+    path = place.local(name, sha, anew=anew)
     problem = ""
     if not path.is_file():
         problem = "is missing"
-    elif digest(path) != manifest["sha256"]:
+    elif digest(path) != sha and digest(place.local(name, sha, anew=True)) != sha:
         problem = "was changed or damaged since it was written"
     if problem:
         raise DamagedFile(

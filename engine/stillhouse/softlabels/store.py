@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from stillhouse.contract.splits import Split
-from stillhouse.errors import CheckpointError, DamagedFile, DataError
+from stillhouse.errors import CheckpointError, ConfigError, DamagedFile, DataError
 from stillhouse.softlabels.base import SoftLabels
 from stillhouse.softlabels.fingerprint import check_same, differs, parts_digests, with_data
 from stillhouse.softlabels.forms import Form, Labels, decode, decoded, moved, shaped, spread
@@ -337,6 +337,11 @@ class StoredLabels(SoftLabels):
             stored = self.about["fingerprint"].get(field)
             if value is not None and stored != value:
                 raise differs(str(self.place), field, stored, value)
+        if split is not None and not hasattr(split, "batch"):
+            raise ConfigError(
+                f"split is a {type(split).__name__}; expected a split, such as DatasetSplit(data, fixed=True, collate=..., "
+                "kind=...): the labels are bound to what the teacher reads of its batches"
+            )
         if split is not None:
             self._check_data(split)
 
@@ -374,9 +379,11 @@ def _order(order: Tensor, each: Tensor) -> Tensor:
 
 
 def _one_kind(where: Place, about: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-    same = ("form", "features", "row_shape")
-    stored = {key: json.dumps(manifest[key]) for key in same}
-    asked = {key: json.dumps(about[key]) for key in same}
+    same = ["form", "features", "row_shape"]
+    if about.get("recipe") is not None and manifest.get("recipe") is not None:
+        same.append("recipe")
+    stored = {key: json.dumps(manifest[key], sort_keys=True) for key in same}
+    asked = {key: json.dumps(about[key], sort_keys=True) for key in same}
     made_from = {name: value for name, value in manifest["fingerprint"].items() if name != "data"}
     if about["fingerprint"].get("data") is not None:
         made_from = dict(manifest["fingerprint"])

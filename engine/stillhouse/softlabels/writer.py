@@ -19,10 +19,13 @@ from stillhouse.contract.splits import Split
 from stillhouse.errors import ConfigError, DamagedFile, WriteFailed
 from stillhouse.softlabels.fidelity import Fidelity
 from stillhouse.softlabels.fingerprint import PLAIN, differs, parts_digests, rows_digest, with_data
-from stillhouse.softlabels.label import Asking, Recipe, check_head, find_head, origin
-from stillhouse.softlabels.places import Folder, Place, place, unsealed
+from stillhouse.softlabels.forms import Form
+from stillhouse.softlabels.holding import LOCK, held
+from stillhouse.softlabels.label import Answered, Asking, Recipe, check_head, find_head, origin
+from stillhouse.softlabels.places import Folder, Place, place, sha256, unsealed
+from stillhouse.softlabels.schema import check_store
 from stillhouse.softlabels.shard import PREFIX, Shard, publish, read_manifest, samples
-from stillhouse.softlabels.store import SHARD_BYTES, SHARD_SAMPLES, STORE, StoredLabels, describe
+from stillhouse.softlabels.store import HEAD, SHARD_BYTES, SHARD_SAMPLES, STORE, StoredLabels, describe
 
 _PROBED = 8
 """Samples that the teacher is asked about first: for shapes, and for the size to expect."""
@@ -89,12 +92,18 @@ def plan(
     Raises ConfigError or CheckpointError before a sample is labelled: for data that change at every reading, a store of
     another origin or form, and a disk that won't hold it.
     """
+    Form.read(recipe.form.about())  # one that was put together by hand may have no meaning
+    if not 0 <= recipe.seed < 2**62:
+        raise ConfigError(f"seed = {recipe.seed}; expected 0 to 2^62 - 1")
+    if not len(split):
+        raise ConfigError("there is no sample to label; expected data with one at least")
     if not split.fixed:
         raise ConfigError(
             "the data change at every reading (a random input transform), so a label belongs to no sample; expected fixed "
             "rows: label the data without the transform"
         )
     answered = asking.ask(split.batch(torch.arange(min(_PROBED, len(split)))))
+    _same_sizes(answered, recipe.form)
     head = _head(asking, answered) if recipe.form.kind == "hidden" else None
     made_from = {**PLAIN, "teacher": origin(asking.teacher), "tokenizer": tokenizer}
     per_sample = recipe.form.row_bytes * float(answered.counts.float().mean())
@@ -104,18 +113,23 @@ def plan(
     more = {
         **(about or {}),
         "shard_samples": shard_samples or usual,
-        "recipe": {
-            "batch_size": recipe.batch_size,
-            "seed": recipe.seed,
-            "feature_dtype": recipe.feature_dtype,
-        },
+        "recipe": recipe.about(),
+    }
+    shape = None if answered.shape is None else list(answered.shape)
+    features = {"per_row": sorted(answered.per_row), "per_sample": sorted(answered.per_sample)}
+    asked = {
+        "form": recipe.form.about(),
+        "row_shape": shape,
+        "features": features,
+        "recipe": recipe.about(),
     }
     found = _Found(where)
     stored = found.about()
     if stored is not None:
-        _same_store(where, stored, recipe, made_from, answered.shape, len(split))
-        more["shard_samples"] = stored["shard_samples"]
-    found.look(recipe, made_from, split)
+        _same_store(where, stored, {**asked, "fingerprint": dict(made_from)}, len(split))
+        more["shard_samples"] = stored.get("shard_samples", more["shard_samples"])
+    found.look(asked, made_from, split, told=stored is not None)
+    again = head is not None and stored is not None and not found.has_head(stored["head"])
     todo = missing(found.good, len(split), more["shard_samples"])
     left = sum(part.stop - part.first for part in todo)
     made = Plan(
@@ -123,12 +137,34 @@ def plan(
         len(split) - left, found.damaged,
     )  # fmt: skip
     _fits(made)
-    if stored is None or stored["samples"] != len(split):
+    if stored is None or stored["samples"] != len(split) or again:
         describe(
-            where, recipe.form, made_from, samples=len(split), row_shape=None if made.shape is None else list(made.shape),
-            per_row=list(answered.per_row), per_sample=list(answered.per_sample), head=head, **more,
-        )  # fmt: skip
+            where, recipe.form, made_from, samples=len(split), row_shape=shape, **features, head=head, **more
+        )
     return made
+
+
+def _same_sizes(answered: Answered, form: Form) -> None:
+    """Raise ConfigError unless the form has as many outputs as the teacher, and hidden states of its width."""
+    if not isinstance(answered.answer, Tensor):
+        largest = int(answered.answer.indices.max()) if answered.answer.indices.numel() else 0
+        if largest >= form.outputs:
+            raise ConfigError(
+                f"the teacher answers with class {largest}, and the form is for {form.outputs} outputs; expected as many as "
+                "the teacher has"
+            )
+        return
+    outputs = answered.answer.shape[-1]
+    if outputs != form.outputs:
+        raise ConfigError(
+            f"the teacher gives {outputs} outputs, and the form is for {form.outputs}; expected the same: "
+            f"Form.choose({outputs}, ...)"
+        )
+    if form.kind == "hidden" and answered.hidden is not None and answered.hidden.shape[-1] != form.width:
+        raise ConfigError(
+            f"the teacher's hidden states have width {answered.hidden.shape[-1]}, and the form has {form.width}; expected the "
+            f"same: width={answered.hidden.shape[-1]}"
+        )
 
 
 def _head(asking: Asking, answered: Any) -> tuple[Tensor, Tensor | None]:
@@ -155,7 +191,7 @@ class _Found:
     """What lies in a place already."""
 
     def __init__(self, where: Place) -> None:
-        self.place, self.names = where, set(where.names())
+        self.place, self.names = where, set(where.names()) - {LOCK}
         self.good: list[Range] = []
         self.damaged: list[str] = []
 
@@ -170,19 +206,37 @@ class _Found:
                     )
             return None
         try:
-            return unsealed(self.place.read(STORE), f"{self.place}/{STORE}")
+            about = unsealed(self.place.read(STORE), f"{self.place}/{STORE}")
+            check_store(about, f"{self.place}/{STORE}")
         except DamagedFile as error:
             self.damaged.append(str(error))
             return None
+        return about
 
-    def look(self, recipe: Recipe, made_from: Mapping[str, str], split: Split) -> None:
-        """Find the shards that are whole; one of another origin is refused, and a damaged one is made again."""
+    def has_head(self, sha: str | None) -> bool:
+        """Whether the teacher's head is there as it was written."""
+        if HEAD in self.names and sha256(self.place.read(HEAD)) == sha:
+            return True
+        how = "was changed or damaged" if HEAD in self.names else "is missing"
+        self.damaged.append(f"{self.place}/{HEAD} {how}")
+        return False
+
+    def look(
+        self, asked: Mapping[str, Any], made_from: Mapping[str, str], split: Split, *, told: bool
+    ) -> None:
+        """Find the shards that are whole; one made otherwise is refused, and a damaged one is made again.
+
+        asked
+            What manifests say beside the fingerprint: form, row_shape, features, recipe.
+        told
+            Whether ``store.json`` said the recipe: shards of earlier versions do not.
+        """
         for name in sorted(self.names):
             if not (name.startswith(PREFIX) and name.endswith(".json")):
                 continue
             try:
                 manifest = read_manifest(self.place, name)
-                Shard(self.place, manifest)
+                Shard(self.place, manifest, anew=True).check_values()
             except DamagedFile as error:
                 self.damaged.append(str(error))
                 continue
@@ -192,45 +246,49 @@ class _Found:
                 raise ConfigError(
                     f"{self.place} holds imported samples; expected a directory that labelling made"
                 )
-            if manifest["form"] != recipe.form.about():
-                raise differs(str(self.place), "form", manifest["form"], recipe.form.about())
+            _same_kind(f"{self.place} ({samples(manifest)})", manifest, asked, told=told)
             if part.stop > len(split):
                 raise differs(
                     str(self.place), "data", f"{part.stop} samples or more", f"{len(split)} samples"
                 )
-            asked = with_data(made_from, parts_digests(split, part.ids, manifest["data"]))
-            for key, value in asked.items():
+            origin_ = with_data(made_from, parts_digests(split, part.ids, manifest["data"]))
+            for key, value in origin_.items():
                 if manifest["fingerprint"].get(key) != value:
                     where = f"{self.place} ({samples(manifest)})"
                     raise differs(where, key, manifest["fingerprint"].get(key), value)
             self.good.append(part)
 
 
-def _same_store(
-    where: Place,
-    stored: Mapping[str, Any],
-    recipe: Recipe,
-    made_from: Mapping[str, str],
-    shape: tuple[int, ...] | None,
-    total: int,
+def _same_kind(
+    where: str, manifest: Mapping[str, Any], asked: Mapping[str, Any], *, told: bool = True
 ) -> None:
-    settings = {"batch_size": recipe.batch_size, "seed": recipe.seed, "feature_dtype": recipe.feature_dtype}
-    asked = {
-        "form": recipe.form.about(),
-        "fingerprint": dict(made_from),
-        "row_shape": None if shape is None else list(shape),
-        "recipe": settings,
-    }
+    """Raise CheckpointError where a shard's rows were made otherwise than is asked."""
+    known = dict(asked)
+    if manifest.get("recipe") is None:
+        if not told and asked["form"]["kind"] == "sampled":
+            raise ConfigError(
+                f"soft labels {where} are draws, and nothing says of which seed: the {STORE} is missing or damaged, and the "
+                "shard is of an earlier version; label into a new directory"
+            )
+        del known["recipe"]
+    _same(where, manifest, known)
+
+
+def _same_store(where: Place, stored: Mapping[str, Any], asked: Mapping[str, Any], total: int) -> None:
+    _same(str(where), stored, asked)
+    if stored["samples"] > total:
+        raise differs(str(where), "data", f"{stored['samples']} samples", f"{total} samples")
+
+
+def _same(where: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     for field_name, value in asked.items():
         if stored.get(field_name) == value:
             continue
-        if isinstance(value, dict):
-            here = stored.get(field_name) or {}
-            field_name = next(key for key in value if here.get(key) != value[key])  # noqa: PLW2901
-            raise differs(str(where), field_name, here.get(field_name), value[field_name])
-        raise differs(str(where), field_name, stored.get(field_name), value)
-    if stored["samples"] > total:
-        raise differs(str(where), "data", f"{stored['samples']} samples", f"{total} samples")
+        here = stored.get(field_name) or {}
+        if isinstance(value, dict) and field_name != "features":
+            field_name = next((key for key in value if here.get(key) != value[key]), field_name)  # noqa: PLW2901
+            raise differs(where, field_name, here.get(field_name), value.get(field_name))
+        raise differs(where, field_name, stored.get(field_name), value)
 
 
 def missing(good: Iterable[Range], total: int, size: int) -> list[Range]:
@@ -251,7 +309,15 @@ def make(made: Plan, asking: Asking, split: Split, part: Range) -> dict[str, Any
     data = [(len(part.ids), rows_digest(split, part.ids))]
     shape = None if made.shape is None else list(made.shape)
     try:
-        return publish(made.place, made.recipe.form, rows, shape, with_data(made.made_from, data), data)
+        return publish(
+            made.place,
+            made.recipe.form,
+            rows,
+            shape,
+            with_data(made.made_from, data),
+            data,
+            made.recipe.about(),
+        )
     except WriteFailed as error:
         left = len([other for other in made.todo if other.first >= part.first])
         raise WriteFailed(
@@ -297,13 +363,12 @@ def label_split(
     """Label a split from Python objects, in this process; what is published already is kept. See ``plan`` for errors.
 
     where
-        A directory or a URI. Nobody else may write there meanwhile; ``stillhouse label`` sees to that by a lock.
+        A directory or a URI, held meanwhile by the same lock as ``stillhouse label`` takes: InUse, saying who writes there.
     """
     if isinstance(where, str | Path):
         where = place(where)
-    if isinstance(where, Folder):
-        where.sweep()
-    with Asking(teacher, device or torch.device("cpu"), recipe.features, recipe.head) as asking:
+    asked = Asking(teacher, device or torch.device("cpu"), recipe.features, recipe.head)
+    with asked as asking, held(where):
         made = plan(where, asking, split, recipe, tokenizer=tokenizer, shard_samples=shard_samples)
         for _ in labelled(made, asking, split):
             pass

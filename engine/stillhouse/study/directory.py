@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from stillhouse.errors import CheckpointError, DamagedFile
 from stillhouse.files import read_json, read_text, write_json, write_text
-from stillhouse.runs.lock import InUse, Lock, described, holder
+from stillhouse.files.lock import InUse, Lock, described, holder
 from stillhouse.study.plan import Plan, digest
 
 STUDY, PLAN, CELLS, RESULT, LOG = "study.yaml", "plan.json", "cells", "result.json", "log.txt"

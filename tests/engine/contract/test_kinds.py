@@ -59,6 +59,12 @@ class TestForms:
         assert (batch.ids is ids, batch.mask is mask) == (True, True)
         assert torch.equal(batch.for_teacher, X * 2)
 
+    @pytest.mark.parametrize("name", ["ids", "sample_id"])
+    @pytest.mark.parametrize("count", [2, 4])
+    def test_other_ids_than_samples_are_refused(self, name, count):
+        with pytest.raises(DataError, match=f"{count} sample ids for a batch of 3 samples"):
+            read("classification", {"x": X, name: torch.arange(count)})
+
     @pytest.mark.parametrize("given", [(X, Y, Y), ()], ids=["three", "none"])
     def test_a_tuple_of_another_length_is_refused(self, given):
         with pytest.raises(DataError, match=r"batch of \d parts .*expected \(inputs, labels\)"):

@@ -142,7 +142,7 @@ def test_damage_is_found_and_mended(cli, config):
 
 
 def test_one_writer_at_a_time_and_who_it_is(cli, config):
-    from stillhouse.runs.labelling import held
+    from stillhouse.softlabels.holding import held
     from stillhouse.softlabels.places import place
 
     with held(place("kept")):
@@ -296,3 +296,19 @@ def test_a_split_that_changes_is_refused(config, monkeypatch):
     monkeypatch.setattr(labelling, "set_up", lambda *given: setting)
     with pytest.raises(ConfigError, match="random input transform"):
         labelling.label(read(str(config), SMALL), "kept", labelling.Options())
+
+
+@pytest.mark.parametrize(
+    "words", [("--features", "nowhere"), ("--form", "hidden", "--head", "nowhere")], ids=["features", "head"]
+)
+def test_modules_that_are_not_there_are_refused_before_the_teacher_is_trained(
+    words, cli, config, monkeypatch
+):
+    from stillhouse.runs import teachers
+
+    trained = []
+    monkeypatch.setattr(teachers, "trained", lambda *given: trained.append(given))
+    found = cli("label", config, *SMALL, "--out", "kept", *words)
+    assert found.code == 2
+    assert "nowhere" in found.err
+    assert not trained

@@ -12,10 +12,10 @@ import sys
 import pytest
 
 from stillhouse.errors import CheckpointError
-from stillhouse.runs import lock
-from stillhouse.runs.lock import LOCK, InUse, Lock, alive, holder
+from stillhouse.files import lock
+from stillhouse.files.lock import LOCK, InUse, Lock, alive, holder
 
-HOLDS = "import sys, time, pathlib\nfrom stillhouse.runs.lock import Lock\nheld = Lock(pathlib.Path(sys.argv[1]))\nprint('held', flush=True)\ntime.sleep(600)\n"
+HOLDS = "import sys, time, pathlib\nfrom stillhouse.files.lock import Lock\nheld = Lock(pathlib.Path(sys.argv[1]))\nprint('held', flush=True)\ntime.sleep(600)\n"
 
 
 @pytest.fixture

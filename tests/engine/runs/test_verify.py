@@ -9,8 +9,8 @@ import pytest
 from test_directory import CONFIG, made
 
 from stillhouse.errors import Diverged
+from stillhouse.files.lock import Lock
 from stillhouse.runs import train as runs
-from stillhouse.runs.lock import Lock
 
 
 @pytest.fixture(scope="module")

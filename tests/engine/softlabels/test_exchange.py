@@ -12,7 +12,7 @@ from making import V, made, tokens
 from test_store import FORMS, equal
 
 from stillhouse.errors import CheckpointError, ConfigError, DamagedFile
-from stillhouse.softlabels import Form
+from stillhouse.softlabels import Form, SoftLabels
 from stillhouse.softlabels.distillkit import Compression, decompress, whole_numbers
 from stillhouse.softlabels.exchange import read_any, write_parquet
 from stillhouse.softlabels.inspection import verify
@@ -169,3 +169,23 @@ class TestDistillKit:
         (tmp_path / "kit" / "compression_config.yaml").write_text("d: 10\nk: 2\nexact_k: 2\nexact_kk: 2\n")
         with pytest.raises(ConfigError, match="exact_kk: unknown; did you mean 'exact_k'"):
             read_any(tmp_path / "kit", tmp_path / "b", {})
+
+
+def test_an_incomplete_store_stays_incomplete(tmp_path):
+    made(tmp_path / "a", FORMS["sampled"], seed=3)
+    for path in (tmp_path / "a").glob("shard-000000000008*"):
+        path.unlink()
+    write_parquet(SoftLabels.open(tmp_path / "a"), tmp_path / "x.parquet")
+    again = read_any(tmp_path / "x.parquet", tmp_path / "b", {})
+    assert {manifest["recipe"]["seed"] for manifest in again.manifests} == {3}
+    with pytest.raises(CheckpointError, match="hold 22 of 30 samples"):
+        again.check_whole()
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 1], [0, 29, 0]])
+def test_a_sample_that_comes_twice_is_refused_before_anything_is_written(rows, tmp_path):
+    write_parquet(made(tmp_path / "a", FORMS["topk"]), tmp_path / "x.parquet")
+    pq.write_table(pq.read_table(tmp_path / "x.parquet").take(rows), tmp_path / "y.parquet")
+    with pytest.raises(DamagedFile, match=r"holds sample [01] twice"):
+        read_any(tmp_path / "y.parquet", tmp_path / "b", {})
+    assert not (tmp_path / "b").exists()

@@ -180,3 +180,79 @@ def test_what_is_refused_is_made_again_by_labelling(tmp_path):
     rewritten(tmp_path, lambda tensors: tensors.pop("log_rest"))
     store(tmp_path, FORMS["topk"])
     assert making.files(tmp_path) == whole
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+def put(name, at, value):
+    """A change of one number of a shard's tensor."""
+
+    def change(tensors):
+        tensors[name][at] = value
+
+    return change
+
+
+WIDE = {"topk": Form.choose(V, "topk", "float32", 9), "half": Form.choose(V, "topk", "float16", 9)}
+
+
+def twice(tensors):
+    tensors["indices"][17, 3] = tensors["indices"][17, 5]
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "said", "read"),
+    [
+        (WIDE["topk"], put("log_probs", (17, 2), NAN), "NaN or infinity in log_probs", True),
+        (WIDE["half"], put("log_probs", (17, 2), NAN), "NaN or infinity in log_probs", True),
+        (WIDE["topk"], put("log_rest", 17, NAN), "NaN or infinity in log_rest", True),
+        (WIDE["topk"], put("log_rest", 17, INF), "NaN or infinity in log_rest", False),
+        (WIDE["topk"], put("log_rest", 17, 0.0), "sum to more than 1.01", False),
+        (FORMS["topk"], put("log_rest", 17, 0), "sum to more than 1.1", False),
+        (WIDE["topk"], twice, "one class twice", False),
+        (FORMS["dense"], put("logits", (17, 4), NAN), "NaN or infinity in its logits", True),
+        (FORMS["dense"], put("shift", 17, INF), "NaN or infinity in its shift", False),
+        (FORMS["hidden"], put("hidden", (17, 1), NAN), "NaN or infinity in its hidden states", True),
+        (FORMS["hidden"], put("hidden", (17, 1), -INF), "NaN or infinity in its hidden states", False),
+        (FORMS["sampled"], lambda tensors: tensors["counts"].zero_(), "not sum to the 20 draws", False),
+    ],
+)
+@pytest.mark.parametrize("ragged", [True, False])
+def test_values_that_no_answer_has_are_named_with_their_sample(form, change, said, read, ragged, tmp_path):
+    split = tokens(ragged=ragged)
+    store(tmp_path, form, split=split)
+    whole = making.files(tmp_path)
+    assert not any(problem for _, problem in verify(tmp_path))
+    rewritten(tmp_path, change)
+    rows = split.mask[8:16].sum(-1) if ragged else torch.full((8,), 7)
+    row = 0 if form.kind == "sampled" else 17
+    sample = 8 + int((rows.cumsum(0) <= row).sum())
+    found = [problem for _, problem in verify(tmp_path) if problem]
+    assert len(found) == 1
+    assert f"shard {NAME}.safetensors" in found[0]
+    assert f"sample {sample} " in found[0]
+    assert said in found[0]
+    if read:
+        with pytest.raises(DamagedFile, match=f"sample {sample} .*NaN"):
+            used(tmp_path)
+    store(tmp_path, form, split=split)
+    assert making.files(tmp_path) == whole
+
+
+def test_no_probability_at_all_and_a_class_that_is_drawn_twice(tmp_path):
+    store(tmp_path / "a", FORMS["topk"])
+    rewritten(
+        tmp_path / "a",
+        lambda tensors: (tensors["log_probs"].fill_(255), tensors["log_rest"].fill_(255)),
+    )
+    assert any("no probability above 0" in problem for _, problem in verify(tmp_path / "a"))
+    store(tmp_path / "b", FORMS["sampled"])
+
+    def change(tensors):
+        wide = int((tensors["distinct"] > 1).nonzero()[0, 0])
+        start = int(tensors["distinct"][:wide].long().sum())
+        tensors["indices"][start] = tensors["indices"][start + 1]
+
+    rewritten(tmp_path / "b", change)
+    assert any("one class twice" in problem for _, problem in verify(tmp_path / "b"))

@@ -201,6 +201,11 @@ class TestLabelling:
             made(tmp_path, FORMS["topk"], split=split)
         assert not list(tmp_path.iterdir())
 
+    def test_no_data_are_refused(self, tmp_path):
+        with pytest.raises(ConfigError, match="no sample to label"):
+            made(tmp_path / "new", FORMS["topk"], split=TensorSplit(torch.zeros(0, LENGTH).long()))
+        assert not (tmp_path / "new").exists()
+
     def test_a_teacher_that_gives_nan_is_refused_naming_the_samples(self, tmp_path):
         teacher = Tokens()
         with torch.no_grad():
@@ -271,6 +276,10 @@ class TestChecking:
         split = tokens()
         labels = made(tmp_path, FORMS["topk"], split=split)
         labels.check(teacher=labels.fingerprint["teacher"], tokenizer="none", split=split)
+
+    def test_rows_that_are_no_split_are_refused(self, tmp_path):
+        with pytest.raises(ConfigError, match="split is a list; expected a split"):
+            made(tmp_path, FORMS["topk"]).check(split=[{"input_ids": [1]}])
 
     @pytest.mark.parametrize(
         ("asked", "said"),
@@ -407,6 +416,7 @@ def test_mapped_pages_are_given_back(tmp_path, monkeypatch):
     from stillhouse.softlabels import pages
 
     labels = made(tmp_path, FORMS["dense"])
+    labels.lookup(torch.arange(10))  # the first read of a shard gives back what its check mapped
     monkeypatch.setattr(pages, "RESIDENT", 1)
     monkeypatch.setattr(pages, "_mapped_bytes", lambda: 2**40)
     told = []

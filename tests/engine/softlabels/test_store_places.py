@@ -11,8 +11,8 @@ from making import made, tokens
 from test_store import FORMS, equal
 
 from stillhouse.errors import CheckpointError, DamagedFile
-from stillhouse.runs.labelling import held
 from stillhouse.softlabels import SoftLabels
+from stillhouse.softlabels.holding import held
 from stillhouse.softlabels.inspection import verify
 from stillhouse.softlabels.places import place
 from stillhouse.softlabels.rewrite import compact
@@ -50,12 +50,18 @@ def test_a_store_at_a_uri(bucket, tmp_path):
     kept = list((tmp_path / "cache" / "soft-labels").iterdir())
     assert len(kept) == len(there.manifests)
     assert not any(problem for _, problem in verify(bucket))
-    # the cache answers where the object is gone, and damage in the cache is found
-    place(bucket).remove("shard-000000000000.safetensors")
+    for copy in kept:  # is fetched anew
+        copy.write_bytes(b"damaged")
     assert equal(SoftLabels.open(bucket).lookup(ids), here.lookup(ids))
-    kept[0].write_bytes(b"damaged")
+    # the cache answers where the object is damaged or gone, and verify looks at the object
+    lost = "shard-000000000000.safetensors"
+    there.place.write(lost, b"damaged")
+    assert equal(SoftLabels.open(bucket).lookup(ids), here.lookup(ids))
+    assert any("changed or damaged" in problem for _, problem in verify(bucket))
     with pytest.raises(DamagedFile, match="changed or damaged"):
         SoftLabels.open(bucket).lookup(ids)
+    there.place.remove(lost)
+    assert any("is missing" in problem for _, problem in verify(bucket))
 
 
 def test_is_labelled_and_mended_there(bucket, tmp_path):
