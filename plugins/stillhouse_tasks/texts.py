@@ -120,18 +120,19 @@ class StdlibTexts(Task):
 
 def rows() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Words ``(n, LENGTH)``; then ``(n,)``: the package (-1: another), 1 for a method, 1 for what returns a value."""
-    made = made_once("data", {"task": "stdlib-texts", "python": platform.python_version()}, _read)
+    made_from = {"task": "stdlib-texts", "python": platform.python_version(), "alike": "once"}
+    made = made_once("data", made_from, _read)
     return made["words"], made["packages"], made["methods"], made["returns"]
 
 
 def _read() -> dict[str, Tensor]:
-    found = {text: labels for text, *labels in _documented(Path(sysconfig.get_path("stdlib")))}
-    texts = sorted(found)  # each once, whatever the order of the files
-    labels = torch.tensor([found[text] for text in texts])
-    words = torch.zeros(len(texts), LENGTH, dtype=torch.long)
-    for row, text in enumerate(texts):
-        ids = torch.tensor([hashed(word) for word in re.findall(r"[a-z]+|[^\sa-z]", text.lower())[:LENGTH]])
-        words[row, : len(ids)] = ids
+    texts = {text: labels for text, *labels in _documented(Path(sysconfig.get_path("stdlib")))}
+    found: dict[tuple[int, ...], list[int]] = {}
+    for text in sorted(texts):  # whatever the order of the files
+        ids = [hashed(word) for word in re.findall(r"[a-z]+|[^\sa-z]", text.lower())[:LENGTH]]
+        # Texts that begin with the same words are one row: in two splits, the test would hold what was trained on.
+        found.setdefault((*ids, *[0] * (LENGTH - len(ids))), texts[text])
+    words, labels = torch.tensor(list(found)), torch.tensor(list(found.values()))
     return {"words": words, "packages": labels[:, 0], "methods": labels[:, 1], "returns": labels[:, 2]}
 
 
