@@ -402,6 +402,29 @@ class TestDistillDropsNothing:
             )
 
 
+@pytest.mark.parametrize("form", ["tokens", "signals"])
+def test_splits_of_other_lengths_fit(form):
+    """Each split may be as long as its longest text, or signal."""
+
+    class Labels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(9, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.table(x) if form == "tokens" else x)
+
+    def split(length: int):
+        x = torch.randint(9, (8, length)) if form == "tokens" else torch.randn(8, length, 4)
+        return x, torch.randint(3, (8, length))
+
+    made = stillhouse.distill(
+        Labels(), None, {"train": split(5), "validation": split(7), "test": split(3)}, method="hard_labels",
+        task="token_classification", steps=2, batch_size=4,
+    )  # fmt: skip
+    assert 0 <= made.scores["test"]["accuracy"] <= 1
+
+
 def test_a_position_embedding_gives_no_flow_of_its_own():
     """PDDM on transformers: what has no value a sample stands in no matrix of flows."""
     student, teacher, batch = gpt2(1), gpt2(2, 24), padded()

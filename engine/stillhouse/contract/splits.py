@@ -158,12 +158,9 @@ def _refuse_unlike(name: str, split: TensorSplit, train: TensorSplit) -> None:
     for field_name in own.keys() & trained.keys():
         one, other = own[field_name], trained[field_name]
         row, expected = tuple(one.shape[1:]), tuple(other.shape[1:])
-        # Rows of whole numbers may be texts, each split as long as its longest.
-        same = (
-            len(row) == len(expected)
-            if not other.is_floating_point() and field_name != "labels"
-            else row == expected
-        )
+        # Texts, signals and images may be of another length in each split; a vector has the one width.
+        vectors = len(expected) == 1 and other.is_floating_point()
+        same = row == expected if vectors else len(row) == len(expected)
         if not same or one.is_floating_point() != other.is_floating_point():
             raise DataError(
                 f"{name}.{field_name} are {one.dtype} with rows {row}, and train.{field_name} {other.dtype} with rows {expected}; "
