@@ -110,7 +110,7 @@ class CodeSearch(Task):
         return [{"input_ids": i, "attention_mask": m} for i, m in zip(ids, mask, strict=True)]
 
     def metrics(self) -> Metrics:
-        return {"": WholeSplit(self._scores)}
+        return {"": WholeSplit(self._scores, higher_is_better=True)}
 
     def _scores(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
         found = dict(zip(labels.tolist(), outputs, strict=True))

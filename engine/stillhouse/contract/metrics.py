@@ -208,11 +208,22 @@ def default_metrics(kind: TaskKind) -> dict[str, Metric]:
 
 
 def higher_is_better(name: str, metric: Any = None) -> bool:
-    """Whether more of a metric is better, as far as that is known: by the object, else by its name."""
+    """Whether more of a metric is better, as far as that is known: by the object, else by its name; else it is."""
+    return known_direction(name, metric) is not False
+
+
+def known_direction(name: str, metric: Any = None) -> bool | None:
+    """The same, and None where neither the object nor the name says."""
     own = getattr(metric, "higher_is_better", None)
     if own is None and name in KNOWN:
         own = KNOWN[name].higher_is_better
-    return own is not False
+    return None if own is None else bool(own)
+
+
+def metric_behind(score: str, metrics: Metrics) -> Metric | None:
+    """The object that a score of that name comes from: its own, that of several numbers, or the one called ``""``."""
+    found = metrics.get(score)
+    return metrics.get(score.partition(".")[0], metrics.get("")) if found is None else found
 
 
 class WholeSplit:
@@ -220,11 +231,16 @@ class WholeSplit:
 
     It is for scores that can't be taken part by part; a split's outputs may take 512 MiB.
 
+    higher_is_better
+        Whether more of its numbers is better; None: their names say.
+
     Raises DataError where they take more.
     """
 
-    def __init__(self, function: Callable[[Tensor, Tensor], Any]) -> None:
-        self.function = function
+    def __init__(
+        self, function: Callable[[Tensor, Tensor], Any], higher_is_better: bool | None = None
+    ) -> None:
+        self.function, self.higher_is_better = function, higher_is_better
         self.reset()
 
     def reset(self) -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from stillhouse.config import TeacherConfig
-from stillhouse.contract.metrics import higher_is_better
+from stillhouse.contract.metrics import higher_is_better, metric_behind
 from stillhouse.contract.splits import Splits
+from stillhouse.contract.task import Task
 from stillhouse.models.integrity import digest
 from stillhouse.runs import stored, teachers, weights
 from stillhouse.runs.evaluate import score
@@ -40,7 +41,7 @@ def teacher_of(
                 parts.task, model, data.validation, device, teacher=True, config=parts.config
             )
     return by_name({path: model for path, (model, _) in found.items()}), _together(
-        {path: facts for path, (_, facts) in found.items()}, parts.task.metric
+        {path: facts for path, (_, facts) in found.items()}, parts.task
     )
 
 
@@ -69,7 +70,7 @@ def _made(
     return model, dict(made)
 
 
-def _together(facts: Mapping[str, dict[str, Any]], metric: str) -> dict[str, Any]:
+def _together(facts: Mapping[str, dict[str, Any]], task: Task) -> dict[str, Any]:
     """What is said of the teacher; of several one digest, the best one's scores, and each in full by name."""
     if len(facts) < 2:
         return next(iter(facts.values()), {})
@@ -77,6 +78,7 @@ def _together(facts: Mapping[str, dict[str, Any]], metric: str) -> dict[str, Any
     said = {"found": f"{len(each)} teachers", "digest": teachers.digest_of(each), "each": each}
     scored = {name: own["validation"] for name, own in each.items() if "validation" in own}
     if scored:
-        pick = max if higher_is_better(metric) else min
-        said["validation"] = scored[pick(scored, key=lambda name: scored[name][metric])]
+        higher = higher_is_better(task.metric, metric_behind(task.metric, task.metrics()))
+        best = (max if higher else min)(scored, key=lambda name: scored[name][task.metric])
+        said["validation"] = scored[best]
     return said

@@ -8,6 +8,8 @@ from typing import Any
 
 from stillhouse.config import RunConfig
 from stillhouse.contract.context import STUDENT
+from stillhouse.contract.metrics import higher_is_better, metric_behind
+from stillhouse.contract.task import Task
 from stillhouse.errors import ConfigError, Diverged
 from stillhouse.runs.answering import teacher_of
 from stillhouse.runs.evaluate import score
@@ -25,8 +27,8 @@ class Prepared:
         Fingerprints of the splits.
     teacher
         The teacher's fingerprint and validation scores; empty without one.
-    metric, metrics
-        The score that the task is judged by, and all that it gives.
+    metric, higher, metrics
+        The score that the task is judged by, whether more of it is better, and all that the task gives.
     refused
         Why the methods, the models and the task don't fit; None where they do. Then no teacher was trained.
     """
@@ -34,6 +36,7 @@ class Prepared:
     data: dict[str, str]
     teacher: dict[str, Any]
     metric: str
+    higher: bool
     metrics: list[str]
     refused: str | None = None
 
@@ -59,10 +62,17 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda message: None
             try:
                 rehearse(parts, data, device)
             except ConfigError as error:
-                return Prepared(found, {}, parts.task.metric, metrics, str(error))
+                return _made(parts.task, found, {}, metrics, str(error))
             except Diverged as error:  # with these settings: the cell will tell, others may do better
                 say(str(error))
             teacher = teacher_of(parts, data, device, say)[1]
-            return Prepared(found, teacher, parts.task.metric, metrics)
+            return _made(parts.task, found, teacher, metrics, None)
     finally:
         outside.restore()
+
+
+def _made(
+    task: Task, data: dict[str, str], teacher: dict[str, Any], metrics: list[str], refused: str | None
+) -> Prepared:
+    higher = higher_is_better(task.metric, metric_behind(task.metric, task.metrics()))
+    return Prepared(data, teacher, task.metric, higher, metrics, refused)

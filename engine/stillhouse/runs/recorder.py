@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.config import RunConfig, dump
+from stillhouse.contract.context import STUDENT
 from stillhouse.contract.observers import Observer
 from stillhouse.contract.splits import Split
 from stillhouse.contract.task import Task
@@ -113,7 +114,8 @@ class Recorder:
         if self.validation is None:
             return
         scores = score(self.task, loop.model, self.validation, self.device, config=self.config)
-        row = {"step": loop.at.step, "stage": loop.step.info.stage.name}
+        stage = loop.step.info.stage
+        row = {"step": loop.at.step, "stage": stage.name, "model": stage.model or STUDENT}
         self._write({**row, **{f"validation.{name}": value for name, value in scores.items()}})
         self.display.validated(loop.at.step, scores)
 

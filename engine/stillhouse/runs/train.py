@@ -16,7 +16,7 @@ from stillhouse.api import Task
 from stillhouse.config import Named, RunConfig, dump
 from stillhouse.contract.batch import Batch
 from stillhouse.contract.context import STUDENT, TARGET
-from stillhouse.contract.metrics import higher_is_better
+from stillhouse.contract.metrics import higher_is_better, metric_behind
 from stillhouse.contract.observers import RunRecord
 from stillhouse.contract.splits import Splits
 from stillhouse.errors import Diverged, WriteFailed
@@ -334,7 +334,8 @@ def _warnings(
     if not teacher or "validation" not in scores:
         return []
     source, own = teacher[task.metric], scores["validation"][task.metric]
-    if (source > own) == higher_is_better(task.metric) and source != own:
+    higher = higher_is_better(task.metric, metric_behind(task.metric, task.metrics()))
+    if (source > own) == higher and source != own:
         return []
     return [
         f"the teacher's validation {task.metric} ({source:.4f}) is no better than the trained model's "

@@ -8,8 +8,9 @@ from stillhouse.config import RunConfig, dump
 from stillhouse.errors import ConfigError
 from stillhouse.runs.directory import differences
 from stillhouse.runs.resolve import resolve
-from stillhouse.study.plan import Plan, Trial, entry_of
-from stillhouse.study.schema import OWN_KEYS
+from stillhouse.study.origin import Sources
+from stillhouse.study.plan import Plan, Trial, check_metric, entry_of
+from stillhouse.study.schema import BUDGET_KEYS, OWN_KEYS
 
 OWN = ("method", "methods", "teacher", "teachers", "soft_labels", "observers", *OWN_KEYS)
 """What compared runs may differ in."""
@@ -18,20 +19,23 @@ OWN = ("method", "methods", "teacher", "teachers", "soft_labels", "observers", *
 def of_configs(configs: Sequence[RunConfig], seeds: Sequence[int]) -> Plan:
     """The plan of every config with every seed; the first is the baseline.
 
-    Raises ConfigError for two configs of one name, or seeds that stand twice.
+    Raises ConfigError for two configs of one name, seeds that stand twice, or budgets that differ.
     """
     names = [config.name for config in configs]
     if len(set(names)) < len(names):
         raise ConfigError("two configs have the same name; give each its own 'name'")
     if len(set(seeds)) < len(seeds) or not seeds:
         raise ConfigError(f"seeds {list(seeds)}: expected one or more, each once")
-    resolved = [resolve(config).config for config in configs]
-    first = resolved[0]
-    pair = f"{first.task.name}"
-    entries = []
+    parts = [resolve(config) for config in configs]
+    for one in parts:
+        check_metric(None, one.task)
+    resolved = [one.config for one in parts]
+    first, pair = resolved[0], resolved[0].task.name
+    _check_budgets(resolved)
+    entries, sources = [], Sources()
     for config, full in zip(configs, resolved, strict=True):
         given = config.model_dump(mode="json", exclude_unset=True, exclude=set(OWN_KEYS))
-        entries.append(entry_of(config.name, pair, given, [Trial(settings={}, config=dump(full))]))
+        entries.append(entry_of(config.name, pair, given, [Trial(settings={}, config=dump(full))], sources))
     others = f" compare with {names[0]}" if len(names) > 1 else " score"
     return Plan(
         name="compare",
@@ -49,6 +53,17 @@ def of_configs(configs: Sequence[RunConfig], seeds: Sequence[int]) -> Plan:
         entries=entries,
         remarks=[f"not the same for every row: {line}" for line in unfair(resolved)],
     )
+
+
+def _check_budgets(resolved: Sequence[RunConfig]) -> None:
+    for key in BUDGET_KEYS:
+        values = {config.name: getattr(config, key) for config in resolved}
+        if len(set(values.values())) > 1:
+            told = ", ".join(f"{value} in {name}" for name, value in values.items())
+            raise ConfigError(
+                f"the budgets differ: {key} is {told}; expected the same for all: a word such as {key}={max(values.values())} "
+                "behind the configs sets it for every one"
+            )
 
 
 def _listed(names: Sequence[str]) -> str:

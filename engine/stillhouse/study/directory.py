@@ -1,6 +1,6 @@
 """The study's directory: its plan, a directory for each cell, and who holds it.
 
-``study.yaml`` the file as it was read; ``plan.json`` what it came to; ``cells/DIGEST/`` a cell: ``result.json``, its log,
+``study.yaml`` the study, every default filled in; ``plan.json`` what it came to; ``cells/DIGEST/`` a cell: ``result.json``, its log,
 and the run's directory of a reported one; ``report.*`` and the tables.
 """
 

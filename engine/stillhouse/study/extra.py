@@ -29,6 +29,14 @@ def library(module: str) -> ModuleType:
         raise MissingExtra("a study", LIBRARIES[root], "study") from None
 
 
+def ray() -> ModuleType:
+    """Ray; MissingExtra where it is not installed."""
+    try:
+        return importlib.import_module("ray")
+    except ModuleNotFoundError:
+        raise MissingExtra("--ray", "ray", "ray") from None
+
+
 def check_installed(*, tuned: bool) -> None:
     """Raise MissingExtra for what a study's tables and tuning need, before it begins."""
     for root, distribution in LIBRARIES.items():

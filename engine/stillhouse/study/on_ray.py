@@ -1,7 +1,7 @@
 """Cells on a Ray cluster (extra ``ray``): the machines of ``RAY_ADDRESS``, else this one.
 
 Ray places the cells; each runs in a process of its own as it would here (``Processes``), so that figures are the same.
-Every machine has Stillhouse and the plugins installed. Teachers are made once, by the study's process, and sent; data are
+Every machine has Stillhouse and the plugins installed, in the same versions: each cell compares them first. Teachers are made once, by the study's process, and sent; data are
 made by each machine and compared with the study's fingerprints. What comes back is written here.
 """
 
@@ -9,36 +9,38 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from stillhouse.cache import cache_dir
-from stillhouse.errors import MissingExtra
 from stillhouse.files import write_bytes
 from stillhouse.runs.directory import CHECKPOINTS
-from stillhouse.study.directory import read_result, write_result
+from stillhouse.study import extra
+from stillhouse.study.directory import RESULT, write_result
 from stillhouse.study.plan import Plan
-from stillhouse.study.processes import Processes, died
+from stillhouse.study.processes import Processes, lost
 from stillhouse.study.work import RUN, TEACHERS, Order
 
 
 class Ray:
     """As many cells at once as the cluster has processors for."""
 
-    def __init__(self, plan: Plan, threads: int, modules: Sequence[str]) -> None:
-        try:
-            import ray
-        except ImportError:
-            raise MissingExtra("--ray", "ray", "ray") from None
+    stopping = "cells on the cluster are ended, and are begun again by --resume"
+
+    def __init__(self, plan: Plan, threads: int, devices: Collection[str], modules: Sequence[str]) -> None:
+        ray: Any = extra.ray()
         self._ray = ray
         self._ours = not ray.is_initialized()
         if self._ours:
             ray.init(include_dashboard=False, log_to_driver=False)
-        self.workers = max(1, int(ray.cluster_resources().get("CPU", 1)) // threads)
+        gpus = int(any(device.startswith("cuda") for device in devices))
+        there = ray.cluster_resources()
+        room = [int(there.get("CPU", 1)) // threads, *([int(there.get("GPU", 0))] if gpus else [])]
+        self.workers = max(1, min(room))
         teachers = ray.put(_teachers(plan))
-        kind = ray.remote(num_cpus=threads)(_Place)
+        kind = ray.remote(num_cpus=threads, num_gpus=gpus)(_Place)
 
         def place() -> Any:
             return kind.remote(list(modules), teachers)
@@ -59,14 +61,14 @@ class Ray:
         for reference in ready:
             order, place = self._running.pop(reference)
             try:
-                result, files = self._ray.get(reference)
+                code, files = self._ray.get(reference)
             except self._ray.exceptions.RayError as error:  # its machine is gone
-                result, files, place = died(order, str(error).splitlines()[0]), {}, self._place()
+                code, files, place = 0, {}, self._place()
+                write_result(Path(order.folder), lost(order, str(error).splitlines()[0]))
             for name, content in files.items():
-                write_bytes(Path(order.folder) / RUN / name, content)
-            write_result(Path(order.folder), result)
+                write_bytes(Path(order.folder) / name, content)
             self._idle.append(place)
-            ended.append((order, 0))
+            ended.append((order, code))
         return ended
 
     def stop(self) -> None:
@@ -101,23 +103,19 @@ class _Place:
                 write_bytes(path, content)
         self._processes = Processes(1, [*modules, "ray"])
 
-    def make(self, order: Order) -> tuple[dict[str, Any], dict[str, bytes]]:
-        """The cell's result, and the files of a run that is kept."""
+    def make(self, order: Order) -> tuple[int, dict[str, bytes]]:
+        """The exit code of the cell's process, and its files: result, log, and the run where that is kept."""
         folder = Path(tempfile.mkdtemp(prefix="stillhouse-cell-")) / order.digest
         try:
-            here = replace(order, folder=str(folder))
-            self._processes.start(here)
+            self._processes.start(replace(order, folder=str(folder), elsewhere=True))
             while not (ended := self._processes.finished(60.0)):
                 pass
-            result = read_result(folder) or died(here, ended[0][1])
-            run = folder / RUN
-            kept = [
-                path for path in (run.rglob("*") if run.is_dir() and order.keep else []) if path.is_file()
-            ]
-            named = {path.relative_to(run): path for path in kept}
-            files = {
-                str(name): path.read_bytes() for name, path in named.items() if CHECKPOINTS not in name.parts
-            }
-            return result, files
+            files = {}
+            # The result comes last: it says that the cell is whole.
+            for path in sorted(folder.rglob("*"), key=lambda path: path == folder / RESULT):
+                name = path.relative_to(folder)
+                if path.is_file() and CHECKPOINTS not in name.parts and (order.keep or name.parts[0] != RUN):
+                    files[name.as_posix()] = path.read_bytes()
+            return ended[0][1], files
         finally:
             shutil.rmtree(folder.parent, ignore_errors=True)

@@ -12,26 +12,27 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
+from math import isfinite
 from statistics import fmean
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, PrivateAttr
+from pydantic import BaseModel, Field
 
 from stillhouse.config import STRICT, apply_override, dump
 from stillhouse.config import validate as validate_run
-from stillhouse.errors import ConfigError
-from stillhouse.plugin.catalog import find
+from stillhouse.contract.metrics import known_direction, metric_behind
+from stillhouse.contract.task import Task
+from stillhouse.errors import ConfigError, nearest
 from stillhouse.runs.directory import FREE
-from stillhouse.runs.resolve import pick_device, resolve
+from stillhouse.runs.resolve import resolve
+from stillhouse.study.origin import Origin, Sources
 from stillhouse.study.schema import Metric, Study
 from stillhouse.study.space import points
 
 Phase = Literal["tuning", "final", "default"]
-LIBRARIES = ("stillhouse", "torch", "numpy", "numba")
-"""Whose version is part of what makes a cell, beside the plugins' own distributions."""
-OPEN = tuple(key for key in FREE if key not in ("threads", "device", "evaluate_batch_size"))
-"""Keys of a run's config that don't enter its figures; threads and batches of another size move the last bits."""
+OPEN = tuple(key for key in FREE if key != "evaluate_batch_size")
+"""Keys of a run's config that don't enter its figures (batches of another size move the last bits), or that stand in its
+origin: the device and the threads in force."""
 
 
 class Facts(BaseModel):
@@ -41,8 +42,9 @@ class Facts(BaseModel):
         The digest of its weights; the files of the cache that hold them, of each that was trained for the study.
     metric, higher, metrics
         The score that decides, whether more of it is better, and all that the task gives.
-    refused
-        Why it can't run there: a capability that the task lacks, models that don't fit.
+    refused, status
+        Why no cell of it can be made there, and whether it is ``not applicable`` (a capability that the task lacks, models
+        that don't fit) or ``failed`` in its preparation, as a plugin's mistake does.
     """
 
     model_config = STRICT
@@ -54,6 +56,7 @@ class Facts(BaseModel):
     higher: bool = True
     metrics: list[str] = Field(default_factory=list)
     refused: str | None = None
+    status: Literal["not applicable", "failed"] = "not applicable"
 
     def better(self, one: float, other: float) -> bool:
         """Whether the first score is the better one."""
@@ -73,6 +76,8 @@ class Entry(BaseModel):
 
     given
         The keys of its runs as the study's file has them.
+    origin
+        What its figures are made from beside configs, data and teacher.
     """
 
     model_config = STRICT
@@ -80,21 +85,22 @@ class Entry(BaseModel):
     pair: str
     given: dict[str, Any]
     trials: list[Trial]
-    versions: dict[str, str]
-    device: str
+    origin: Origin
     facts: Facts = Facts()
-    _cells: dict[tuple[int, int, Phase], Cell] = PrivateAttr(default_factory=dict)
+
+    @cached_property
+    def made(self) -> dict[tuple[int, int, Phase], Cell]:
+        """Its cells so far, by trial, seed and phase."""
+        return {}
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of the libraries, by distribution."""
+        return self.origin.versions
 
     def with_facts(self, facts: Facts) -> Entry:
         """The entry after preparation, its cells made anew."""
         return Entry.model_validate(dict(self) | {"facts": facts})
-
-    def cell(self, trial: int, seed: int, phase: Phase) -> Cell:
-        """The cell, made once: who runs a study asks for all of them whenever one has ended."""
-        key = (trial, seed, phase)
-        if key not in self._cells:
-            self._cells[key] = _cell(self, *key)
-        return self._cells[key]
 
 
 class Plan(BaseModel):
@@ -161,27 +167,28 @@ def digest(content: Any) -> str:
 
 
 def cell(entry: Entry, trial: int, seed: int, phase: Phase) -> Cell:
-    """The cell with all that makes its figures: config, data, teacher, versions, device."""
-    return entry.cell(trial, seed, phase)
+    """The cell with all that makes its figures: config, data, teacher, code, versions, machine.
 
-
-def _cell(entry: Entry, trial: int, seed: int, phase: Phase) -> Cell:
-    config = {**entry.trials[trial].config, "seed": seed}
-    made_from = {
-        "config": {
-            **{key: value for key, value in config.items() if key not in OPEN},
-            "device": entry.device,
-        },
-        "test": phase != "tuning",
-        "data": entry.facts.data,
-        "teacher": entry.facts.teacher,
-        "versions": entry.versions,
-    }
-    return Cell(entry.method, entry.pair, trial, seed, phase, config, made_from)
+    It is made once: who runs a study asks for all of them whenever one has ended.
+    """
+    key = (trial, seed, phase)
+    if key not in entry.made:
+        config = {**entry.trials[trial].config, "seed": seed}
+        made_from = {
+            "config": {key: value for key, value in config.items() if key not in OPEN},
+            "test": phase != "tuning",
+            "data": entry.facts.data,
+            "teacher": entry.facts.teacher,
+            **entry.origin.model_dump(),
+        }
+        entry.made[key] = Cell(entry.method, entry.pair, trial, seed, phase, config, made_from)
+    return entry.made[key]
 
 
 def cells(plan: Plan, results: Mapping[str, Mapping[str, Any]]) -> list[Cell]:
     """Every cell that the results allow to run: those of tuning, and behind each finished tuning the reported ones.
+
+    A tuning cell that was lost (``again``) holds the reported ones back: its setting has not had its turn.
 
     results
         By digest, what the cells that are there gave.
@@ -194,11 +201,16 @@ def cells(plan: Plan, results: Mapping[str, Mapping[str, Any]]) -> list[Cell]:
         found += tuning
         if plan.defaults:
             found += [cell(entry, 0, seed, "default") for seed in plan.fresh_seeds]
-        if all(one.digest in results for one in tuning):
+        if all(answered(results.get(one.digest)) for one in tuning):
             best = chosen(plan, entry, results)
             if best is not None:
                 found += [cell(entry, best, seed, "final") for seed in plan.fresh_seeds]
     return found
+
+
+def answered(result: Mapping[str, Any] | None) -> bool:
+    """Whether the cell has had its turn: it is done, or failed in a way that would repeat itself."""
+    return result is not None and not result.get("again", False)
 
 
 def expected(plan: Plan) -> int:
@@ -217,7 +229,7 @@ def tuning_cells(plan: Plan, entry: Entry) -> Iterator[Cell]:
 
 
 def trial_scores(plan: Plan, entry: Entry, results: Mapping[str, Mapping[str, Any]]) -> list[float | None]:
-    """Each trial's mean validation score over the tuning seeds; None where a cell of it failed or is not there."""
+    """Each trial's mean validation score over the tuning seeds; None where a cell of it has none."""
     made: dict[int, list[float | None]] = {}
     for one in tuning_cells(plan, entry):
         made.setdefault(one.trial, []).append(
@@ -247,11 +259,11 @@ def chosen(plan: Plan, entry: Entry, results: Mapping[str, Mapping[str, Any]]) -
 
 
 def score(result: Mapping[str, Any] | None, split: str, metric: str) -> float | None:
-    """A result's score, or None where the cell has none."""
+    """A result's score, or None where the cell has none, or one that is not finite."""
     if result is None or result["status"] != "done":
         return None
     value = result["scores"].get(split, {}).get(metric)
-    return None if value is None else float(value)
+    return None if value is None or not isfinite(value) else float(value)
 
 
 def of_study(study: Study) -> Plan:
@@ -259,16 +271,18 @@ def of_study(study: Study) -> Plan:
 
     Raises ConfigError or PluginError with the method and pair that it is of.
     """
-    entries = []
+    entries, sources = [], Sources()
     for pair in study.pairs:
-        models = {
-            key: dump(value)
-            for key in ("task", "teacher", "student", "target")
-            if (value := getattr(pair, key)) is not None
-        }
         for name, method in study.methods.items():
-            given = {**study.common, **pair.config, **models, **method.config, "steps": study.budget.updates}
-            entries.append(_entry(name, pair.name, given, method.search, study.budget.trials))
+            given = {
+                **study.common,
+                **pair.config,
+                **pair.keys(),
+                **method.config,
+                "steps": study.budget.updates,
+            }
+            trials = _trials(name, pair.name, given, method.search, study)
+            entries.append(entry_of(name, pair.name, given, trials, sources))
     return Plan(
         name=study.name,
         question=study.question,
@@ -286,39 +300,42 @@ def of_study(study: Study) -> Plan:
     )
 
 
-def _entry(name: str, pair: str, given: Mapping[str, Any], search: Mapping[str, Any], trials: int) -> Entry:
+def _trials(
+    name: str, pair: str, given: Mapping[str, Any], search: Mapping[str, Any], study: Study
+) -> list[Trial]:
     known: dict[str, dict[str, Any]] = {}
 
     def resolved(settings: Mapping[str, Any]) -> dict[str, Any]:
         key = json.dumps(settings, sort_keys=True)
         if key not in known:
-            known[key] = _resolved(given, settings, f"method {name} on {pair}")
+            known[key] = _resolved(given, settings, f"method {name} on {pair}", study.metric)
         return known[key]
 
-    settings = points(search, trials, name, key=lambda one: json.dumps(resolved(one), sort_keys=True))
-    made = [Trial(settings=one, config=resolved(one)) for one in settings]
-    return entry_of(name, pair, given, made)
-
-
-def entry_of(name: str, pair: str, given: Mapping[str, Any], trials: Sequence[Trial]) -> Entry:
-    """An entry with the versions that its figures depend on."""
-    config = trials[0].config
-    return Entry(
-        method=name,
-        pair=pair,
-        given=dict(given),
-        trials=list(trials),
-        versions=versions(config),
-        device=str(pick_device(config["device"])),
+    seed = study.seeds.tuning[0] if study.seeds.tuning else 0
+    settings = points(
+        search, study.budget.trials, name, seed, key=lambda one: json.dumps(resolved(one), sort_keys=True)
     )
+    return [Trial(settings=one, config=resolved(one)) for one in settings]
 
 
-def _resolved(given: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+def entry_of(
+    name: str, pair: str, given: Mapping[str, Any], trials: Sequence[Trial], sources: Sources
+) -> Entry:
+    """An entry with the origin of its figures."""
+    origin = sources.of(trials[0].config)
+    return Entry(method=name, pair=pair, given=dict(given), trials=list(trials), origin=origin)
+
+
+def _resolved(
+    given: Mapping[str, Any], settings: Mapping[str, Any], where: str, metric: Metric | None
+) -> dict[str, Any]:
     content = copy.deepcopy(dict(given))
     try:
         for path, value in settings.items():
             apply_override(content, f"{path}={json.dumps(value)}")
-        return dump(resolve(validate_run(content)).config)
+        parts = resolve(validate_run(content))
+        check_metric(metric, parts.task)
+        return dump(parts.config)
     except ConfigError as error:
         tried = (
             f" with {', '.join(f'{path}={value}' for path, value in settings.items())}" if settings else ""
@@ -326,16 +343,19 @@ def _resolved(given: Mapping[str, Any], settings: Mapping[str, Any], where: str)
         raise ConfigError(f"{where}{tried}: {error}") from None
 
 
-def versions(config: Mapping[str, Any]) -> dict[str, str]:
-    """Versions of the libraries and of the plugins' distributions that a config's figures depend on."""
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    methods = [config["method"]] if config.get("method") else config["methods"]
-    for kind, spec in [("task", config["task"]), *(("method", method) for method in methods)]:
-        entry = find(kind, spec["name"])  # type: ignore[arg-type]
-        found[entry.distribution] = entry.version
-    return dict(sorted(found.items()))
+def check_metric(metric: Metric | None, task: Task) -> None:
+    """ConfigError for a score that the task does not have, or one that nobody says whether more of it is better.
+
+    A metric called ``""`` tells its names only once there are scores, and a task whose own is ``""`` takes the first.
+    """
+    known = task.metrics()
+    if metric is not None:
+        name = metric.name
+        if known and "" not in known and not {name, name.partition(".")[0]} & set(known):
+            raise ConfigError(f"metric.name: the task has no '{name}'{nearest(name, known)}")
+    elif task.metric and known_direction(task.metric, metric_behind(task.metric, known)) is None:
+        raise ConfigError(
+            f"whether more of the task's metric '{task.metric}' is better is not known; expected higher_is_better (True or "
+            "False) of its metric object, or in a study's file metric: {name: "
+            f"{task.metric}, better: higher}} or lower"
+        )

@@ -14,29 +14,37 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from stillhouse.errors import StillhouseError
+from stillhouse.errors import StillhouseError, WriteFailed
 from stillhouse.runs.interrupts import Interrupted
 from stillhouse.study.directory import LOG, write_result
 from stillhouse.study.plan import Facts
 from stillhouse.study.preload import MODULES
 from stillhouse.study.work import FAILED, Order, prepare_pair, work
 
+UNWRITABLE = 74
+"""The exit code of a cell that could not write: EX_IOERR of sysexits.h."""
 PATIENCE = 60.0
 """Seconds for which interrupted cells may write their checkpoints."""
 ALSO = ("matplotlib.backends.backend_agg", "matplotlib.figure", "torch._dynamo")
 """What a run imports after its preparation: the picture's parts, and what torch's optimizers load at their first step."""
 
 
-def default_workers(threads: int) -> int:
-    """As many cells at once as the processors that this process may use have room for, ``threads`` each."""
+def default_workers(threads: int, devices: Collection[str]) -> int:
+    """As many cells at once as the processors that this process may use have room for, ``threads`` each.
+
+    devices
+        Those that cells use; one cell at once on a GPU.
+    """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, usable // threads)
+    room = max(1, usable // threads)
+    gpus = sum(device.startswith("cuda") for device in devices)
+    return min(room, gpus) if gpus else room
 
 
 def prepared(
@@ -52,6 +60,8 @@ def prepared(
 
 class Processes:
     """Up to ``workers`` cells at once."""
+
+    stopping = "cells write their checkpoints"
 
     def __init__(self, workers: int, modules: Iterable[str] = ()) -> None:
         self.workers = workers
@@ -118,6 +128,18 @@ def _child(order: Order) -> None:
         write_result(Path(order.folder), work(order))
     except (Interrupted, KeyboardInterrupt):
         sys.exit(130)
+    except WriteFailed as error:
+        print(error, flush=True)
+        sys.exit(UNWRITABLE)
+
+
+def last_words(folder: Path) -> str:
+    """The last line of a cell's log."""
+    try:
+        lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        lines = []
+    return next((line for line in reversed(lines) if line.strip()), f"{folder} can't be written")
 
 
 def _end_with_parent() -> None:
@@ -131,15 +153,18 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def died(order: Order, code: int | str) -> dict[str, Any]:
-    """The result of a cell whose process left none: it ended with this exit code, or was lost for this reason."""
-    if isinstance(code, str):
-        why = code
-    elif code < 0:
+def died(order: Order, code: int) -> dict[str, Any]:
+    """The result of a cell whose process left none, and ended with this exit code."""
+    if code < 0:
         name = signal.Signals(-code).name
-        why = f"its process was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-    else:
-        why = f"its process ended with exit code {code} and no result"
+        return lost(
+            order, f"its process was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+        )
+    return lost(order, f"its process ended with exit code {code} and no result")
+
+
+def lost(order: Order, why: str) -> dict[str, Any]:
+    """The result of a cell that left none for this reason; a resume makes it again."""
     error: dict[str, Any] = {
         "type": "Died",
         "message": f"{why}; see {Path(order.folder) / LOG}",
@@ -152,6 +177,7 @@ def died(order: Order, code: int | str) -> dict[str, Any]:
         "started": time.time(),
         "status": FAILED,
         "error": error,
+        "again": True,
         "wall_seconds": 0.0,
         "cpu_seconds": 0.0,
     }

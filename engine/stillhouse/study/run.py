@@ -10,12 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from stillhouse.errors import CheckpointError, ConfigError, WriteFailed, nearest
+from stillhouse.errors import CheckpointError, ConfigError, StillhouseError, WriteFailed, nearest
+from stillhouse.runs.resolve import pick_device
 from stillhouse.study import directory, extra
 from stillhouse.study.live import Live
-from stillhouse.study.plan import Cell, Facts, Plan, cells, digest, expected
-from stillhouse.study.processes import Processes, Stopped, default_workers, died, prepared
-from stillhouse.study.work import DONE, Order, order
+from stillhouse.study.origin import differences
+from stillhouse.study.plan import Cell, Facts, Plan, answered, cells, digest
+from stillhouse.study.processes import (
+    UNWRITABLE,
+    Processes,
+    Stopped,
+    default_workers,
+    died,
+    last_words,
+    prepared,
+)
+from stillhouse.study.work import DONE, FAILED, Order, order
 
 Results = dict[str, dict[str, Any]]
 TICK = 0.5
@@ -23,9 +33,14 @@ TICK = 0.5
 
 
 class Executor(Protocol):
-    """Runs cells: on processes here, or on Ray's workers."""
+    """Runs cells: on processes here, or on Ray's workers.
+
+    stopping
+        What ``stop`` does to those that run, in words.
+    """
 
     workers: int
+    stopping: str
 
     def start(self, order: Order) -> None: ...
 
@@ -77,7 +92,8 @@ def make(plan: Plan, folder: Path, text: str, options: Options, live: Live) -> M
         The study's file, kept beside the plan.
 
     Raises CheckpointError where the directory is another study's, is held by another process, or holds an unfinished
-    study and ``resume`` is False; ConfigError for a metric that a task does not have. Nothing is run before that.
+    study and ``resume`` is False, or where a directory to merge is none of this study; MissingExtra where Ray is asked for
+    and not installed. Nothing is run before that.
     """
     extra.check_installed(tuned=plan.tuned)
     _check_writable(folder)
@@ -97,16 +113,19 @@ def make(plan: Plan, folder: Path, text: str, options: Options, live: Live) -> M
                     f"{folder} holds this study, unfinished or with other settings; --resume runs what is missing, "
                     "--overwrite starts over, --out puts this one elsewhere"
                 )
-        workers = options.workers or default_workers(_threads(plan))
+        theirs = [_of_same_study(plan, other) for other in options.merge]
+        if options.ray:
+            extra.ray()
+        workers = options.workers or default_workers(_threads(plan), _devices(plan))
         plan, modules = _prepare(plan, workers, live)
         directory.write_plan(folder, plan, text)
-        for other in options.merge:
-            _merge(plan, folder, other, results, live)
+        for other, found in zip(options.merge, theirs, strict=True):
+            _merge(plan, folder, other, found, results, live)
         executor: Executor
         if options.ray:
             from stillhouse.study.on_ray import Ray
 
-            executor = Ray(plan, _threads(plan), modules)
+            executor = Ray(plan, _threads(plan), _devices(plan), modules)
         else:
             executor = Processes(workers, modules)
         started = time.perf_counter()
@@ -134,12 +153,12 @@ def _check_writable(folder: Path) -> None:
 
 
 def _kept_results(folder: Path, live: Live) -> Results:
-    """The finished cells; what failed is tried again, and what is damaged made again."""
+    """The cells that had their turn, done or not; one that was lost is tried again, and what is damaged made again."""
     found, damaged = directory.read_results(folder)
     for name in damaged:
         live.say(f"cell {name} is damaged: it is to be made again")
         directory.drop_result(folder, name)
-    return {name: result for name, result in found.items() if result["status"] == DONE}
+    return {name: result for name, result in found.items() if answered(result)}
 
 
 def _same_study(kept: Plan, plan: Plan, folder: Path) -> None:
@@ -158,17 +177,18 @@ def _facts(plan: Plan) -> dict[tuple[str, str], Facts]:
 
 
 def _complete(plan: Plan, results: Results) -> bool:
-    return all(entry.facts.metric for entry in plan.entries) and all(
+    return all(entry.facts.metric and entry.facts.status != FAILED for entry in plan.entries) and all(
         cell.digest in results for cell in cells(plan, results)
     )
 
 
 def _threads(plan: Plan) -> int:
     """The most CPU threads that one cell uses."""
-    import torch
+    return max(int(entry.origin.machine["threads"]) for entry in plan.entries)
 
-    given = {entry.trials[0].config.get("threads") or torch.get_num_threads() for entry in plan.entries}
-    return max(given)
+
+def _devices(plan: Plan) -> set[str]:
+    return {str(pick_device(entry.trials[0].config["device"])) for entry in plan.entries}
 
 
 def _prepare(plan: Plan, workers: int, live: Live) -> tuple[Plan, list[str]]:
@@ -181,16 +201,28 @@ def _prepare(plan: Plan, workers: int, live: Live) -> tuple[Plan, list[str]]:
     made, modules = prepared(pairs, workers)
     facts = {}
     for pair, of_pair in zip(plan.pairs, made, strict=True):
+        fine = [found for found in of_pair.values() if found.status != FAILED]
         for method, found in of_pair.items():
-            facts[method, pair] = _judged(plan, pair, found)
+            judged = _judged(plan, pair, found if found in fine or not fine else _like(found, fine[0]))
+            facts[method, pair] = judged
             if found.refused is not None:
-                live.say(f"not applicable: {method} on {pair}: {found.refused}")
+                live.say(f"{found.status}: {method} on {pair}: {found.refused}")
+    if all(found.status == FAILED for found in facts.values()):
+        raise StillhouseError(f"nothing can be run: {next(iter(facts.values())).refused}")
     return plan.with_facts(facts), modules
+
+
+def _like(failed: Facts, other: Facts) -> Facts:
+    """The facts of a method that failed, with what is the same for all on its pair."""
+    shared = {"metric": other.metric, "higher": other.higher, "metrics": other.metrics}
+    return failed.model_copy(update=shared)
 
 
 def _judged(plan: Plan, pair: str, found: Facts) -> Facts:
     """The facts with the metric that the study asks for."""
     wanted = found.metric if plan.metric is None else plan.metric.name
+    if not found.metrics and found.status == FAILED:
+        return found
     if not found.metrics:
         raise ConfigError(
             f"pair {pair}: its task has no labelled validation split; expected one, to choose and to judge by"
@@ -222,14 +254,15 @@ def _run(plan: Plan, folder: Path, results: Results, executor: Executor, live: L
                 made.append(done.digest)
                 live.ended(running.pop(done.digest), results[done.digest])
     except KeyboardInterrupt:
-        live.say("stopping: cells write their checkpoints")
+        live.say(f"stopping: {executor.stopping}")
         executor.stop()
         raise Stopped(
             f"interrupted with {len(made)} cells finished and {len(running)} begun; go on with --resume"
         ) from None
     except WriteFailed as error:
         executor.stop()
-        raise WriteFailed(f"{error}: then go on with --resume", error.errno) from error
+        told = str(error) if "--resume" in str(error) else f"{error}: then go on with --resume"
+        raise WriteFailed(told, error.errno) from error
     except BaseException:
         executor.stop()
         raise
@@ -249,6 +282,8 @@ def _missing(plan: Plan, results: Results, running: Mapping[str, Cell], room: in
 
 
 def _result(order: Order, code: int) -> dict[str, Any]:
+    if code == UNWRITABLE:
+        raise WriteFailed(last_words(Path(order.folder)))
     result = directory.read_result(Path(order.folder))
     if result is not None and code == 0:
         return result
@@ -257,11 +292,15 @@ def _result(order: Order, code: int) -> dict[str, Any]:
     return result
 
 
-def _merge(plan: Plan, folder: Path, other: Path, results: Results, live: Live) -> None:
-    """Take over another directory's finished cells that this study needs, where all that made them is the same."""
+def _of_same_study(plan: Plan, other: Path) -> Results:
+    """The finished cells of another directory; CheckpointError where it is none of this study."""
     theirs_plan, theirs = load(other)
     _same_study(theirs_plan, plan, other)
-    done = {name: result for name, result in theirs.items() if result["status"] == DONE}
+    return {name: result for name, result in theirs.items() if result["status"] == DONE}
+
+
+def _merge(plan: Plan, folder: Path, other: Path, done: Results, results: Results, live: Live) -> None:
+    """Take over another directory's finished cells that this study needs, where all that made them is the same."""
     taken = 0
     while wanted := {cell.digest for cell in cells(plan, results)} & (set(done) - set(results)):
         for name in sorted(wanted):
@@ -274,24 +313,13 @@ def _merge(plan: Plan, folder: Path, other: Path, results: Results, live: Live) 
     for name in set(done) - set(results):
         ours = needed.get(_asked(done[name]["made_from"]))
         if ours is not None:
-            reasons.add(_difference(ours, done[name]["made_from"]))
+            reasons.add("; ".join(differences(ours, done[name]["made_from"])))
     for reason in sorted(reasons):
         live.say(f"{other}: cells not taken over: {reason}")
 
 
 def _asked(made_from: Mapping[str, Any]) -> str:
     return digest({"config": made_from["config"], "test": made_from["test"]})
-
-
-def _difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
-    told = []
-    for key in ("versions", "data"):
-        for name in sorted({*ours[key], *theirs[key]}):
-            if ours[key].get(name) != theirs[key].get(name):
-                told.append(f"{name} is {theirs[key].get(name)} there, {ours[key].get(name)} here")
-    if ours["teacher"] != theirs["teacher"]:
-        told.append(f"the teacher is {theirs['teacher']} there, {ours['teacher']} here")
-    return "; ".join(told)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -301,6 +329,3 @@ def _copy(source: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, beside)
     beside.rename(target)
-
-
-__all__ = ["Made", "Options", "Results", "expected", "load", "make"]

@@ -10,7 +10,17 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from stillhouse.config import STRICT, Named, RunConfig, StudentConfig, TeacherConfig, explain, parse
+from stillhouse.config import (
+    STRICT,
+    Named,
+    RunConfig,
+    StudentConfig,
+    TeacherConfig,
+    UserPlace,
+    dump,
+    explain,
+    parse,
+)
 from stillhouse.errors import ConfigError, nearest
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._+-]*$"
@@ -18,7 +28,8 @@ OWN_KEYS = ("name", "out", "seed")
 """Keys of a run's config that a study sets for each of its cells."""
 BUDGET_KEYS = ("steps", "batch_size")
 """Keys that say how much a run may learn from: the same for all methods."""
-PAIR_KEYS = ("task", "teacher", "student", "target")
+PAIR_KEYS = ("task", "teacher", "teachers", "soft_labels", "student", "target")
+"""Keys that say what is distilled into what: the same for all methods on a pair."""
 
 
 class Range(BaseModel):
@@ -82,11 +93,18 @@ class Pair(BaseModel):
     name: str = Field(pattern=NAME)
     task: Named
     teacher: TeacherConfig | None = None
+    teachers: dict[str, TeacherConfig] = Field(default_factory=dict)
+    soft_labels: UserPlace | None = None
     student: StudentConfig | None = None
     target: StudentConfig | None = None
     config: dict[str, Any] = Field(
         default_factory=dict, description="Further keys of a run, for all methods."
     )
+
+    def keys(self) -> dict[str, Any]:
+        """The pair's own keys of a run, as far as they are given."""
+        content = dump(self)
+        return {key: content[key] for key in PAIR_KEYS if content.get(key)}
 
 
 class MethodSpec(BaseModel):
@@ -124,7 +142,9 @@ class Study(BaseModel):
     name: str = Field(pattern=NAME, description="Names the study's directory.")
     question: str = Field(min_length=1, description="What the study is to find out, in a sentence.")
     baseline: str = Field(description="The method that differences are taken to.")
-    metric: Metric | None = Field(None, description="Default: each task's own, higher being better.")
+    metric: Metric | None = Field(
+        None, description="Default: each task's own, which says whether more of it is better."
+    )
     budget: Budget
     seeds: Seeds
     defaults: bool = Field(
@@ -166,6 +186,11 @@ class Study(BaseModel):
         if trials and not self.seeds.tuning:
             raise ValueError(
                 f"budget.trials is {trials} and seeds.tuning is empty; expected at least one tuning seed"
+            )
+        if not trials and self.defaults:
+            raise ValueError(
+                "defaults is true and budget.trials is 0: without tuning every method runs as it is given; expected trials, "
+                "or defaults: false"
             )
         if not trials:
             searched = [name for name, method in self.methods.items() if method.search]

@@ -1,13 +1,18 @@
-"""The settings that a method's trials try: the given ones, then quasi-random points of its search space.
+"""The settings that a method's trials try: the given ones, then points spread over its search space.
 
-The points depend on the space alone, not on what was scored (as in AlgoPerf, Dahl et al. 2023, arXiv:2306.07179): all
-trials can run at once, in any order, on any machine, and two methods with the same ranges try the same values.
+Numbers are quasi-random from the first point on; a list's choices come in turn, so that none is tried twice while another
+was never tried. The points depend on the space and the seed alone, not on what was scored (as in AlgoPerf, Dahl et al.
+2023, arXiv:2306.07179): all trials can run at once, in any order, on any machine, more trials keep those before, and two
+methods with the same ranges try the same values.
 """
 
 from __future__ import annotations
 
+import math
+import random
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
 from typing import Any
 
 from stillhouse.errors import ConfigError
@@ -15,11 +20,15 @@ from stillhouse.study.extra import library
 from stillhouse.study.schema import Range
 
 ASKED = 64
-"""Points asked for, for each that is kept: lists of few choices repeat themselves."""
+"""Points looked at, for each that is kept: two may come to the same setting."""
 
 
 def points(
-    search: Mapping[str, list[Any] | Range], trials: int, method: str, key: Callable[[dict[str, Any]], str]
+    search: Mapping[str, list[Any] | Range],
+    trials: int,
+    method: str,
+    seed: int,
+    key: Callable[[dict[str, Any]], str],
 ) -> list[dict[str, Any]]:
     """``trials`` different settings by path, the first of them none: the method as it is given.
 
@@ -32,36 +41,99 @@ def points(
     if trials <= 1:
         return made
     seen = {key({})}
-    optuna = library("optuna")
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        sampler = optuna.samplers.QMCSampler(
-            scramble=True, seed=0, warn_independent_sampling=False, warn_asynchronous_seeding=False
-        )
-        study = optuna.create_study(sampler=sampler)
-        for _ in range(ASKED * trials):
-            trial = study.ask({path: _distribution(choices) for path, choices in search.items()})
-            study.tell(trial, 0.0)  # a finished trial: the sampler takes its space from it
-            point = {path: _value(search[path], drawn) for path, drawn in trial.params.items()}
-            if key(point) not in seen:
-                seen.add(key(point))
-                made.append(point)
-            if len(made) == trials:
-                return made
+    drawn = numbers([one for one in search.values() if isinstance(one, Range)], seed)
+    listed = _places({path: one for path, one in search.items() if isinstance(one, list)}, seed, key)
+    for _, values, places in zip(range(ASKED * trials), drawn, listed, strict=False):
+        ranged = iter(values)
+        point = {
+            path: next(ranged) if isinstance(one, Range) else one[places[path]]
+            for path, one in search.items()
+        }
+        if key(point) not in seen:
+            seen.add(key(point))
+            made.append(point)
+        if len(made) == trials:
+            return made
     raise ConfigError(
         f"methods.{method}.search: {len(made)} different settings with the given ones, and budget.trials is {trials}; "
         "expected as many, or fewer trials for all"
     )
 
 
-def _distribution(choices: list[Any] | Range) -> Any:
-    distributions = library("optuna.distributions")
-    if isinstance(choices, Range):
-        return distributions.FloatDistribution(choices.low, choices.high, log=choices.log)
-    return distributions.IntDistribution(0, len(choices) - 1)  # by its place: quasi-random too
+def numbers(ranges: Sequence[Range], seed: int) -> Iterator[list[float]]:
+    """A scrambled Sobol sequence in the ranges; each number has four digits: what is printed is what was run.
+
+    Its points alternate between the halves of a range, and so would the choices of a list of two: it is gone through in the
+    order of the inverse Gray code, whose first 2, 4, 8, ... points are the sequence's own and in step with no list.
+    """
+    if not ranges:
+        while True:
+            yield []
+    optuna = library("optuna")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    space = {
+        str(number): optuna.distributions.FloatDistribution(one.low, one.high, log=one.log)
+        for number, one in enumerate(ranges)
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = optuna.samplers.QMCSampler(scramble=True, seed=seed, warn_asynchronous_seeding=False)
+    study = optuna.create_study(sampler=sampler)
+    # The sampler takes its space from a finished trial, and draws at random where there is none.
+    low = {name: one.low for name, one in space.items()}
+    study.add_trial(optuna.trial.create_trial(params=low, distributions=space, value=0.0))
+    drawn: list[list[float]] = []
+    for number in count():
+        place, rest = 0, number
+        while rest:
+            place, rest = place ^ rest, rest >> 1
+        while len(drawn) <= place:
+            found = study.ask(space).params
+            drawn.append([float(f"{found[name]:.4g}") for name in space])
+        yield drawn[place]
 
 
-def _value(choices: list[Any] | Range, drawn: float) -> Any:
-    """The value, a number with four digits: what is printed is what was run."""
-    return float(f"{drawn:.4g}") if isinstance(choices, Range) else choices[int(drawn)]
+def _places(
+    lists: Mapping[str, list[Any]], seed: int, key: Callable[[dict[str, Any]], str]
+) -> Iterator[dict[str, int]]:
+    """Places in the lists by path, in an order of the seed's; where the given setting is a point of them, behind it."""
+    orders, given = [], True
+    for number, (path, choices) in enumerate(lists.items()):
+        order = list(range(len(choices)))
+        random.Random(f"{seed}/{number}").shuffle(order)  # noqa: S311 - no secret
+        own = next((place for place in order if _comes_to({path: choices[place]}, key)), None)
+        if own is None:
+            given = False
+        else:
+            order.remove(own)
+            order.insert(0, own)
+        orders.append(order)
+    turns = turns_of([len(order) for order in orders])
+    if given:
+        next(turns)
+    for turn in turns:
+        yield {path: order[place] for path, order, place in zip(lists, orders, turn, strict=True)}
+
+
+def _comes_to(setting: dict[str, Any], key: Callable[[dict[str, Any]], str]) -> bool:
+    """Whether the setting alone changes nothing; one that only goes with others is none."""
+    try:
+        return key(setting) == key({})
+    except ConfigError:
+        return False
+
+
+def turns_of(sizes: Sequence[int]) -> Iterator[list[int]]:
+    """A place in each of several lists, for ever: every list's come equally often, and no combination comes again before
+    all have come.
+
+    Each list is gone through in turn; where that would bring a combination of it and those before again, it moves on by
+    one.
+    """
+    for number in count():
+        turn, combinations = [], 1
+        for size in sizes:
+            period = math.lcm(combinations, size)
+            turn.append((number + number // period % math.gcd(combinations, size)) % size)
+            combinations *= size
+        yield turn

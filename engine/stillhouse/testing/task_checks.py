@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stillhouse.api import IGNORE, Batch, Task
 from stillhouse.contract.kinds import KINDS
-from stillhouse.contract.metrics import higher_is_better
+from stillhouse.contract.metrics import higher_is_better, metric_behind
 from stillhouse.contract.splits import Split, Splits, TensorSplit
 from stillhouse.models.calling import forward
 from stillhouse.plugin.builders import arguments_model
@@ -123,7 +123,7 @@ def metric_is_scored_and_higher_is_better(subject: Subject, folder: Path) -> Non
     expect(
         task.metric in scores[0], subject, f"metrics() give {', '.join(scores[0])}; expected '{task.metric}'"
     )
-    more = higher_is_better(task.metric, task.metrics().get(task.metric))
+    more = higher_is_better(task.metric, metric_behind(task.metric, task.metrics()))
     right, wrong = (one[task.metric] for one in scores)
     expect(
         right > wrong if more else right < wrong,
