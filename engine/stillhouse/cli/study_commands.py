@@ -11,9 +11,10 @@ from stillhouse.study import live, report
 from stillhouse.study import run as studies
 from stillhouse.study.analysis import Analysis, analyse
 from stillhouse.study.compare import of_configs
-from stillhouse.study.plan import Plan, of_study
+from stillhouse.study.plan import Plan, answered, of_study
 from stillhouse.study.report.text import brief
 from stillhouse.study.schema import read, to_text
+from stillhouse.study.work import FAILED
 
 
 def study(options: argparse.Namespace) -> int:
@@ -60,7 +61,16 @@ def _make(plan: Plan, folder: Path, text: str, chosen: studies.Options) -> int:
         own = live.duration(made.cell_seconds)
         print(f"{own} of cells in {live.duration(made.seconds)}, {made.workers} at once")
     print(f"see {folder / 'report.html'}")
-    return 1 if analysis.failures else 0
+    return 1 if _failed(analysis) else 0
+
+
+def _failed(analysis: Analysis) -> bool:
+    """Whether something is missing; a trial that diverged, among others that did not, is an answer."""
+    lost = any(one.phase != "tuning" or not answered(found) for one, found in analysis.failures)
+    prepared = all(entry.facts.status != FAILED for entry in analysis.plan.entries)
+    return (
+        lost or not prepared or any(row.status == FAILED for rows in analysis.rows.values() for row in rows)
+    )
 
 
 def _show(analysis: Analysis) -> None:

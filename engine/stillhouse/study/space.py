@@ -63,8 +63,8 @@ def points(
 def numbers(ranges: Sequence[Range], seed: int) -> Iterator[list[float]]:
     """A scrambled Sobol sequence in the ranges; each number has four digits: what is printed is what was run.
 
-    Its points alternate between the halves of a range, and so would the choices of a list of two: it is gone through in the
-    order of the inverse Gray code, whose first 2, 4, 8, ... points are the sequence's own and in step with no list.
+    The sequence goes from half to half of a range as regularly as choices come in turn: its first two points, the next two,
+    the next four, ... are shuffled, so that no choice is tried in one half alone.
     """
     if not ranges:
         while True:
@@ -82,15 +82,12 @@ def numbers(ranges: Sequence[Range], seed: int) -> Iterator[list[float]]:
     # The sampler takes its space from a finished trial, and draws at random where there is none.
     low = {name: one.low for name, one in space.items()}
     study.add_trial(optuna.trial.create_trial(params=low, distributions=space, value=0.0))
-    drawn: list[list[float]] = []
-    for number in count():
-        place, rest = 0, number
-        while rest:
-            place, rest = place ^ rest, rest >> 1
-        while len(drawn) <= place:
-            found = study.ask(space).params
-            drawn.append([float(f"{found[name]:.4g}") for name in space])
-        yield drawn[place]
+    order, drawn = random.Random(seed), 0  # noqa: S311 - no secret
+    while True:
+        part = [study.ask(space).params for _ in range(max(2, drawn))]
+        drawn += len(part)
+        order.shuffle(part)
+        yield from ([float(f"{found[name]:.4g}") for name in space] for found in part)
 
 
 def _places(

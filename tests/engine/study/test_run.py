@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from small_study import make, small, untuned
+from small_study import RATES, make, small, untuned
 
-from stillhouse.errors import CheckpointError, ConfigError, WriteFailed
+from stillhouse.errors import CheckpointError, ConfigError, MissingExtra
 from stillhouse.study import directory, processes, work
-from stillhouse.study.plan import Plan
+from stillhouse.study.plan import Plan, answered, cells, of_study
 from stillhouse.study.schema import to_text, validate
 
 TABLES = ("scores.csv", "statistics.csv", "report.tex")
 """What holds no time."""
+EXACT = (
+    "pair",
+    "method",
+    "teacher_calls",
+    "student_parameters",
+    "updates_to_target",
+    "reached_target",
+    "seeds",
+)
+"""Columns of ``costs.csv`` that are of no clock and no memory."""
 
 
 def results(folder: Path) -> dict[str, dict]:
@@ -30,8 +43,24 @@ def results(folder: Path) -> dict[str, dict]:
     return found
 
 
-def tables(folder: Path) -> dict[str, str]:
-    return {name: (folder / name).read_text() for name in TABLES}
+def tables(folder: Path) -> dict[str, Any]:
+    costs = csv.DictReader((folder / "costs.csv").open())
+    exact = [{name: row[name] for name in EXACT} for row in costs]
+    report = untimed((folder / "report.md").read_text())
+    return {name: (folder / name).read_text() for name in TABLES} | {"costs": exact, "report.md": report}
+
+
+def untimed(report: str) -> list[str]:
+    """The report's lines, its tables without the columns of a clock or of memory."""
+    lines, measured = [], set()
+    for line in report.splitlines():
+        columns = line.split("|")
+        if line.startswith("| method |"):
+            measured = {place for place, head in enumerate(columns) if re.search(r"second|\(s\)|MB", head)}
+        elif not line.startswith("|"):
+            measured = set()
+        lines.append("|".join(column for place, column in enumerate(columns) if place not in measured))
+    return lines
 
 
 class TestCells:
@@ -45,16 +74,21 @@ class TestCells:
             assert found["test_opened"] == (0 if tuned else 1)
             assert one.seed in ([100] if tuned else [0, 1, 2])
 
-    def test_all_methods_have_the_same_number_of_trials_and_updates(self, finished):
-        _, analysis, _ = finished
-        for method in ("hard", "kd"):
-            mine = [
-                (one, found)
-                for one, found in analysis.provenance
-                if (one.method, one.pair) == (method, "digits")
-            ]
-            assert [sum(one.phase == phase for one, _ in mine) for phase in ("tuning", "final")] == [2, 3]
-            assert {found["steps"] for _, found in mine} == {30}
+    def test_all_methods_have_the_same_number_of_trials_and_updates(self, tmp_path):
+        """Stages share the updates; those that a method makes on top are in its cell's result."""
+        content = untuned(budget={"updates": 40, "trials": 2}, seeds={"tuning": [100], "fresh": [0]})
+        stages = {
+            "takd": {"name": "takd", "assistants": [{"name": "mlp", "hidden": 4}]},
+            "pddm": {"name": "pddm", "pdnet_steps": 10},
+        }
+        content["methods"] |= {name: {"config": {"method": method}} for name, method in stages.items()}
+        for method in content["methods"].values():
+            method["search"] = {"optimizer.lr": RATES}
+        analysis, _ = make(content, tmp_path / "s")
+        for row in analysis.rows["digits"]:
+            mine = [(one, found) for one, found in analysis.provenance if one.method == row.entry.method]
+            assert [sum(one.phase == phase for one, _ in mine) for phase in ("tuning", "final")] == [2, 1]
+            assert {found["steps"] for _, found in mine} == {50 if row.entry.method == "pddm" else 40}
 
     def test_the_best_trial_on_validation_is_the_one_that_is_reported(self, finished):
         _, analysis, _ = finished
@@ -151,15 +185,36 @@ class TestGoingOn:
         assert f"cell {one.digest} is damaged: it is to be made again" in said
         assert tables(folder) == text
 
-    def test_what_failed_is_tried_again_on_a_resume(self, tmp_path):
+    def test_what_diverged_would_do_so_again_and_is_kept(self, tmp_path):
         content = untuned()
         content["methods"]["kd"]["config"]["optimizer"] = {"lr": 1e30}
         make(content, tmp_path / "s")
-        before = {name for name, found in results(tmp_path / "s").items() if found["status"] == "failed"}
-        started = {name: results(tmp_path / "s")[name]["started"] for name in before}
-        make(content, tmp_path / "s", resume=True)
-        assert before
-        assert all(results(tmp_path / "s")[name]["started"] > started[name] for name in before)
+        before = results(tmp_path / "s")
+        assert sum(found["status"] == "failed" for found in before.values()) == 3
+        analysis, said = make(content, tmp_path / "s")
+        assert analysis.complete
+        assert "preparing" not in said, "it is finished: nothing is left to run"
+        assert results(tmp_path / "s") == before
+
+    def test_what_was_lost_holds_back_the_reported_cells_and_is_tried_again_on_a_resume(
+        self, finished, tmp_path
+    ):
+        folder = tmp_path / "s"
+        shutil.copytree(finished[0], folder)
+        one = next(one for one, _ in finished[1].provenance if one.phase == "tuning" and one.method == "kd")
+        cell = folder / "cells" / one.digest
+        order = work.order(one, cell)
+        directory.write_result(cell, processes.died(order, -9))
+        kept = results(folder)
+        assert not answered(kept[one.digest])
+        entry = Plan.model_validate_json((folder / "plan.json").read_text()).entry("kd", "digits")
+        listed = cells(finished[1].plan.model_copy(update={"entries": [entry]}), kept)
+        assert {cell.phase for cell in listed} == {"tuning"}
+        with pytest.raises(CheckpointError, match="unfinished or with other settings; --resume"):
+            make(small(), folder)
+        make(small(), folder, resume=True)
+        assert results(folder)[one.digest]["status"] == "done"
+        assert tables(folder) == tables(finished[0])
 
     def test_what_a_kill_leaves_is_gone_on_with_to_the_same_tables(self, finished, tmp_path):
         """A cell that was finished and not told of, one cut short before its first checkpoint, one not begun."""
@@ -195,7 +250,7 @@ class TestGoingOn:
             "--out",
             str(tmp_path / "s"),
         ]
-        command += ["--resume", "--workers", "1"]
+        command += ["--resume", "--workers", "2"]
         for moment in range(moments):
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             cells = moment % 3  # that end before; none: while it imports, prepares, or begins the first
@@ -254,9 +309,30 @@ class TestMerge:
         assert "cells not taken over: torch is 1.0 there" in said
         assert len(results(tmp_path / "here")) == 3
 
+    def test_cells_of_another_device_are_not_and_the_device_is_told(self, tmp_path):
+        content = untuned(methods={"hard": {"config": {"method": "hard_labels"}}}, seeds={"fresh": [0]})
+        make(content, tmp_path / "there")
+        (path,) = (tmp_path / "there" / "cells").iterdir()
+        result = directory.read_result(path)
+        result["made_from"]["machine"]["device"] = "NVIDIA H200"
+        result["digest"] = directory.digest(result["made_from"])
+        path.rename(path.with_name(result["digest"]))
+        directory.write_result(path.with_name(result["digest"]), result)
+        _, said = make(content, tmp_path / "here", merge=[tmp_path / "there"])
+        assert "cells not taken over: the machine's device is NVIDIA H200 there, cpu here" in said
+
 
 class TestRefused:
     """Before anything is run, and nothing that is there is touched."""
+
+    @pytest.fixture
+    def untouched(self, monkeypatch):
+        """A teacher that is trained fails the test."""
+
+        def prepared(pairs, workers):
+            raise AssertionError("preparing began")
+
+        monkeypatch.setattr("stillhouse.study.run.prepared", prepared)
 
     def test_the_directory_of_another_study(self, finished):
         with pytest.raises(CheckpointError, match="holds the study 'small', and this is 'other'"):
@@ -288,68 +364,26 @@ class TestRefused:
             make(small(), tmp_path)
 
     def test_a_metric_that_a_task_does_not_have(self, tmp_path):
-        with pytest.raises(ConfigError, match=r"the task of pair diabetes has no 'accuracy'.*r2"):
-            make(small(metric={"name": "accuracy", "better": "higher"}), tmp_path / "s")
-        assert not (tmp_path / "s" / "cells").exists()
+        with pytest.raises(
+            ConfigError, match=r"hard on diabetes: metric.name: the task has no 'accuracy'.*r2"
+        ):
+            of_study(validate(small(metric={"name": "accuracy", "better": "higher"})))
+
+    def test_a_directory_to_merge_that_is_none_of_this_study(self, finished, tmp_path, untouched):
+        with pytest.raises(CheckpointError, match="holds no study"):
+            make(small(), tmp_path / "s", merge=[tmp_path])
+        with pytest.raises(CheckpointError, match="holds the study 'small', and this is 'other'"):
+            make(small(name="other"), tmp_path / "s", merge=[finished[0]])
+
+    def test_ray_that_is_not_there(self, tmp_path, untouched, monkeypatch):
+        monkeypatch.setitem(sys.modules, "ray", None)
+        with pytest.raises(MissingExtra, match=r"--ray needs ray: pip install 'stillhouse\[ray\]'"):
+            make(small(), tmp_path / "s", ray=True)
 
     def test_a_folder_that_can_not_be_made(self, tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(CheckpointError, match="is no folder; choose another with --out"):
             make(small(), tmp_path / "file" / "s")
-
-
-class TestWorker:
-    ORDER = work.Order(
-        "0" * 16, {"data": {}, "teacher": None}, {"task": "digits", "method": "kd"}, "", True, True
-    )
-
-    def order(self, folder: Path) -> work.Order:
-        return work.replace(self.ORDER, folder=str(folder / self.ORDER.digest))
-
-    def test_a_cell_whose_process_is_killed_is_told_with_the_signal(self, tmp_path):
-        told = processes.died(self.order(tmp_path), -9)
-        assert told["status"] == "failed"
-        assert "its process was ended by SIGKILL (out of memory?)" in told["error"]["message"]
-
-    def test_a_killed_process_ends_its_cell_alone(self, tmp_path):
-        running = processes.Processes(1)
-        running.start(
-            work.replace(self.order(tmp_path), config={"task": "mnist1d", "method": "kd", "steps": 10**6})
-        )
-        (process,) = running._running
-        os.kill(process.pid, signal.SIGKILL)
-        ended = []
-        while not ended:
-            ended = running.finished(1.0)
-        assert ended[0][1] == -9
-
-    def test_a_full_disk_is_an_error_of_the_cell(self, tmp_path, monkeypatch):
-        def full(*given):
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr("stillhouse.runs.directory.write_text", full)
-        made = work.work(self.order(tmp_path))
-        assert made["status"] == "failed"
-        assert "No space left on device" in made["error"]["message"]
-
-    def test_a_disk_too_full_for_a_result_ends_the_study_with_a_word_on_going_on(self, tmp_path, monkeypatch):
-        def full(folder, result):
-            raise WriteFailed(f"{folder} can't be written", 28)
-
-        monkeypatch.setattr(directory, "read_result", lambda folder: None)
-        monkeypatch.setattr(directory, "write_result", full)
-        with pytest.raises(WriteFailed, match=r"can't be written: then go on with --resume"):
-            make(untuned(), tmp_path / "s")
-
-    def test_data_that_are_not_those_of_the_study_are_refused(self, tmp_path):
-        with pytest.raises(
-            CheckpointError, match="the train split is b here and a where the study was prepared"
-        ):
-            work._check_origin(
-                {"data": {"train": "a"}, "teacher": None}, {"data": {"train": "b"}, "teacher": {}}
-            )
-        with pytest.raises(CheckpointError, match="the teacher is None here and t where the study"):
-            work._check_origin({"data": {}, "teacher": "t"}, {"data": {}, "teacher": {}})
 
 
 def test_a_result_that_was_cut_short_or_changed_or_moved_is_none(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from small_study import RATES, small
+from small_study import RATES, small, untuned
 
 from stillhouse.errors import ConfigError
 from stillhouse.study.plan import of_study
@@ -34,6 +34,9 @@ REFUSED = {
     "a list of one": (small(methods__kd__search={"optimizer.lr": [0.1]}), "has 1 choice"),
     "a pair's key in a method": (small(methods__kd__config__student="mlp"), "it belongs to a pair"),
     "the study's own key": (small(common__seed=3), "the study sets it for each cell"),
+    "a teacher of a method's own": (small(methods__kd__config__teachers={"a": {"name": "mlp"}}), "it belongs to a pair"),
+    "kept labels of a method's own": (small(methods__kd__search={"soft_labels": ["a", "b"]}), "it belongs to a pair"),
+    "defaults that nothing is tuned from": (untuned(defaults=True), "defaults is true and budget.trials is 0"),
     "an unclear metric": (small(metric={"name": "nll"}), "metric.better: missing"),
 }  # fmt: skip
 
@@ -81,6 +84,15 @@ def test_methods_with_one_range_try_the_same_values_and_settings_pass_what_is_in
         assert trial.config["optimizer"]["lr"] == trial.settings["optimizer.lr"]
         assert 0.001 <= trial.settings["optimizer.lr"] <= 0.1
     assert "optimizer" not in hard.given
+
+
+def test_a_pair_may_have_several_teachers_or_kept_labels():
+    content = untuned()
+    pair = content["pairs"][0]
+    pair["teachers"] = {name: pair["teacher"] for name in "ab"}
+    del pair["teacher"]
+    config = of_study(validate(content)).entry("kd", "digits").trials[0].config
+    assert set(config["teachers"]) == {"a", "b"}
 
 
 def test_the_size_of_a_space_in_words():
