@@ -70,7 +70,7 @@ class Sources:
             code={name: digest for name, (digest, _) in read.items()},
             versions={"python": ".".join(platform.python_version_tuple()[:2])}
             | dict(sorted(self._version(name) for name in libraries)),
-            machine={"device": name, "threads": config["threads"] or torch.get_num_threads()},
+            machine={"device": name, "threads": config.get("threads") or torch.get_num_threads()},
         )
 
     def _version(self, name: str) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 from pathlib import Path
@@ -97,7 +98,7 @@ class TestResult:
         }
         found = made(content, tmp_path)
         rows = (tmp_path / found["digest"] / "run" / "metrics.jsonl").read_text().splitlines()
-        scored = [row for row in map(work.json.loads, rows) if "validation.accuracy" in row]
+        scored = [row for row in map(json.loads, rows) if "validation.accuracy" in row]
         others = {row["stage"] for row in scored if row["model"] not in ("student", "target")}
         assert others, "some rows are of a network on the way"
         assert found["curve"]
@@ -280,3 +281,16 @@ class TestCompare:
             ConfigError, match=rf"the budgets differ: {key} is .* in a, {value} in b.*such as {key}={value}"
         ):
             of_configs(configs, [0])
+
+
+def test_a_result_that_was_cut_short_or_changed_or_moved_is_none(tmp_path):
+    cell = tmp_path / directory.digest({"a": 1})
+    directory.write_result(cell, {"digest": cell.name, "made_from": {"a": 1}, "status": "done"})
+    assert directory.read_result(cell)["status"] == "done"
+    text = (cell / "result.json").read_text()
+    for broken in (text[:-9], text.replace("done", "DONE"), json.dumps([1])):
+        (cell / "result.json").write_text(broken)
+        assert directory.read_result(cell) is None
+    (cell / "result.json").write_text(text)
+    moved = cell.rename(tmp_path / "other")
+    assert directory.read_result(moved) is None
