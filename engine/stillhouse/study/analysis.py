@@ -11,7 +11,7 @@ from typing import Any
 from stillhouse.study import statistics
 from stillhouse.study.costs import Cost, cost
 from stillhouse.study.differences import Difference, describe, difference, judge
-from stillhouse.study.plan import Cell, Entry, Plan, cells, chosen, trial_scores
+from stillhouse.study.plan import Cell, Entry, Plan, cell, cells, chosen, trial_scores
 from stillhouse.study.ranking import Ranking, Scored, rankings
 from stillhouse.study.statistics import FEWEST, Interval
 from stillhouse.study.work import DONE, REFUSED
@@ -102,7 +102,7 @@ def analyse(plan: Plan, results: Results) -> Analysis:
                 row.cost = _cost(plan, row, results, target)
         _against_control(of_pair)
     listed = cells(plan, results)
-    complete = all(one.digest in results for one in listed)
+    complete = all(_answered(results.get(one.digest)) for one in listed)
     if complete:
         judge([row.difference for of_pair in rows.values() for row in of_pair if row.difference])
     return Analysis(
@@ -113,6 +113,11 @@ def analyse(plan: Plan, results: Results) -> Analysis:
         remarks=[*plan.remarks, *_remarks(plan, rows)],
         complete=complete,
     )
+
+
+def _answered(result: Mapping[str, Any] | None) -> bool:
+    """Whether the cell has had its turn; one that was lost, and not by its own fault, is to run again."""
+    return result is not None and not result.get("again", False)
 
 
 def _remarks(plan: Plan, rows: Mapping[str, Sequence[Row]]) -> list[str]:
@@ -198,7 +203,7 @@ def _finite(value: Any) -> float | None:
 
 def _made(plan: Plan, row: Row, results: Results, trial: int, phase: Any) -> dict[int, Mapping[str, Any]]:
     """The finished cells of the setting, by fresh seed."""
-    found = {seed: results.get(row.entry.cell(trial, seed, phase).digest) for seed in plan.fresh_seeds}
+    found = {seed: results.get(cell(row.entry, trial, seed, phase).digest) for seed in plan.fresh_seeds}
     return {seed: one for seed, one in found.items() if one is not None and one["status"] == DONE}
 
 
@@ -222,7 +227,7 @@ def _lost(plan: Plan, row: Row, results: Results) -> dict[int, str]:
     """Why a trial has no score, of those whose cells have ended."""
     found = {}
     for trial, value in enumerate(row.trials):
-        ended = [results.get(row.entry.cell(trial, seed, "tuning").digest) for seed in plan.tuning_seeds]
+        ended = [results.get(cell(row.entry, trial, seed, "tuning").digest) for seed in plan.tuning_seeds]
         if value is not None or any(one is None for one in ended):
             continue
         bad = next((one for one in ended if one is not None and one["status"] != DONE), None)
@@ -282,7 +287,7 @@ def _cost(plan: Plan, row: Row, results: Results, target: float | None) -> Cost:
     assert row.chosen is not None
     made = _made(plan, row, results, row.chosen, "final")
     tuning = [
-        results.get(row.entry.cell(trial, seed, "tuning").digest)
+        results.get(cell(row.entry, trial, seed, "tuning").digest)
         for trial in range(len(row.entry.trials) if plan.tuned else 0)
         for seed in plan.tuning_seeds
     ]

@@ -79,6 +79,18 @@ class TestVerdicts:
         whole = concluded(plan, by_method(scores))
         assert whole.rows["digits"][1].difference.verdict == "better"
 
+    def test_nothing_is_claimed_while_a_cell_is_to_run_again(self):
+        plan = planned(["base", "up", "late"])
+        scores = {"base": BASE, "up": shifted(0.1), "late": BASE}
+
+        def result(one, again):
+            lost = one.method == "late" and one.seed == 4
+            return failed(one, again=again) if lost else done(one, scores[one.method][one.seed])
+
+        made = [concluded(plan, lambda one, again=again: result(one, again)) for again in (True, False)]
+        assert [one.complete for one in made] == [False, True]
+        assert [one.rows["digits"][1].difference.verdict for one in made] == [None, "better"]
+
 
 class TestScoresThatAreNone:
     @pytest.mark.parametrize("odd", [math.nan, math.inf])

@@ -123,7 +123,7 @@ def rank_words(analysis: Analysis, ranking: Ranking) -> str:
 def failures(analysis: Analysis) -> list[tuple[str, str]]:
     """What did not run: which, and why."""
     found = [
-        (f"{row.title} on {pair}", f"not applicable: {row.reason}")
+        (f"{row.title} on {pair}", f"{row.status}: {row.reason}")
         for pair, rows in analysis.rows.items()
         for row in rows
         if row.entry.facts.refused is not None
