@@ -268,7 +268,7 @@ def _difference(row: Row, base: Row) -> Difference | None:
         describe(made, row.scores, base.scores)
         if made.equal and made.interval.mean:
             row.remarks.append(
-                "the difference is the same for every seed: its p is the exact permutation test's, and it has no effect size"
+                "the difference is the same for every seed: its p is the permutation test's, and it has no interval or effect size"
             )
     return made
 

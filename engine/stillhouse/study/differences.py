@@ -18,7 +18,7 @@ class Difference:
     p, p_holm
         Of the paired t-test (equal differences: of Fisher's exact test); adjusted for every comparison of the study.
     equal
-        Whether the differences are one and the same but for rounding: then there is no effect in standard deviations.
+        Whether the differences are one and the same but for rounding: then there is neither interval nor effect size.
     verdict
         ``better`` or ``worse`` at 5 % after the adjustment, else ``open``; None with fewer than 3 seeds, and until every
         cell of the study has run.
@@ -45,6 +45,8 @@ def difference(higher: bool, ours: Mapping[int, float], base: Mapping[int, float
     made = Difference(statistics.mean_interval(values), higher)
     if len(values) >= FEWEST:
         made.equal = statistics.equal(values, largest)
+        if made.equal:  # nought wide, while the permutations may well say that so few show nothing
+            made.interval = Interval(made.interval.mean, None, len(values))
         made.p = statistics.paired_t(values, largest)
     return made
 

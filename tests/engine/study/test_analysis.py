@@ -61,6 +61,7 @@ class TestVerdicts:
         one = made.rows["digits"][1].difference
         assert (one.p, one.p_permutation, one.p_wilcoxon) == (0.25, 0.25, 0.25)
         assert (one.effect, one.needed, one.verdict) == (None, None, "open")
+        assert one.interval.signed() == "+0.017", "an interval of no width would say that it is certain"
         assert "the same for every seed" in made.rows["digits"][1].remarks[0]
 
     def test_nothing_is_claimed_before_every_cell_has_run(self):
