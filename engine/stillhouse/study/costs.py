@@ -35,6 +35,7 @@ class Cost:
     updates_to_target: int | None
     reached: int
     grid: int
+    peak_gpu_memory: float | None = None
 
 
 def cost(
@@ -48,6 +49,7 @@ def cost(
     """The cost of the finished runs ``made`` (one or more), chosen by ``trials``, finished or not."""
     first = [math.inf if target is None else _first(facts, one["curve"], target) for one in made]
     half = median_low(first)
+    on_gpu = [one["peak_gpu_memory"] for one in made if one.get("peak_gpu_memory") is not None]
     return Cost(
         updates=max(one["steps"] for one in made),
         seconds=fmean(one["seconds"] for one in made),
@@ -58,6 +60,7 @@ def cost(
         updates_to_target=None if half == math.inf else int(half),
         reached=sum(step < math.inf for step in first),
         grid=grid,
+        peak_gpu_memory=fmean(on_gpu) if on_gpu else None,
     )
 
 

@@ -242,6 +242,12 @@ class TestCosts:
         cost = concluded(plan, result).rows["digits"][1].cost
         assert (cost.updates_to_target, cost.reached, cost.grid) == (median, reached, 20)
 
+    def test_memory_of_a_gpu_is_told_where_one_was_used(self):
+        plan = planned(2)
+        used = lambda one: {"m0": None, "m1": (one.seed + 1) * 10**6}[one.method]
+        made = concluded(plan, lambda one: done(one, 0.5, peak_gpu_memory=used(one)))
+        assert [row.cost.peak_gpu_memory for row in made.rows["digits"]] == [None, 3e6]
+
     def test_of_four_seeds_two_are_half(self):
         plan = planned(2, seeds=4)
         curve = lambda one: [{"step": 40, "accuracy": 0.6 if one.seed < 2 else 0.1}]

@@ -174,6 +174,7 @@ COSTS = (
     Column("seconds", _cost("seconds"), "{:.1f}".format, ("seconds",)),
     Column("teacher calls", _cost("teacher_calls"), _count, ("teacher_calls",)),
     Column("peak memory (MB)", _cost("peak_memory"), words.megabytes, ("peak_memory_bytes",)),
+    Column("GPU memory (MB)", _cost("peak_gpu_memory"), words.megabytes, ("peak_gpu_memory_bytes",)),
     Column("parameters", _cost("parameters"), _count, ("student_parameters",)),
     Column("updates to target", _cost("updates_to_target"), _count, ("updates_to_target",)),
     Column("looked at every", _cost("grid"), _count, ("validate_every",)),
