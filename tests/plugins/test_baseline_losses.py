@@ -11,7 +11,7 @@ from torch import nn
 from stillhouse.api import IGNORE, Batch, StepInfo, StudentOut, Targets
 from stillhouse.errors import ConfigError
 from stillhouse.kernels import TopK
-from stillhouse_baselines import crd, dist, dkd, fsp, jsd, logit_std, reverse_kl, rs_kd
+from stillhouse_baselines import crd, dist, dkd, fsp, jsd, kd, logit_std, reverse_kl, rs_kd
 
 mid_level = pytest.importorskip("torchdistill.losses.mid_level")
 OUTPUT = {"io": "output", "path": "f"}
@@ -51,6 +51,22 @@ def step(method, student, teacher, labels=None, mask=None, **info):
 
 
 # Logits.
+
+
+@pytest.mark.parametrize(("temperature", "alpha"), [(4.0, 0.9), (1.0, 0.5), (2.0, 1.0)])
+def test_kd_is_torchdistills(temperature, alpha):
+    """Theirs weighs the labels with alpha, ours the teacher; without the labels theirs leaves out T^2."""
+    student, teacher = draw(ROWS, CLASSES).requires_grad_(), draw(ROWS, CLASSES, seed=1)
+    labels = torch.arange(ROWS) % CLASSES
+    terms = step(kd.KD(kd.KDConfig(temperature=temperature, alpha=alpha)), student, teacher, labels)
+    ours = sum(term.weight * term.value for term in terms.values())
+    expected = theirs(
+        mid_level.KDLoss(*LOGITS, temperature=temperature, alpha=1 - alpha, beta=alpha),
+        student,
+        teacher,
+        targets=labels,
+    )
+    equal(ours, expected * (temperature**2 if alpha == 1 else 1), student)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])

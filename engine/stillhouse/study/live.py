@@ -49,7 +49,14 @@ class Live:
         self.failed += result["status"] == FAILED
         if result["status"] == DONE:
             self.seconds.append(result["wall_seconds"])
-        self.say(f"[{self.done}/{self.total}] {label(cell)}: {self._outcome(cell, result)}; {self.left()}")
+        if self.tells(result):
+            self.say(
+                f"[{self.done}/{self.total}] {label(cell)}: {self._outcome(cell, result)}; {self.left()}"
+            )
+
+    def tells(self, result: Mapping[str, Any]) -> bool:
+        """Whether the cell that ended is worth a line."""
+        return True
 
     def tick(self) -> None:
         """Time went by."""
@@ -68,7 +75,8 @@ class Live:
         assert self.plan is not None
         metric = self.plan.entry(cell.method, cell.pair).facts.metric
         value = score(result, "validation", metric)
-        return f"validation {metric} {value:.4f}, {result['wall_seconds']:.1f} s"
+        told = f"no finite validation {metric}" if value is None else f"validation {metric} {value:.4f}"
+        return f"{told}, {result['wall_seconds']:.1f} s"
 
     def _open(self) -> None: ...
 
@@ -82,7 +90,7 @@ class Screen(Live):
         from rich.console import Console
         from rich.live import Live as RichLive
 
-        self._panel = RichLive(self._drawn(), console=Console(), refresh_per_second=4, transient=True)
+        self._panel = RichLive(self._drawn(), console=Console(), auto_refresh=False, transient=True)
         self._panel.start()
 
     def _close(self) -> None:
@@ -96,16 +104,15 @@ class Screen(Live):
             super().say(message)
 
     def tick(self) -> None:
-        self._panel.update(self._drawn())
+        self._panel.update(self._drawn(), refresh=True)
 
     def ended(self, cell: Cell, result: Mapping[str, Any]) -> None:
-        """Only what did not work stays on the screen as a line."""
-        told, self.say = self.say, (lambda message: None) if result["status"] == DONE else self.say  # type: ignore[method-assign]
-        try:
-            super().ended(cell, result)
-        finally:
-            self.say = told  # type: ignore[method-assign]
+        super().ended(cell, result)
         self.tick()
+
+    def tells(self, result: Mapping[str, Any]) -> bool:
+        """Only what did not work stays on the screen as a line."""
+        return bool(result["status"] != DONE)
 
     def _drawn(self) -> Any:
         from rich.console import Group

@@ -24,6 +24,8 @@ RESAMPLES = 9999
 PERMUTATIONS = 2**16
 """Sign changes that are tried; up to 16 seeds these are all there are, and the test is exact."""
 MOST_SEEDS = 100_000
+ROUNDING = 2.0**-20
+"""Of the largest score: scores are often float32, with 24 bits, so differences that are spread by less are equal ones."""
 
 
 @dataclass(frozen=True)
@@ -75,17 +77,32 @@ def bca_interval(
 
 
 def interquartile_mean(values: Sequence[float]) -> float:
-    """The mean without the lowest and the highest quarter (each rounded down to whole values)."""
-    return float(library("scipy.stats").trim_mean(np.asarray(values, dtype=float), 0.25))
+    """The mean of the middle half. Where a quarter of the values is no whole number, the values at both ends of the half
+    count in part: of 10 values 2 are left out at each end, and the next counts half.
+    """
+    ordered = sorted(values)
+    cut = len(ordered) / 4
+    weights = [
+        max(0.0, min(place + 1, len(ordered) - cut) - max(place, cut)) for place in range(len(ordered))
+    ]
+    return float(np.average(ordered, weights=weights))
 
 
-def paired_t(differences: Sequence[float]) -> float:
-    """P of the paired t-test; 1 where every difference is 0."""
-    if not any(differences):
-        return 1.0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # equal differences: t is infinite, and p 0
-        return float(library("scipy.stats").ttest_1samp(differences, 0.0).pvalue)
+def equal(differences: Sequence[float], largest: float | None = None) -> bool:
+    """Whether the differences are the same but for rounding: no spread, so neither t nor d_z says anything.
+
+    largest
+        The largest absolute score that they were taken of; None: of the differences themselves.
+    """
+    scale = max(map(abs, differences)) if largest is None else largest
+    return max(differences) - min(differences) <= ROUNDING * scale
+
+
+def paired_t(differences: Sequence[float], largest: float | None = None) -> float:
+    """P of the paired t-test. Of equal differences (see ``equal``) it is Fisher's exact p, as t would be infinite."""
+    if equal(differences, largest):
+        return paired_permutation([fmean(differences)] * len(differences))
+    return float(library("scipy.stats").ttest_1samp(differences, 0.0).pvalue)
 
 
 def paired_permutation(differences: Sequence[float]) -> float:
@@ -108,10 +125,14 @@ def wilcoxon(differences: Sequence[float]) -> float:
     return float(library("scipy.stats").wilcoxon(differences).pvalue)
 
 
-def effect_size(differences: Sequence[float]) -> float | None:
-    """Cohen's d_z: the mean difference in standard deviations of the differences; None where these are equal."""
-    spread = stdev(differences) if len(differences) >= FEWEST else 0.0
-    return fmean(differences) / spread if spread > 0 else None
+def effect_size(differences: Sequence[float], largest: float | None = None) -> float | None:
+    """Cohen's d_z: the mean difference in standard deviations of the differences.
+
+    None for fewer than 3, and where they are equal (see ``equal``).
+    """
+    if len(differences) < FEWEST or equal(differences, largest):
+        return None
+    return fmean(differences) / stdev(differences)
 
 
 def probability_of_improvement(ours: Sequence[float], others: Sequence[float]) -> float:
@@ -121,9 +142,12 @@ def probability_of_improvement(ours: Sequence[float], others: Sequence[float]) -
 
 
 def seeds_needed(effect: float) -> int | None:
-    """How many seeds show a paired difference of this d_z at 5 % with a power of 80 %; None beyond 100,000."""
+    """How many seeds show a paired difference of this d_z at 5 % with a power of 80 %; None beyond 100,000.
+
+    3 at least: with fewer, nothing is tested.
+    """
     power = library("statsmodels.stats.power").TTestPower().power
-    low, high = 2, MOST_SEEDS
+    low, high = FEWEST, MOST_SEEDS
     if power(abs(effect), high, LEVEL) < POWER:
         return None
     while low < high:  # the power grows with the number of seeds
@@ -150,7 +174,8 @@ class Ranks:
     friedman
         p of the hypothesis that all are equal, corrected for ties.
     critical
-        Two average ranks that are further apart than this differ at 5 % (Demšar 2006).
+        Two average ranks that are further apart than this differ at 5 % (Demšar 2006), where Friedman's test says that not
+        all are equal.
     pairwise
         Nemenyi's p for every two methods.
     """
@@ -161,12 +186,17 @@ class Ranks:
     critical: float
     pairwise: dict[tuple[str, str], float]
 
+    @property
+    def different(self) -> bool:
+        """Whether Friedman's test lets Nemenyi's be looked at: it is made for what differs somewhere."""
+        return self.friedman < LEVEL
+
 
 def ranks(scores: Mapping[str, Sequence[float]]) -> Ranks | None:
     """Ranks of methods, higher scores being better; None for fewer than 3 methods or 3 blocks.
 
     scores
-        For each method its score in each block, the blocks in one order.
+        For each method its score in each block, the blocks in one order. Blocks have to be independent of each other.
     """
     names = list(scores)
     table = np.array([scores[name] for name in names], dtype=float).T  # (blocks, methods)

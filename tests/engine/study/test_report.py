@@ -6,15 +6,17 @@ import csv
 import io
 import re
 import shutil
-from pathlib import Path
 
 import pytest
+from invented import done, failed, planned, results
 from small_study import make, untuned
 
 from stillhouse.cli.main import main
-from stillhouse.study.analysis import Cost, Difference, Row, analyse
+from stillhouse.study import schema
+from stillhouse.study.analysis import Row, analyse
+from stillhouse.study.differences import Difference
 from stillhouse.study.plan import Plan
-from stillhouse.study.report import page, text, words
+from stillhouse.study.report import figures, page, tables, text, words, write
 from stillhouse.study.schema import read
 from stillhouse.study.statistics import mean_interval
 
@@ -35,14 +37,16 @@ def row(finished, scores, **changes):
 class TestSentences:
     def test_a_claim_has_its_interval_and_its_p(self, finished, plan):
         gap = mean_interval([0.1, 0.11, 0.12])
-        better = row(finished, [0.7, 0.71, 0.72], difference=Difference(gap, p_holm=0.004, verdict="better"))
+        better = row(
+            finished, [0.7, 0.71, 0.72], difference=Difference(gap, p=0.002, p_holm=0.004, verdict="better")
+        )
         assert words.sentence(plan, better) == (
             "KD scores 0.710 ± 0.025, better than Hard labels (+0.110 ± 0.025, paired by seed; p = 0.004 after Holm)."
         )
 
     def test_no_claim_says_how_many_seeds_it_would_take(self, finished, plan):
         gap = mean_interval([-0.1, 0.11, 0.12])
-        one = Difference(gap, p_holm=0.6, verdict="open", effect=0.35, needed=67)
+        one = Difference(gap, p=0.6, p_holm=0.6, verdict="open", effect=0.35, needed=67)
         said = words.sentence(plan, row(finished, [0.7, 0.71, 0.72], difference=one))
         assert "no difference to Hard labels is shown" in said
         assert said.endswith("one of this size would need about 67 seeds.")
@@ -72,7 +76,7 @@ class TestForms:
         assert text._tex("50 % of a_b & c ± d") == r"50 \% of a\_b \& c $\pm$ d"
         tex = (finished[0] / "report.tex").read_text()
         assert tex.count(r"\begin{table}") == tex.count(r"\end{table}") == 2
-        assert re.search(r"^KD & not applicable( & --){6} \\\\$", tex, re.MULTILINE)
+        assert re.search(r"^KD & not applicable( & --){9} \\\\$", tex, re.MULTILINE)
 
     def test_a_report_is_made_again_byte_for_byte(self, finished, tmp_path):
         folder, _, _ = finished
@@ -93,12 +97,48 @@ class TestForms:
         assert main(["report", str(tmp_path)]) == 2
         assert "holds no study" in capsys.readouterr().err
 
-    def test_costs_count_the_updates_to_the_baselines_score(self, finished):
-        _, analysis, _ = finished
-        hard = analysis.rows["digits"][0]
-        assert isinstance(hard.cost, Cost)
-        assert 1 <= hard.cost.reached <= 3, "the best of the baseline's own seeds reach their mean"
-        assert 10 <= hard.cost.updates_to_target <= 30
+    def test_every_form_of_a_table_has_the_same_columns_and_words(self, finished):
+        folder, analysis, _ = finished
+        markdown, made = (folder / "report.md").read_text(), (folder / "report.html").read_text()
+        wanted = [tables.tried(analysis), tables.chosen(analysis)]
+        for pair in analysis.rows:
+            wanted += [tables.scores(analysis, pair), tables.costs(analysis, pair)]
+        for table in wanted:
+            head, lines = table.texts()
+            assert f"| {' | '.join(head)} |" in markdown
+            assert (
+                "".join(f'<th scope="col"><button type="button">{name}</button></th>' for name in head)
+                in made
+            )
+            for line in lines:
+                assert f"| {' | '.join(line)} |" in markdown
+        tex = (folder / "report.tex").read_text()
+        for pair in analysis.rows:
+            for line in tables.scores(analysis, pair).texts()[1]:
+                assert " & ".join(map(text._tex, line)) in tex
+        rows = list(csv.DictReader(io.StringIO((folder / "statistics.csv").read_text())))
+        for one in (row for of_pair in analysis.rows.values() for row in of_pair if row.scores):
+            found = next(r for r in rows if (r["pair"], r["method"]) == (one.entry.pair, one.method))
+            assert float(found["mean"]) == one.interval.mean, "unrounded"
+            assert (found["split"], found["metric"]) == ("test", one.entry.facts.metric)
+
+    def test_all_settings_that_were_tried_are_told(self, finished):
+        folder, analysis, _ = finished
+        entries = [row.entry for rows in analysis.rows.values() for row in rows if row.scores]
+        rates = [trial.settings["optimizer.lr"] for entry in entries for trial in entry.trials[1:]]
+        assert len(rates) == 3
+        for name in ("report.md", "report.html"):
+            told = (folder / name).read_text()
+            assert all(f"optimizer.lr = {rate}" in told for rate in rates), name
+        assert [one.trial for one in tables.tried(analysis).items] == [0, 1] * 3
+
+    def test_what_failed_is_told_with_its_trial(self):
+        plan = planned(2, trials=3)
+        made = analyse(plan, results(plan, lambda one: failed(one) if one.trial == 2 else done(one, 0.5)))
+        who = ["m0 on digits, trial 2, seed 100", "m1 on digits, trial 2, seed 100"]
+        assert [one for one, _ in words.failures(made)] == who
+        for form in (text.markdown, text.brief, page.page):
+            assert all(one in form(made) for one in who)
 
 
 class TestPage:
@@ -152,35 +192,58 @@ def browser():
     made.quit()
 
 
-ROOT = Path(__file__).parents[3]
-REPORTS = {
-    "docs": ROOT / "docs" / "reports" / "study-mnist1d.html",
-    "make study": ROOT / "runs" / "study-mnist1d-quick" / "report.html",
-}
-"""Of the shipped study: as it was run for the docs, and what ``make study`` left, where it ran."""
+class TestColours:
+    def test_every_method_of_a_shipped_study_has_a_colour_of_its_own_in_light_and_dark(self):
+        names = schema.shipped()
+        assert "mnist1d" in names
+        assert max(len(read(name).methods) for name in names) <= figures.COLOURS
+        light, dark = page._asset("style.css").split(':root[data-theme="dark"]')[:2]
+        for theme in (light, dark):
+            found = re.findall(r"--m(\d+): (#[0-9a-f]{6});", theme)
+            assert [int(n) for n, _ in found] == list(range(figures.COLOURS))
+            assert len({colour for _, colour in found}) == figures.COLOURS
 
 
-class TestOfTheShippedStudy:
-    @pytest.fixture(params=REPORTS)
-    def opened(self, browser, request):
-        if not REPORTS[request.param].is_file():
-            pytest.skip("make study makes it")
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    """18 methods on two pairs, the last of them not applicable on the second; steadily apart, so that ranks differ."""
+    plan = planned(18, ["one", "two"], seeds=4, trials=2)
+    facts = {(entry.method, entry.pair): entry.facts for entry in plan.entries}
+    facts["m17", "two"] = facts["m17", "two"].model_copy(update={"refused": "has no meaning there"})
+    plan = plan.with_facts(facts)
+    value = lambda one: 0.5 + 0.02 * int(one.method[1:]) + 0.001 * (one.seed * 7 % 5) + 0.01 * one.trial
+    curve = lambda one: [{"step": step, "accuracy": value(one) - 1 / step} for step in (20, 40, 60)]
+    folder = tmp_path_factory.mktemp("big")
+    write(analyse(plan, results(plan, lambda one: done(one, value(one), curve=curve(one)))), folder)
+    return folder / "report.html"
+
+
+class TestOfAStudyAsBigAsTheShippedOne:
+    @pytest.fixture
+    def opened(self, browser, rendered):
         browser.set_window_size(1280, 1000)
-        browser.get(REPORTS[request.param].as_uri())
+        browser.get(rendered.as_uri())
         assert browser.get_log("browser") == []
         return browser
 
     def test_every_method_has_its_row_and_its_place_in_every_figure(self, opened):
-        methods = len(read("mnist1d").methods)
-        for pair in ("pair0", "pair1"):
+        for pair, found in (("pair0", 18), ("pair1", 17)):
             rows = opened.find_elements("css selector", f"#{pair} table.scores tbody tr")
-            assert len(rows) == methods
+            assert len(rows) == 18
             scores = [row.find_elements("css selector", "td, th")[1].text for row in rows]
-            found = sum(bool(re.match(r"0\.\d+", score)) for score in scores)
-            assert found + scores.count("not applicable") == methods
-            assert found >= 15
-            marks = "return new Set([...document.querySelectorAll('#%s svg [class*=m]')].flatMap(m => [...m.classList]).filter(c => /^m\\d+$/.test(c))).size"
-            assert opened.execute_script(marks % pair) == found
+            assert sum(bool(re.match(r"0\.\d+ ± 0\.\d+", score)) for score in scores) == found
+            assert scores.count("not applicable") == 18 - found
+            for figure in range(4):
+                marks = "return new Set([...document.querySelectorAll('#%s figure:nth-of-type(%d) svg [class*=m]')].flatMap(m => [...m.classList]).filter(c => /^m\\d+$/.test(c))).size"
+                assert opened.execute_script(marks % (pair, figure + 1)) == found, figure
+        fills = "return new Set([...document.querySelectorAll('#pair0 .legend i')].map(i => getComputedStyle(i).backgroundColor)).size"
+        assert opened.execute_script(fills) == 18
+
+    def test_ranks_are_drawn_for_each_pair_with_who_is_left_out(self, opened):
+        assert len(opened.find_elements("css selector", "#ranks figure svg")) == 2
+        assert "Not ranked: M17: not applicable." in opened.find_element("id", "ranks").text
+        firsts = opened.find_elements("css selector", "#ranks table tbody tr:first-child td:first-child")
+        assert [first.text for first in firsts] == ["M17", "M16"]
 
     def test_it_sorts_and_a_phone_can_read_it(self, opened):
         head = opened.find_elements("css selector", "#pair1 table.scores th button")[1]

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from stillhouse.study.analysis import Analysis, Row
+from stillhouse.study.analysis import Analysis, Row, split_of
 from stillhouse.study.extra import library
+from stillhouse.study.ranking import Ranking
 
-COLOURS = 15
+COLOURS = 20
 """Of the style sheet; further methods use them again."""
 INK, FAINT = "#010101", "#020202"
 """Stand for text and for grid lines; replaced by the page's own."""
@@ -119,7 +120,7 @@ def intervals(rows: Sequence[Row], baseline: str, name: str) -> str:
         axes.set_yticks(range(len(shown)), [row.title for _, row in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel(_metric(rows, "test"))
+        axes.set_xlabel(_metric(rows, split_of(rows)))
     return out[0]
 
 
@@ -154,7 +155,7 @@ def curves(rows: Sequence[Row], name: str) -> str:
 
 
 def costs(rows: Sequence[Row], name: str) -> str:
-    """Test score against seconds of training."""
+    """Score against seconds of training."""
     with _figure(_height(rows), name) as (figure, axes, out):
         mark = _Marks()
         labels = []
@@ -170,7 +171,7 @@ def costs(rows: Sequence[Row], name: str) -> str:
             mark(number, label)
             labels.append(label)
         axes.margins(x=0.2, y=0.1)
-        axes.set(xlabel="seconds of training", ylabel=_metric(rows, "test"))
+        axes.set(xlabel="seconds of training", ylabel=_metric(rows, split_of(rows)))
         _spread(figure, labels)
     return out[0]
 
@@ -222,10 +223,9 @@ def tuning(rows: Sequence[Row], name: str) -> str:
     return out[0]
 
 
-def ranks(analysis: Analysis, name: str) -> str:
+def ranks(analysis: Analysis, ranking: Ranking, name: str) -> str:
     """The critical-difference diagram (Demšar 2006): a bar joins what Nemenyi's test does not tell apart."""
-    found = analysis.ranks
-    assert found is not None
+    found = ranking.ranks
     import pandas as pd
 
     titles = analysis.plan.titles

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from importlib import resources
 from typing import Any
 
 from stillhouse.config import to_yaml
 from stillhouse.runs.directory import differences
-from stillhouse.study.analysis import Analysis, Row
-from stillhouse.study.plan import Cell, score
-from stillhouse.study.report import figures, text, words
-from stillhouse.study.report.words import NONE, number
+from stillhouse.study.analysis import Analysis, Row, split_of
+from stillhouse.study.plan import Cell
+from stillhouse.study.report import figures, tables, words
+from stillhouse.study.report.tables import Column, Table
 
 
 def page(analysis: Analysis) -> str:
@@ -45,11 +44,11 @@ def _asset(name: str) -> str:
 
 def _contents(analysis: Analysis) -> list[tuple[str, str]]:
     listed = [(f"pair{place}", pair) for place, pair in enumerate(analysis.plan.pairs)]
-    if analysis.ranks is not None:
+    if analysis.rankings:
         listed.append(("ranks", "Ranks"))
     if analysis.plan.tuned:
         listed.append(("tuning", "Tuning"))
-    if _told_failures(analysis):
+    if words.failures(analysis):
         listed.append(("failed", "Not run"))
     return [*listed, ("provenance", "Provenance"), ("reading", "How to read this")]
 
@@ -91,7 +90,11 @@ def _pair(analysis: Analysis, place: int, pair: str) -> str:
             _when(figures.intervals, rows, plan.baseline),
         ),
         ("Learning", "validation over the updates, mean and 95 % band", _when(figures.curves, rows)),
-        ("Quality against cost", "test score by seconds of training", _when(figures.costs, rows)),
+        (
+            "Quality against cost",
+            f"{split_of(rows)} score by seconds of training",
+            _when(figures.costs, rows),
+        ),
     ]
     if plan.tuned:
         about = "each setting tried; filled: chosen, square: as given"
@@ -103,8 +106,8 @@ def _pair(analysis: Analysis, place: int, pair: str) -> str:
     )
     return (
         f'<section id="pair{place}" class="pair"><h2>{escape(pair)}</h2><p class="about">{_capital(models)}{known}.</p>'
-        f"<ul class=answers>{sentences}</ul>{_legend(rows)}{_score_table(analysis, rows)}"
-        f'<div class="figures">{drawn}</div>{_cost_table(rows)}</section>\n'
+        f"<ul class=answers>{sentences}</ul>{_legend(rows)}{_table(analysis, tables.scores(analysis, pair), kind='scores')}"
+        f'<div class="figures">{drawn}</div>{_costs(analysis, pair)}</section>\n'
     )
 
 
@@ -130,7 +133,7 @@ def _verdict(baseline: str, row: Row) -> str:
 
 def _legend(rows: Sequence[Row]) -> str:
     chips = "".join(
-        f'<button type="button" data-method="m{place}" aria-pressed="false"><i style="background:var(--m{place % figures.COLOURS})"></i>'
+        f'<button type="button" data-method="m{place}" aria-pressed="false">{_swatch(place)}'
         f"{escape(row.title)}</button>"
         for place, row in enumerate(rows)
         if row.scores
@@ -138,151 +141,84 @@ def _legend(rows: Sequence[Row]) -> str:
     return f'<div class="legend" title="click to show one method">{chips}</div>'
 
 
-def table(
-    head: Sequence[str], rows: Iterable[Sequence[tuple[str, float | str | None]]], *, kind: str = ""
-) -> str:
-    """A sortable table; each cell has its HTML and what it is sorted by (None goes last)."""
-    heads = "".join(f'<th scope="col"><button type="button">{name}</button></th>' for name in head)
+def _table(analysis: Analysis, table: Table, *, kind: str = "") -> str:
+    """A table that a click on a head sorts."""
+    heads = "".join(
+        f'<th scope="col"><button type="button">{escape(str(column.head))}</button></th>'
+        for column in table.shown
+    )
     body = "".join(
-        "<tr>"
-        + "".join(f'<td data-sort="{"" if by is None else escape(str(by))}">{html}</td>' for html, by in row)
-        + "</tr>"
-        for row in rows
+        "<tr>" + "".join(_cell(analysis, column, item) for column in table.shown) + "</tr>"
+        for item in table.items
     )
     return f'<div class="scroll"><table class="sortable {kind}"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _method(place: int, row: Row) -> tuple[str, str]:
-    swatch = f'<i style="background:var(--m{place % figures.COLOURS})"></i>'
-    return f"{swatch}{escape(row.title)}", row.title.lower()
+def _cell(analysis: Analysis, column: Column, item: Any) -> str:
+    order = column.order(item)
+    by = order.lower() if isinstance(order, str) else order
+    return f'<td data-sort="{"" if by is None else escape(str(by))}">{_dressed(analysis, column, item)}</td>'
 
 
-def _score_table(analysis: Analysis, rows: Sequence[Row]) -> str:
-    plan = analysis.plan
-    metric = next((row.entry.facts.metric for row in rows if row.scores), "score")
-    base = escape(plan.titles[plan.baseline])
-    head = ["method", f"test {escape(metric)}", "BCa interval", "IQM", f"to {base}", "p (Holm)", "permutation",
-            "Wilcoxon", "effect", "P(better)", "seeds needed"]  # fmt: skip
-    return table(head, [_score_cells(analysis, place, row) for place, row in enumerate(rows)], kind="scores")
+def _dressed(analysis: Analysis, column: Column, item: Any) -> str:
+    """The cell's words, set off as its column asks."""
+    told = escape(column.text(item))
+    if column.value(item) is None:
+        return f'<span class="none">{told}</span>'
+    mean, sign, half = told.partition(" ± ")
+    spread = f" <small>± {half}</small>" if sign else ""
+    match column.dress:
+        case "method":
+            return f"{_swatch(list(analysis.plan.titles).index(item.method))}{told}"
+        case "mean":
+            return f"<b>{mean}</b>{spread}"
+        case "difference":
+            return f'<span class="chip {item.difference.verdict or "open"}">{mean}{spread}</span>'
+        case "code":
+            return f"<code>{told}</code>"
+    return told
 
 
-def _score_cells(analysis: Analysis, place: int, row: Row) -> list[tuple[str, float | str | None]]:
-    if row.interval is None:
-        return [_method(place, row), (f'<span class="none">{row.status}</span>', None), *[(NONE, None)] * 9]
-    low = NONE if row.bca is None else f"{row.bca[0]:.3f} to {row.bca[1]:.3f}"
-    cells: list[tuple[str, float | str | None]] = [
-        _method(place, row),
-        (f"<b>{row.interval.mean:.3f}</b>{_half(row.interval.half)}", row.interval.mean),
-        (low, None if row.bca is None else row.bca[0]),
-        (f"{row.interquartile:.3f}", row.interquartile),
-    ]
-    one = row.difference
-    if one is None:
-        return [*cells, *[(NONE, None)] * 7]
-    verdict = one.verdict or "open"
-    gap = f'<span class="chip {verdict}">{one.interval.mean:+.3f}{_half(one.interval.half)}</span>'
-    tests = [(number(p), p) for p in (one.p_holm, one.p_permutation, one.p_wilcoxon)]
-    needed = NONE if one.needed is None else f"{one.needed:,}"
-    return [
-        *cells,
-        (gap, one.interval.mean),
-        *tests,
-        (number(one.effect, 2), one.effect),
-        (number(one.improvement, 2), one.improvement),
-        (needed, one.needed),
-    ]
+def _swatch(place: int) -> str:
+    return f'<i style="background:var(--m{place % figures.COLOURS})"></i>'
 
 
-def _half(half: float | None) -> str:
-    return "" if half is None else f" <small>± {half:.3f}</small>"
-
-
-def _cost_table(rows: Sequence[Row]) -> str:
-    head = ["method", "seconds", "teacher calls", "peak memory (MB)", "student parameters", "updates to target",
-            "reached it", "tuning (s)"]  # fmt: skip
-    body: list[list[tuple[str, float | str | None]]] = []
-    for place, row in enumerate(rows):
-        cost = row.cost
-        if cost is None:
-            continue
-        target = NONE if cost.updates_to_target is None else f"{cost.updates_to_target:,.0f}"
-        body.append(
-            [
-                _method(place, row),
-                (f"{cost.seconds:.1f}", cost.seconds),
-                (f"{cost.teacher_calls:,.0f}", cost.teacher_calls),
-                (words.megabytes(cost.peak_memory), cost.peak_memory),
-                (f"{cost.parameters:,}", cost.parameters),
-                (target, cost.updates_to_target),
-                (f"{cost.reached} of {len(row.scores)}", cost.reached),
-                (f"{cost.tuning_seconds:.0f}", cost.tuning_seconds),
-            ]
-        )
-    return f"<h3>What it cost</h3>{table(head, body)}" if body else ""
+def _costs(analysis: Analysis, pair: str) -> str:
+    made = tables.costs(analysis, pair)
+    return f"<h3>What it cost</h3>{_table(analysis, made)}" if made.items else ""
 
 
 def _ranks(analysis: Analysis) -> str:
-    if analysis.ranks is None:
+    if not analysis.rankings:
         return ""
-    drawn = figures.ranks(analysis, "ranks")
-    return (
-        f'<section id="ranks"><h2>Ranks</h2><p>{escape(text.rank_words(analysis))}</p>'
-        f'<figure class="wide">{drawn}</figure></section>\n'
-    )
+    blocks = []
+    for place, ranking in enumerate(analysis.rankings):
+        drawn = (
+            f'<figure class="wide">{figures.ranks(analysis, ranking, f"ranks{place}")}</figure>'
+            if ranking.ranks.different
+            else ""
+        )
+        title = "Over the pairs" if ranking.pair is None else f"On {ranking.pair}"
+        told = escape(words.rank_words(analysis, ranking))
+        blocks.append(
+            f"<h3>{escape(title)}</h3><p>{told}</p>{drawn}{_table(analysis, tables.ranks(analysis, ranking))}"
+        )
+    return f'<section id="ranks"><h2>Ranks</h2>{"".join(blocks)}</section>\n'
 
 
 def _tuning(analysis: Analysis) -> str:
-    plan = analysis.plan
-    if not plan.tuned:
+    if not analysis.plan.tuned:
         return ""
-    head = [
-        "method",
-        "pair",
-        "searched",
-        "chosen",
-        "validation",
-        *(["tuned less as given"] if plan.defaults else []),
-    ]
-    body: list[list[tuple[str, float | str | None]]] = []
-    for pair, rows in analysis.rows.items():
-        for place, row in enumerate(rows):
-            if row.chosen is None:
-                continue
-            value = row.trials[row.chosen]
-            space = words.search(plan.spaces[row.entry.method])
-            cells: list[tuple[str, float | str | None]] = [
-                _method(place, row),
-                (escape(pair), pair),
-                (f"<code>{escape(space)}</code>", space),
-                (f"<code>{escape(words.settings(row.settings))}</code>", words.settings(row.settings)),
-                (number(value, 4), value),
-            ]
-            if plan.defaults:
-                gain = row.gain
-                cells.append((NONE, None) if gain is None else (gain.signed(), gain.mean))
-            body.append(cells)
+    chosen = _table(analysis, tables.chosen(analysis), kind="words")
+    tried = tables.tried(analysis)
     return (
-        f'<section id="tuning"><h2>What was tuned, and how</h2>{table(head, body, kind="words")}</section>\n'
+        f'<section id="tuning"><h2>What was tuned, and how</h2>{chosen}<details><summary>Every setting tried '
+        f"<small>{len(tried.items)}</small></summary>{_table(analysis, tried, kind='words')}</details></section>\n"
     )
 
 
-def _told_failures(analysis: Analysis) -> list[tuple[str, str]]:
-    found = [
-        (f"{row.title} on {pair}", f"not applicable: {row.reason}")
-        for pair, rows in analysis.rows.items()
-        for row in rows
-        if row.entry.facts.refused is not None
-    ]
-    for one, result in analysis.failures:
-        error = result["error"]
-        where = f" ({error['type']} at {error['where']})" if error["where"] else ""
-        told = "; ".join([error["message"], *error["notes"]])
-        found.append((f"{one.method} on {one.pair}, seed {one.seed}", f"{result['status']}: {told}{where}"))
-    return found
-
-
 def _failures(analysis: Analysis) -> str:
-    told = _told_failures(analysis)
+    told = words.failures(analysis)
     if not told:
         return ""
     listed = "".join(f"<dt>{escape(who)}</dt><dd>{escape(why)}</dd>" for who, why in told)
@@ -314,50 +250,16 @@ def _entry(analysis: Analysis, row: Row, cells: Sequence[tuple[Cell, Mapping[str
         "versions": {**entry.versions, **(done or {}).get("versions", {})},
         **{key: done[key] for key in ("plugins", "machine", "kernel", "git") if done},
     }
-    head = [
-        "phase",
-        "trial",
-        "seed",
-        "status",
-        "validation",
-        "test",
-        "test opened",
-        "began (UTC)",
-        "seconds",
-        "differs",
-        "cell",
-    ]
-    body = [_cell(analysis, one, found, done) for one, found in cells]
+    metric = entry.facts.metric
+    ran = tables.Table(
+        tables.RUNS, [tables.Ran(one, found, metric, _apart(found, done)) for one, found in cells]
+    )
     return (
         f"<details><summary>{escape(row.title)} <small>on {escape(entry.pair)}, {len(cells)} cells</small></summary>"
         f'<div class="columns"><div><h4>Settings passed</h4><pre>{escape(passed)}</pre></div>'
         f"<div><h4>Settings in force</h4><pre>{escape(in_force)}</pre></div>"
-        f"<div><h4>Made from</h4><pre>{escape(to_yaml(origin))}</pre></div></div>{table(head, body)}</details>"
+        f"<div><h4>Made from</h4><pre>{escape(to_yaml(origin))}</pre></div></div>{_table(analysis, ran)}</details>"
     )
-
-
-def _cell(
-    analysis: Analysis, one: Cell, found: Mapping[str, Any] | None, first: Mapping[str, Any] | None
-) -> list[tuple[str, float | str | None]]:
-    metric = analysis.plan.entry(one.method, one.pair).facts.metric
-    values = [score(found, split, metric) for split in ("validation", "test")]
-    status = "not run" if found is None else str(found["status"])
-    began = None if found is None else float(found["started"])
-    seconds = None if found is None else found.get("seconds")
-    shown = NONE if began is None else time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(began))
-    opened = NONE if found is None or "test_opened" not in found else str(found["test_opened"])
-    return [
-        (one.phase, one.phase),
-        (str(one.trial), one.trial),
-        (str(one.seed), one.seed),
-        (escape(status), status),
-        *((number(value, 4), value) for value in values),
-        (opened, opened),
-        (shown, began),
-        (NONE if seconds is None else f"{seconds:.1f}", seconds),
-        (escape(_apart(found, first)), None),
-        (f"<code>{one.digest}</code>", one.digest),
-    ]
 
 
 def _apart(found: Mapping[str, Any] | None, first: Mapping[str, Any] | None) -> str:
@@ -371,5 +273,5 @@ def _apart(found: Mapping[str, Any] | None, first: Mapping[str, Any] | None) -> 
 
 def _reading(analysis: Analysis) -> str:
     lines = "".join(f"<p>{escape(line)}</p>" for line in words.reading(analysis))
-    remarks = "".join(f"<p>{escape(note)}</p>" for note in text.notes(analysis) if note)
+    remarks = "".join(f"<p>{escape(note)}</p>" for note in words.notes(analysis))
     return f'<section id="reading"><h2>How to read this</h2>{lines}{remarks}</section>\n'

@@ -6,8 +6,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from stillhouse.study.analysis import Analysis, Difference, Row
+from stillhouse.study.analysis import Analysis, Row, split_of
+from stillhouse.study.differences import Difference
+from stillhouse.study.live import label
 from stillhouse.study.plan import Plan
+from stillhouse.study.ranking import Ranking
+from stillhouse.study.statistics import FEWEST
 
 NONE = "–"  # noqa: RUF001 - an en dash is how tables say nothing
 
@@ -17,15 +21,17 @@ def sentence(plan: Plan, row: Row) -> str:
     if row.interval is None:
         why = "" if row.reason is None else f": {row.reason}"
         return f"{row.title}, {row.status}{why}."
-    name = f"{row.title} scores {row.interval}"
+    name = f"{row.title} scores {row.interval}{' on validation' * (row.split == 'validation')}"
     if row.entry.method == plan.baseline:
         return f"{name}; the others are compared with it."
     difference, base = row.difference, plan.titles[plan.baseline]
     if difference is None:
         return f"{name}; {base} has no score to compare with."
     gap = f"{difference.interval.signed()}, paired by seed"
+    if difference.p is None:
+        return f"{name} ({gap}, to {base}); fewer than {FEWEST} seeds show nothing."
     if difference.verdict is None:
-        return f"{name} ({gap}, to {base}); fewer than 3 seeds show nothing."
+        return f"{name} ({gap}, to {base}); nothing is claimed before every cell has run."
     p = f"p = {number(difference.p_holm)} after Holm"
     if difference.verdict != "open":
         return f"{name}, {difference.verdict} than {base} ({gap}; {p})."
@@ -67,25 +73,81 @@ def _count(number: int, thing: str) -> str:
 def reading(analysis: Analysis) -> list[str]:
     """How the figures were come by: what a reader has to know to believe them."""
     plan = analysis.plan
+    splits = {split_of(rows) for rows in analysis.rows.values()}
+    of = "of the test split, which is opened once in each run, after its last update"
+    if splits == {"validation"}:
+        of = "of the validation split, as there is no test split"
+    elif len(splits) > 1:
+        of += "; where a pair has no test split they are of validation, and its tables say so"
     lines = [
-        "Scores are of the test split, which is opened once in each run, after its last update; the mean over seeds has "
-        "Student's 95 % interval. Each seed gives every method the same initial student and the same order of the data. A pair's teacher "
-        "is one and the same for all, so intervals say nothing of another teacher.",
+        f"Scores are {of}; the mean over seeds has Student's 95 % interval. Each seed gives every method the same initial student "
+        "and the same order of the data. A pair's teacher is one and the same for all, so intervals say nothing of another teacher.",
         f"Differences are to {plan.titles[plan.baseline]}, paired by seed. A method is called better or worse where the paired "
-        "t-test, adjusted for all comparisons of the study by Holm's procedure, has p < 0.05. Permutation and Wilcoxon's tests "
-        "stand beside it; with few seeds they can't become small.",
+        "t-test, adjusted for all comparisons of the study by Holm's procedure, has p < 0.05, and once every cell has run. Permutation "
+        "and Wilcoxon's tests stand beside it; with few seeds they can't become small. Where all differences are equal there is no "
+        "spread for t, and the permutation test decides.",
         "Effect: the mean difference in standard deviations of the differences (d_z). P(better): the part of all pairs of runs "
         "in which the method's is the better one. Seeds needed: to show this difference at 5 % with a power of 80 %, one "
         "comparison alone. IQM: the mean of the middle half. BCa: the bootstrap's interval.",
-        "Updates to target: to the baseline's mean final validation score, over the seeds that reached it.",
+        "Updates: all that a run makes, of helper networks too. Updates to target: by when half of the seeds had reached the baseline's "
+        "mean final validation score, those that never did being later than all; known to the updates between two looks at it.",
     ]
     if plan.tuned:
         lines.append(
             "Settings are chosen for each method and pair by mean validation score over the tuning seeds, none of which is reported. The "
-            "first setting tried is the method as given; the others are quasi-random points of its search space, of one size for "
-            "all methods."
+            "first setting tried is the method as given; the others are points of its search space, of one size for all methods, and "
+            "stand in the table of what was tried. A setting whose run failed can't be chosen; its time counts as tuning."
         )
     return lines
+
+
+def rank_words(analysis: Analysis, ranking: Ranking) -> str:
+    """What the ranks are over, what they show, and who is not among them."""
+    found, titles = ranking.ranks, analysis.plan.titles
+    over = (
+        f"{found.blocks} pairs"
+        if ranking.pair is None
+        else f"{found.blocks} seeds of {ranking.pair}, and of it alone"
+    )
+    test = f"Over {over}; 1 is best. Friedman's test that all are equal: p = {number(found.friedman)}."
+    if found.different:
+        shown = f"Average ranks further apart than {found.critical:.2f} differ at 5 % (Nemenyi)."
+    else:
+        shown = (
+            "So no difference of ranks is shown, and Nemenyi's test, which asks which differ, is not made."
+        )
+    out = "; ".join(f"{titles[name]}: {why}" for name, why in ranking.left_out.items())
+    return f"{test} {shown}" + (f" Not ranked: {out}." if out else "")
+
+
+def failures(analysis: Analysis) -> list[tuple[str, str]]:
+    """What did not run: which, and why."""
+    found = [
+        (f"{row.title} on {pair}", f"{row.status}: {row.reason}")
+        for pair, rows in analysis.rows.items()
+        for row in rows
+        if row.entry.facts.refused is not None
+    ]
+    for one, result in analysis.failures:
+        error = result["error"]
+        where = f" ({error['type']} at {error['where']})" if error["where"] else ""
+        found.append(
+            (label(one), f"{result['status']}: {'; '.join([error['message'], *error['notes']])}{where}")
+        )
+    return found
+
+
+def notes(analysis: Analysis) -> list[str]:
+    """The study's remarks, and each row's."""
+    return [
+        *(f"Note: {remark}" for remark in analysis.remarks),
+        *(
+            f"Note, {row.title} on {row.entry.pair}: {remark}"
+            for rows in analysis.rows.values()
+            for row in rows
+            for remark in row.remarks
+        ),
+    ]
 
 
 def number(value: float | None, digits: int = 3) -> str:
