@@ -47,19 +47,28 @@ class Encoder(nn.Module):
 
     hidden
         Units of one ReLU layer; 0 makes mean and log-variance linear in the features.
+    scaled
+        Features are divided by sqrt(width), and the weights that read them are that much larger at first: the same
+        code before training, and one update of Adam's, which moves every weight by the learning rate whatever the
+        gradient, moves the code by sqrt(width) times it and not by width times it.
     deterministic
         The mean alone; as a Gaussian it then has variance 1.
     """
 
-    def __init__(self, width: int, dim: int, hidden: int = 0, *, deterministic: bool = False) -> None:
+    def __init__(
+        self, width: int, dim: int, hidden: int = 0, *, deterministic: bool = False, scaled: bool = False
+    ) -> None:
         super().__init__()
         self.dim, self.deterministic = dim, deterministic
         outputs = dim if deterministic else 2 * dim
-        layers = [nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, outputs)] if hidden else None
-        self.net = nn.Sequential(*layers) if layers else nn.Linear(width, outputs)
+        first = nn.Linear(width, hidden or outputs)
+        self.net = nn.Sequential(first, nn.ReLU(), nn.Linear(hidden, outputs)) if hidden else first
+        self.scale = math.sqrt(width) if scaled else 1.0
+        with torch.no_grad():
+            first.weight.mul_(self.scale)
 
     def forward(self, features: Tensor) -> Gaussian:
-        out = wide(self.net(features))
+        out = wide(self.net(features / self.scale))
         if self.deterministic:
             return Gaussian(out, torch.zeros_like(out))
         mean, log_variance = torch.split(out, self.dim, -1)

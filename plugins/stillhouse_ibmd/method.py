@@ -140,17 +140,23 @@ class IBMD(Method):
     def _make(self, run: RunContext, outputs: int) -> None:
         config, device = self.config, next(run.target.parameters()).device
 
-        def encoders(sides: Iterable[Feature]) -> nn.ModuleList:
+        def encoders(sides: Iterable[Feature], *, scaled: bool) -> nn.ModuleList:
             made = (
                 Encoder(
-                    width_of(side, self._rows), config.dim, config.hidden, deterministic=config.deterministic
+                    width_of(side, self._rows),
+                    config.dim,
+                    config.hidden,
+                    deterministic=config.deterministic,
+                    scaled=scaled,
                 )
                 for side in sides
             )
             return nn.ModuleList(made).to(device)
 
-        self.encode_teacher = encoders(pair.teacher for pair in self._pairs)
-        self.encode_student = encoders(pair.student for pair in self._pairs)
+        # A wide teacher's code leaps by thousands of nats in the first updates otherwise, and the student, which is
+        # to match it, loses units of its own that never come back.
+        self.encode_teacher = encoders((pair.teacher for pair in self._pairs), scaled=True)
+        self.encode_student = encoders((pair.student for pair in self._pairs), scaled=False)
         decoder = GaussianDecoder if self._regression else nn.Linear
         self.decode = decoder(config.dim, outputs).to(device)
 

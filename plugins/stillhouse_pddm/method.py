@@ -66,7 +66,7 @@ class PDDMConfig(MethodConfig):
         "teacher",
         description="Along size: who teaches a network; the first one is the teacher's in any case.",
     )
-    shares: tuple[float, float] = Field((2.0, 1.0), description="Relative lengths of path and target.")
+    shares: tuple[float, float] = Field((3.0, 1.0), description="Relative lengths of path and target.")
     pdnet_steps: int = Field(200, gt=0, description="PDNet's updates; the student is not trained in them.")
     pdnet_lr: float = Field(3e-3, gt=0, description="PDNet's learning rate.")
     rank: int = Field(8, gt=0, description="Rank of PDNet's matrices.")

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from stillhouse.api import (
@@ -45,6 +45,13 @@ class SLDConfig(MethodConfig):
     """Settings of SLD; none needs to be given."""
 
     temperature: float | None = Field(None, gt=0, description="T of both softmaxes; default 4.")
+    alpha: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Stages 1 and 2: weight of the teacher; 1 - alpha is the labels', and below 1 stage 2 reads the "
+        "labelled inputs too.",
+    )
     labels: Literal["soft", "hard", "actual"] = Field(
         "soft",
         description="Stage 3: soft: KL alone; hard: beside it, cross-entropy with the class that the small "
@@ -63,6 +70,15 @@ class SLDConfig(MethodConfig):
         if value is not None and (min(value) < 0 or sum(value) == 0):
             raise ValueError("expected lengths of 0 or more, one of them above 0")
         return value
+
+    @model_validator(mode="after")
+    def _rows_without_labels(self) -> SLDConfig:
+        if self.alpha < 1 and self.top_per_class is not None:
+            raise ValueError(
+                f"alpha is {self.alpha}, with which stage 2 reads rows that have labels, and top_per_class chooses among "
+                "those that have none; expected one of the two: leave the other out"
+            )
+        return self
 
 
 class SLD(Method):
@@ -103,7 +119,7 @@ class SLD(Method):
         distil, relabel, target = self.config.shares or SHARES.values()
         return [
             Stage("distil", distil, data="labelled"),
-            Stage("relabel", relabel, data="unlabelled"),
+            Stage("relabel", relabel, data="unlabelled" if self.config.alpha == 1 else "all"),
             Stage("target", target, data="all", model=run.target_name, teacher="student"),
         ]
 
@@ -117,14 +133,21 @@ class SLD(Method):
     def loss_terms(
         self, student_out: StudentOut, targets: Targets, batch: Batch, info: StepInfo
     ) -> dict[str, LossTerm]:
+        logits, temperature, alpha = student_out.logits, self.temperature, self.config.alpha
+        if info.stage.name != "target" and alpha < 1:
+            return soft_and_label_terms(
+                logits,
+                targets,
+                batch,
+                info,
+                temperature=temperature,
+                soft_weight=alpha,
+                label_weight=1 - alpha,
+            )
         if info.stage.name != "target" or self.config.labels == "soft":
-            return {
-                "kl": LossTerm(
-                    soft_loss(student_out.logits, targets, batch, info, temperature=self.temperature)
-                )
-            }
+            return {"kl": LossTerm(soft_loss(logits, targets, batch, info, temperature=temperature))}
         # A class that the target has no output for can't be learned: the surest among the others then.
-        labels = named = targets.dense[..., : student_out.logits.shape[-1]].argmax(-1)
+        labels = named = targets.dense[..., : logits.shape[-1]].argmax(-1)
         if self.config.labels == "actual":
             labels = self._actual(targets, named)
         probable = labels.is_floating_point()
@@ -132,11 +155,11 @@ class SLD(Method):
             targets, labels=None if probable else labels, probabilities=labels if probable else None
         )
         return soft_and_label_terms(
-            student_out.logits,
+            logits,
             own,
             batch,
             info,
-            temperature=self.temperature,
+            temperature=temperature,
             soft_weight=0.5,
             label_weight=0.5,
             label_count=info.rows,  # every row has a label here

@@ -155,7 +155,7 @@ def test_without_noise_and_without_beta_it_is_feature_distillation():
     method, terms = terms_of(config, student, teacher)
     gradient = torch.autograd.grad(terms["match"].value, student, retain_graph=True)[0]
     projected = [
-        side.net(given)
+        F.linear(given / side.scale, side.net.weight, side.net.bias)
         for side, given in ((method.encode_student[0], student), (method.encode_teacher[0], teacher))
     ]
     hint = 0.5 * (projected[0] - projected[1]).square().sum(-1).mean()
@@ -178,6 +178,30 @@ def test_rate_and_distortion_are_logged_in_nats_whatever_the_temperature():
     torch.testing.assert_close(terms["distortion_student"].value, expected, rtol=1e-4, atol=1e-6)
     assert terms["distortion_student"].weight == 9.0, "the objective holds T^2 times it"
     torch.testing.assert_close(terms["rate_student"].value, rate(method.encode_student[0](student)).mean())
+
+
+@pytest.mark.parametrize("hidden", [0, 8])
+def test_a_scaled_encoder_begins_as_the_plain_one_and_moves_less_by_the_root_of_the_width(hidden):
+    features, width, moved = torch.rand(16, 400), 400, []
+    for scaled in (False, True):
+        torch.manual_seed(0)
+        encoder = Encoder(width, 4, hidden, scaled=scaled)
+        before = encoder(features).mean.detach()
+        first = encoder.net[0] if hidden else encoder.net
+        optimizer = torch.optim.Adam([first.weight], lr=1e-5)  # so small that a ReLU stays on its side
+        encoder(features).mean.sum().backward()
+        optimizer.step()
+        moved.append((before, (encoder(features).mean.detach() - before).abs().mean()))
+    (plain, far), (same, near) = moved
+    torch.testing.assert_close(plain, same)
+    assert float(far / near) == pytest.approx(math.sqrt(width), rel=0.05)
+
+
+def test_a_wide_teachers_code_does_not_leap_in_the_first_updates():
+    """A leap of the teacher's code is one of the match, and what the student does to follow kills its units."""
+    made = loop({**QUICK, "dim": 32}, steps=30, teacher=toys.net(512), optimizer={"lr": 0.016})
+    made.run(made.lengths[0])
+    assert max(metrics["ibmd.rate_teacher"] for metrics in made.watcher.metrics) < 10  # 40 where it leaps
 
 
 # What is trained, what is frozen.

@@ -27,6 +27,7 @@ from stillhouse.kernels import softmax_kl
 from stillhouse.training.labels import keep
 from stillhouse.training.stages import stage_lengths
 from stillhouse.training.step import DistillStep
+from stillhouse_baselines.kd import KD, KDConfig
 from stillhouse_sld import SLD, SLDConfig
 
 EVEN = {"name": "sld", "shares": (1, 1, 1)}
@@ -151,6 +152,26 @@ class TestStages:
 
     def test_train_another_target_at_the_end_where_there_is_one(self):
         assert self.stages(models={"target": toys.net()})[2].model == "target"
+
+    def test_with_a_weight_for_the_labels_relabel_reads_the_rows_that_have_one(self):
+        assert [stage.data for stage in self.stages(alpha=0.9)] == ["labelled", "all", "all"]
+
+    def test_with_a_weight_for_the_labels_the_first_stages_are_kds_loss(self):
+        student, teacher, labels = logits(8, 0), logits(8, 1), torch.arange(8) % 5
+        labels[5:] = IGNORE
+        targets = Targets(labels, teacher)
+        for name in ("distil", "relabel", "target"):
+            info = StepInfo(rows=8, labelled=5, stage=Stage(name))
+            given = StudentOut(student), targets, Batch(student), info
+            own = SLD(SLDConfig(alpha=0.7)).loss_terms(*given)
+            other = (KD(KDConfig(alpha=0.7)) if name != "target" else SLD()).loss_terms(*given)
+            assert {key: (term.weight, term.value) for key, term in own.items()} == {
+                key: (term.weight, term.value) for key, term in other.items()
+            }
+
+    def test_a_weight_for_the_labels_beside_chosen_rows_is_refused(self):
+        with pytest.raises(ValueError, match="top_per_class chooses among"):
+            SLDConfig(alpha=0.9, top_per_class=3)
 
     def test_lengths_can_be_set(self):
         assert stage_lengths(self.stages(shares=(1, 0, 3)), 8) == [2, 0, 6]
@@ -394,7 +415,8 @@ class TestChecks:
             {"temperature": float("inf")},
             {"labels": "true"},
             {"top_per_class": 0},
-            {"alpha": 1},
+            {"alpha": 0},
+            {"weight": 1},
         ],
     )
     def test_settings_without_meaning_are_refused(self, settings):
