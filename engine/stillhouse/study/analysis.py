@@ -14,7 +14,7 @@ from stillhouse.study.differences import Difference, describe, difference, judge
 from stillhouse.study.plan import Cell, Entry, Plan, cell, cells, chosen, trial_scores
 from stillhouse.study.ranking import Ranking, Scored, rankings
 from stillhouse.study.statistics import FEWEST, Interval
-from stillhouse.study.work import DONE, REFUSED
+from stillhouse.study.work import DONE
 
 Results = Mapping[str, Mapping[str, Any]]
 NOT_RUN, NO_SCORE = "not run", "no score"
@@ -155,7 +155,7 @@ def _seeds(seeds: Sequence[int], *, count: bool = False) -> str:
 def _row(plan: Plan, entry: Entry, results: Results) -> Row:
     row = Row(entry, plan.titles[entry.method], {})
     if entry.facts.refused is not None:
-        row.status, row.reason = REFUSED, entry.facts.refused
+        row.status, row.reason = entry.facts.status, entry.facts.refused
         return row
     row.trials = [_finite(value) for value in trial_scores(plan, entry, results)]
     row.lost = _lost(plan, row, results)
