@@ -24,6 +24,7 @@ from stillhouse.kernels.reference import top_k_at
 from stillhouse.kernels.targets import Labels, Sampled, Target, TopK
 
 SAME = 1e-6  # relative: weights that differ by no more count as those that the gradient was made for
+LIFT = 1024.0  # far enough from float16's largest number for a product with a layer's weights
 Count = float | Tensor
 
 
@@ -76,11 +77,21 @@ class Call(NamedTuple):
         )
 
     def late(self, dtype: torch.dtype) -> Any:
-        """What a gradient is divided by in backward: float16 would lose 1 / count times it before a scaler lifts it."""
-        count = self.counts()[0]
+        """What a gradient is divided by in backward: float16 would lose 1 / count times it before a scaler lifts it.
+
+        The count of the divergence, or less where the label term, divided by a smaller one, would exceed ``LIFT``.
+        """
         if dtype != torch.float16 or self.per_row:
             return 1.0
-        return torch.where(count > 0, count, 1) if isinstance(count, Tensor) else count or 1.0
+        count, labelled = (
+            torch.where(x > 0, x, 1) if isinstance(x, Tensor) else x or 1.0 for x in self.counts()
+        )
+        if self.label_term() is None or self.label_weight == 0:
+            return count
+        most = labelled * (LIFT / abs(self.label_weight))
+        if isinstance(count, Tensor):
+            return count.clamp(max=most)
+        return most.clamp(max=count) if isinstance(most, Tensor) else min(count, most)
 
 
 def call_of(
@@ -317,7 +328,7 @@ class _SoftmaxKL(torch.autograd.Function):
                 torch.autograd.graph.increment_version(student)
         else:
             losses, gradient = _fresh(student, call, True)
-        ctx.call, ctx.inplace, ctx.late = call, inplace, call.late(student.dtype)
+        ctx.call, ctx.inplace = call, inplace
         anchor = losses.new_empty(0)
         again = (student,) if call.label_term() is not None and not inplace else ()
         ctx.save_for_backward(gradient, anchor, *again)
@@ -328,22 +339,23 @@ class _SoftmaxKL(torch.autograd.Function):
     def backward(
         ctx: Any, soft: Tensor | None, label: Tensor | None, _: None
     ) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
-        gradient, anchor, *again = ctx.saved_tensors
-        if ctx.call.label_term() is not None:
+        (gradient, anchor, *again), call = ctx.saved_tensors, ctx.call
+        if call.label_term() is not None:
             asked = asked_weights(soft, label)
-            factor = common_factor(asked, ctx.call)
+            factor = common_factor(asked, call)
             if factor is None:
                 if ctx.inplace:
                     raise RuntimeError(
-                        _OVERWRITTEN.format(got=asked, expected=(ctx.call.weight, ctx.call.label_weight))
+                        _OVERWRITTEN.format(got=asked, expected=(call.weight, call.label_weight))
                     )
-                call, factor = ctx.call._replace(weight=asked[0], label_weight=asked[1]), 1.0
+                call, factor = weighted(asked, call)
                 with torch.no_grad():
                     gradient = _fresh(again[0], call, True)[1]
             soft = anchor.new_full((), factor)
         if soft is None:
             return None, None, None
-        upstream = soft if isinstance(ctx.late, float) and ctx.late == 1.0 else soft / ctx.late
+        late = call.late(gradient.dtype)
+        upstream = soft if isinstance(late, float) and late == 1.0 else soft / late
         if torch.compiler.is_compiling():
             return _scaled(gradient, upstream), None, None
         gradient = scaled_in_place(gradient, upstream)
@@ -371,6 +383,12 @@ def common_factor(asked: tuple[float, float], call: Call) -> float | None:
     if abs(x * b - y * a) > SAME * max(abs(x * b), abs(y * a)):
         return None
     return x / a if a >= b else y / b
+
+
+def weighted(asked: tuple[float, float], call: Call) -> tuple[Call, float]:
+    """The call with these weights less their size, and that: with a loss scaler's factor in them float16 would not hold it."""
+    size = max(map(abs, asked))
+    return call._replace(weight=asked[0] / size, label_weight=asked[1] / size), size
 
 
 def overwritable(student: Tensor, read: Iterable[Any]) -> bool:
