@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
 from stillhouse.kernels.checks import check_count_value, check_values, checked, checked_labels
+from stillhouse.kernels.normalise import single
 from stillhouse.kernels.reference import top_k_at
 from stillhouse.kernels.targets import Labels, Sampled, Target, TopK
 
@@ -216,7 +217,7 @@ def _cuda_rows(student: Tensor, target: Target, *, out_grad: Tensor | None, **se
         return cuda.softmax_kl_fwd_bwd(student, target, out_grad=out_grad, **settings)
     wide = None if out_grad is None else student.new_empty(student.shape, dtype=torch.float32)
     rows = cuda.softmax_kl_fwd_bwd(
-        student.float(), target.float(), out_grad=wide, **settings
+        student.float(), single(target), out_grad=wide, **settings
     )  # which reads both in one type
     if out_grad is not None and wide is not None:
         out_grad.copy_(wide)
