@@ -152,14 +152,14 @@ def _apply(
         target = _logits_like(target.hidden, target.weight)
     else:
         check_target(logits, target, mask, temperature, divergence)
-    chosen = choose(logits, target, divergence, backend, labels=labels, small_too=False)
+    chosen = choose(logits, target, divergence, backend, labels=labels)
     _, flat, mask = flatten(hidden, target, mask)
     if head is None:
         check_values(flat, weight.shape[0], mask, chosen)
     hidden = hidden.reshape(-1, hidden.shape[-1])
     if count is None:
         count = rows_of(hidden, mask)
-    by_torch, of_labels = chosen == "torch", {}
+    by_torch, of_labels = chosen in {"torch", "small"}, {}
     if terms is not None:
         labels, smoothing, weights, label_count = terms
         check_labels(logits, labels, smoothing, weights, label_count)

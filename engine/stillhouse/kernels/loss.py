@@ -175,17 +175,14 @@ def distillation_loss(
 
 
 def choose(
-    student: Tensor, target: Target, divergence: str, backend: str | None, *, labels: Tensor | None = None,
-    small_too: bool = True,
-) -> str:  # fmt: skip
+    student: Tensor, target: Target, divergence: str, backend: str | None, *, labels: Tensor | None = None
+) -> str:
     """The backend of a call; ``small`` for one that needs no kernel."""
-    if backend is None and student.device.type == "cpu" and student.dtype != torch.float64:
-        if small_too and _is_small(student, target, divergence):
-            return "small"
-        kernel = "dense" if isinstance(target, Tensor) else "sparse"
-        one_pass = labels is not None and fits_one_pass(student, target, divergence, labels)
-        return backends.choose(student, backend, f"{kernel}_labels" if one_pass else kernel)
-    return backends.choose(student, backend)
+    if backend is None and _is_small(student, target, divergence):
+        return "small"
+    one_pass = labels is not None and fits_one_pass(student, target, divergence, labels)
+    kernel = "dense" if isinstance(target, Tensor) else "sparse"
+    return backends.choose(student, backend, f"{kernel}_labels" if one_pass else kernel)
 
 
 def fits_one_pass(student: Tensor, target: Target, divergence: str, labels: Tensor) -> bool:
@@ -216,6 +213,8 @@ def _is_small(student: Tensor, target: Target, divergence: str) -> bool:
     """
     return (
         isinstance(target, Tensor)
+        and student.device.type == "cpu"
+        and student.dtype != torch.float64
         and divergence == "forward"
         and 0 < student.numel() <= SMALL
         and target.shape == student.shape

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stillhouse.kernels import backends, reference
 from stillhouse.kernels import loss as kernels
-from stillhouse.kernels import reference
 from stillhouse.kernels.checks import DIVERGENCES
 from stillhouse.kernels.series import NO_LABEL
 from stillhouse.kernels.targets import Labels, Sampled, Target, TopK
@@ -21,13 +21,19 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 def check(device: str | torch.device, backend: str | None = None) -> list[tuple[str, bool, str]]:
-    """A quick correctness check on ``device`` against float64: (name, passed, detail) for each case; by default of the backend in use."""
+    """A quick correctness check on ``device`` against float64: (name, passed, detail) for each case; by default of the backend in use.
+
+    First comes whether that is the device's kernel: torch, which computes where there is none, passes the cases too.
+    """
     device = torch.device(device)
     generator = torch.Generator().manual_seed(0)
     rows, width = 12, 1003  # more than small.MOST
     student, teacher = (3 * torch.randn(rows, width, generator=generator) for _ in range(2))
     cases = [(kind, d) for kind in ("dense", "top-k") for d in DIVERGENCES] + [("sampled", "forward")]
     results = []
+    if backend is None and device.type == "cpu":
+        in_use, why = backends.explain(device, certain=True)
+        results.append(("kernel", in_use == "numba", why))
     for dtype in TOLERANCE:
         s, t = student.to(dtype), teacher.to(dtype)
         for kind, divergence in cases:
