@@ -296,11 +296,14 @@ BAD = [
     ({"labels": torch.zeros(2, 9)}, "labels shape"),
     ({"labels": torch.tensor([0, 1], dtype=torch.int32)}, "labels dtype"),
     ({"labels": -torch.ones(2, 10)}, "negative probability"),
-    ({"labels": torch.full((2, 10), torch.nan)}, "negative probability or NaN"),
+    ({"labels": torch.full((2, 10), torch.nan)}, "negative probability, NaN"),
+    ({"labels": torch.full((2, 10), torch.inf)}, r"NaN or \+inf in row 0; expected finite"),
     ({"label_smoothing": 1.0}, "label_smoothing"),
     ({"weights": (1.0, -1.0)}, "weights"),
     ({"weights": 0.5}, "weights"),
-    ({"label_count": -1}, "count"),
+    ({"label_count": -1}, "^label_count: got -1"),
+    ({"label_count": torch.tensor([1, 2])}, "^label_count: got shape"),
+    ({"count": -1}, "^count: got -1"),
 ]
 
 

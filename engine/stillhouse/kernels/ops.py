@@ -123,10 +123,10 @@ def _divisor(count: Count) -> tuple[Tensor | None, float]:
     return (count, 1.0) if isinstance(count, Tensor) else (None, float(count))
 
 
-def number(count: Any) -> float:
+def number(count: Any, name: str) -> float:
     """A count that may be a tensor on the CPU."""
     value = count.item() if isinstance(count, Tensor) else float(count)
-    check_count_value(value)
+    check_count_value(value, name)
     return float(value)
 
 
@@ -144,9 +144,9 @@ def compute(student: Tensor, call: Call, out: Tensor | None) -> Tensor:
         return _compute_on_cuda(student, call, target, labels, out)
     call = call._replace(
         soft_count=None,
-        soft_divisor=number(call.counts()[0]),
+        soft_divisor=number(call.counts()[0], "count"),
         label_count=None,
-        label_divisor=number(call.counts()[1]),
+        label_divisor=number(call.counts()[1], "label_count"),
     )
     if call.look:
         check_values(target, student.shape[1], call.mask)
@@ -308,6 +308,8 @@ def softmax_kl(student: Tensor, call: Call, inplace: bool) -> tuple[Tensor, Tens
     refuse_forward_mode(student)
     if not (torch.is_grad_enabled() and student.requires_grad):
         return _terms(_fresh(student, call, False)[0], call)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(_DERIVATIVE.format(got="a derivative by torch.func"))
     inplace = inplace and _is_plain(student) and overwritable(student, call)
     return _SoftmaxKL.apply(student, call, inplace)[:2]  # type: ignore[no-any-return]
 
@@ -411,8 +413,10 @@ def _span(x: Tensor) -> tuple[int, int]:
 
 
 def is_constant(x: Tensor | None) -> bool:
-    """Is there surely nothing to detach ``x`` from, be it for backward, for forward mode or for torch.func?"""
-    return x is None or not (x.requires_grad or torch.compiler.is_compiling() or is_transformed())
+    """Is ``x`` as it lies in memory, with surely nothing to detach it from, be it for backward, for forward mode or for torch.func?"""
+    return x is None or not (
+        x.requires_grad or torch.compiler.is_compiling() or is_transformed() or x.is_neg()
+    )
 
 
 def is_transformed() -> bool:
@@ -439,12 +443,12 @@ def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
 
 
 def scaled_in_place(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """The saved gradient times the upstream one: as it is for 1, in place where no second backward will need it."""
-    if upstream.dim() == 0 and upstream.device.type == "cpu" and upstream.item() == 1.0:
-        return gradient
+    """The saved gradient times the upstream one: in place, or as it is for 1, where no second backward will need it."""
     with torch.no_grad():
         if torch._C._autograd._get_current_graph_task_keep_graph():
             return _scaled(gradient, upstream)
+        if upstream.dim() == 0 and upstream.device.type == "cpu" and upstream.item() == 1.0:
+            return gradient
         return gradient.mul_(upstream[:, None] if upstream.dim() else upstream)
 
 

@@ -61,6 +61,9 @@ def label_rows(student: Tensor, labels: Labels, mask: Tensor | None = None) -> T
     log_s = log_softmax(torch.where(keep[:, None], student, 0))  # what other rows hold reaches nothing
     if labels.probabilities is not None:
         y = torch.where(keep[:, None], labels.probabilities, 0).to(log_s.dtype)
+        y = torch.where(
+            y < 0, torch.nan, y
+        )  # where nobody looks at them: on a GPU, and where a call is traced
         rows = -torch.where(y != 0, y * log_s, 0).sum(-1)  # 0 times -inf is NaN
     elif labels.indices is not None:
         rows = -log_s.gather(-1, torch.where(keep, labels.indices, 0)[:, None])[:, 0]
