@@ -85,7 +85,7 @@ def _say_failed(why: str) -> None:
     """Once, also where several kernels fail for one reason."""
     fix = "install the numba that stillhouse was tested with (pip install -U stillhouse), or pass backend='torch' to be rid of this warning"
     warn(
-        "stillhouse's CPU kernels can't be compiled or loaded here, so torch computes in their place, several times slower: "
+        "stillhouse's CPU kernels can't be compiled or loaded here, so torch computes in their place, at many times their cost: "
         + (why if "Fix: " in why else f"{why}. Fix: {fix}")
     )
 
