@@ -30,7 +30,7 @@ def read(name: str) -> bytes | None:
     try:
         path.lstat()
         for place in path.parents:
-            _check_owner(place, inner=place == path.parent)
+            _check(place.stat(), place, others_only=place != path.parent)
         content = _read_own(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -71,15 +71,9 @@ def _read_own(path: Path) -> bytes:
         return file.read()
 
 
-def _check_owner(place: Path, *, inner: bool) -> None:
-    """The folder itself is writable by its owner alone; in one above it, others may not replace what they don't own."""
-    found = place.stat()
-    if inner or not found.st_mode & stat.S_ISVTX:
-        _check(found, place, others_only=not inner)
-
-
 def _check(found: os.stat_result, place: Path, *, others_only: bool = False) -> None:
-    if os.name != "posix":
+    """``others_only``: of a folder above, in which others may not replace what they don't own."""
+    if os.name != "posix" or (others_only and found.st_mode & stat.S_ISVTX):
         return
     if found.st_uid not in (os.geteuid(), 0):
         raise PermissionError(f"{place} belongs to another user")

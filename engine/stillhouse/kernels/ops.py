@@ -87,12 +87,12 @@ class Call(NamedTuple):
         count, labelled = (
             torch.where(x > 0, x, 1) if isinstance(x, Tensor) else x or 1.0 for x in self.counts()
         )
-        if self.label_term() is None or self.label_weight == 0:
+        if self.label_weight == 0:  # as without labels
             return count
         most = labelled * (LIFT / abs(self.label_weight))
-        if isinstance(count, Tensor):
-            return count.clamp(max=most)
-        return most.clamp(max=count) if isinstance(most, Tensor) else min(count, most)
+        if isinstance(count, Tensor) or isinstance(most, Tensor):
+            return torch.minimum(torch.as_tensor(count), torch.as_tensor(most))
+        return min(count, most)
 
 
 def call_of(
