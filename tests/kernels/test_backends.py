@@ -4,19 +4,23 @@ import logging
 import os
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 from cases import exact, logits, relative
+from numba.core import compiler
 
-from stillhouse.kernels import TopK, backends, cache, distillation_loss, loss, softmax_kl
+from stillhouse.cli.main import main
+from stillhouse.kernels import TopK, backends, cache, distillation_loss, linear_softmax_kl, loss, softmax_kl
 from stillhouse.kernels.cpu import build
 
 
 def forget():
-    for known in (backends.cpu_failure, backends._say_failed, build.entry):
+    for known in (backends.cpu_failure, backends._say_failed, build.entry, build._made):
         known.cache_clear()
 
 
@@ -42,12 +46,17 @@ def test_without_a_kernel_torch_computes_and_says_so_once(fresh, monkeypatch):
         for _ in range(3):
             loss = softmax_kl(leaf, teacher, temperature=2.0)
     (one,) = [str(w.message) for w in said]
+    assert said[0].filename == __file__
     assert "JITCodeLibrary" in one
     assert "backend='torch'" in one
     rows, gradient = exact(student, teacher, temperature=2.0)
     assert relative(loss.detach(), rows.mean()) <= 1e-6
     assert relative(torch.autograd.grad(loss, leaf)[0], gradient) <= 1e-6
-    with pytest.raises(ImportError):
+    assert one.count("Fix: ") == 1
+    assert ".." not in one
+    with pytest.raises(
+        ValueError, match=r"backend='numba': got ImportError.*JITCodeLibrary.*Fix: backend='torch'"
+    ):
         softmax_kl(leaf, teacher, backend="numba")
 
 
@@ -103,16 +112,62 @@ def test_it_trains_where_numbas_private_names_are_gone(gone, tmp_path):
 
 
 def test_a_line_before_the_first_compilation(fresh, monkeypatch, caplog):
-    monkeypatch.setattr(build, "_compile", lambda name: b"code")
-    monkeypatch.setattr(build, "_load", lambda code: code)
-    with caplog.at_level(logging.WARNING, "stillhouse.kernels"):
-        assert build.entry("dense") == b"code"
+    def compiles(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compiler, "compile_extra", compiles)
+    with caplog.at_level(logging.WARNING, "stillhouse.kernels"), pytest.raises(KeyboardInterrupt):
+        build.entry("dense")
     assert "about 25 seconds" in caplog.text
     caplog.clear()
-    build.entry.cache_clear()
-    monkeypatch.setattr(build, "_compile", no_compiler)
-    assert build.entry("dense") == b"code", "kept"
+    monkeypatch.setattr(build, "_codegen", lambda: no_compiler("dense"))
+    for kernel in build.ENTRIES:  # which fails at once
+        assert "JITCodeLibrary" in backends.cpu_failure(kernel)
     assert not caplog.records
+
+
+def test_what_was_compiled_is_kept(fresh, monkeypatch):
+    monkeypatch.setattr(build, "_compile", lambda name: b"code")
+    monkeypatch.setattr(build, "_load", lambda code: code)
+    assert build.entry("dense") == b"code"
+    forget()
+    monkeypatch.setattr(build, "_compile", no_compiler)
+    assert build.entry("dense") == b"code"
+    assert build.kept("dense")
+    assert not build.kept("sparse")
+
+
+def test_threads_wait_for_the_one_that_compiles(fresh, monkeypatch):
+    made, all_there = [], threading.Barrier(4)
+
+    def compiles(name):
+        made.append(name)
+        time.sleep(0.2)
+        return b"code"
+
+    def asks():
+        all_there.wait()
+        build.entry("dense")
+
+    monkeypatch.setattr(build, "_compile", compiles)
+    monkeypatch.setattr(build, "_load", lambda code: code)
+    monkeypatch.setattr(cache, "write", lambda name, code: False)
+    threads = [threading.Thread(target=asks) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == ["dense"]
+
+
+def test_doctor_says_that_torch_computes_where_a_kernel_cannot_be_had(fresh, monkeypatch, capsys):
+    assert "not compiled yet: dense, dense_labels, sparse, sparse_labels" in backends.explain("cpu")[1]
+    monkeypatch.setattr(build, "_compile", no_compiler)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert main(["doctor", "--kernels"]) == 1
+    printed = capsys.readouterr().out
+    assert "kernel backend torch: " in printed
+    assert "FAILED kernel: the CPU kernels can't be compiled or loaded: ImportError" in printed
 
 
 def test_small_calls_compile_nothing_whatever_is_there(fresh, monkeypatch):
@@ -124,8 +179,11 @@ def test_small_calls_compile_nothing_whatever_is_there(fresh, monkeypatch):
         warnings.simplefilter("error")
         got = softmax_kl(student, teacher, temperature=4.0)
         both = distillation_loss(student, teacher, torch.zeros(rows, dtype=torch.long), temperature=4.0)
+        eye = torch.eye(10)
+        by_layer = linear_softmax_kl(student, eye, teacher, temperature=4.0)
     assert relative(got, exact(student, teacher, temperature=4.0)[0].mean()) <= 1e-6
     assert torch.equal(both.soft, got)
+    assert relative(by_layer, got) <= 1e-6
     with pytest.warns(RuntimeWarning):
         softmax_kl(logits(rows + 1, 10, 1), logits(rows + 1, 10, 2))
 

@@ -88,6 +88,62 @@ def test_a_link_in_the_files_place(folder, tmp_path):
         assert cache.read("name") is None
 
 
+def test_code_that_was_kept_under_another_name(folder):
+    """It takes other arguments: run as this kernel it is wrong, or ends the process."""
+    cache.write("other", CODE)
+    (folder / "other").rename(folder / "name")
+    assert cache.read("name") is None
+
+
+def test_a_folder_that_cannot_be_looked_into(folder, monkeypatch):
+    cache.write("name", CODE)
+    if os.geteuid() == 0:
+
+        def refused(path):
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(type(folder), "lstat", refused)
+        monkeypatch.setattr(type(folder), "stat", lambda path, **_: refused(path))
+    else:
+        folder.chmod(0)
+    with pytest.warns(RuntimeWarning, match=r"Permission denied.*STILLHOUSE_CACHE"):
+        assert cache.read("name") is None
+    folder.parent.chmod(0o700)
+
+
+def test_a_folder_that_leads_to_itself(tmp_path, monkeypatch):
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "loop"))
+    with pytest.warns(RuntimeWarning, match="STILLHOUSE_CACHE"):
+        assert cache.read("name") is None
+    assert not cache.write("name", CODE)
+
+
+def test_the_advice_mends_what_it_is_given_for(folder, tmp_path):
+    cache.write("name", CODE)
+    (folder / "name").rename(tmp_path / "elsewhere")
+    (folder / "name").symlink_to(tmp_path / "elsewhere")
+    with pytest.warns(RuntimeWarning, match=r"symbolic link.*delete what is there") as said:
+        assert cache.read("name") is None
+    assert "chmod" not in str(said[0].message)
+    assert said[0].filename == __file__
+    (folder / "name").unlink()
+    assert cache.read("name") is None
+    assert cache.write("name", CODE)
+    assert cache.read("name") == CODE
+
+
+def test_what_a_kill_left_is_removed(folder):
+    cache.write("name", CODE)
+    left = folder / ".other.0123456789ab.part"
+    left.write_bytes(CODE)
+    cache.write("name", CODE)
+    assert left.exists(), "another process may be writing it"
+    os.utime(left, (0, 0))
+    cache.write("name", CODE)
+    assert [path.name for path in folder.iterdir()] == ["name"]
+
+
 def test_a_folder_that_cannot_be_made(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "file"))

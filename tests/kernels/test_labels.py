@@ -240,6 +240,39 @@ def test_a_float16_gradient_is_divided_after_the_loss_was_scaled(backend):
     assert relative(gradient, expected) <= 1e-3
 
 
+@pytest.mark.parametrize("asked", [(0.5, 0.5), (0.25, 0.75)], ids=["as declared", "another sum"])
+@pytest.mark.parametrize("form", ["default counts", "counts of the step", "linear", "linear by torch"])
+def test_few_labels_among_many_rows_overflow_no_float16(form, asked):
+    """Lifted by the rows' count, what is divided by that of the labels would be more than float16 holds."""
+    rows, width, scale = (140_000, 10, 256.0) if form == "default counts" else (16, 1000, 256.0)
+    student, teacher = (
+        logits(rows, width, 1, dtype=torch.float16),
+        logits(rows, width, 2, dtype=torch.float16),
+    )
+    y = torch.full((rows,), -100)
+    y[7] = 3
+    counts = {} if form == "default counts" else {"count": 1e6, "label_count": 1}
+    settings = {"temperature": 2.0, "weights": (0.5, 0.5), **counts}
+    if form.startswith("linear"):
+        hidden, weight = logits(rows, 32, 3, 1.0, torch.float16), logits(width, 32, 4, 0.2, torch.float16)
+        leaves = [x.requires_grad_() for x in (hidden, weight)]
+        backend = "torch" if "torch" in form else "numba"
+        soft, label = linear_distillation_loss(*leaves, teacher, y, backend=backend, **settings)
+        wide = [x.detach().double().requires_grad_() for x in leaves]
+        s = wide[0] @ wide[1].t()
+    else:
+        leaves = [student.requires_grad_()]
+        soft, label = distillation_loss(*leaves, teacher, y, backend="numba", **settings)
+        s = student.detach().double().requires_grad_()
+        wide = [s]
+    got = torch.autograd.grad((asked[0] * soft + asked[1] * label) * scale, leaves)
+    of_rows = reference.softmax_kl_rows(s, teacher.double(), 2.0, "forward", 0.5).sum()
+    of_label = reference.label_rows(s, Labels(y, None, 0.0)).sum()
+    exact = asked[0] * of_rows / counts.get("count", rows) + asked[1] * of_label
+    for one, expected in zip(got, torch.autograd.grad(exact * scale, wide), strict=True):
+        assert relative(one, expected) <= 3e-3
+
+
 @pytest.mark.parametrize("kind", ["dense", "ghost"])
 def test_in_place_and_fresh_are_the_same_bits_with_any_number_of_threads(kind):
     student, teacher, y = logits(64, 3000, 1), logits(64, 3000, 2), labels_of("hard", 64, 3000)
@@ -263,11 +296,14 @@ BAD = [
     ({"labels": torch.zeros(2, 9)}, "labels shape"),
     ({"labels": torch.tensor([0, 1], dtype=torch.int32)}, "labels dtype"),
     ({"labels": -torch.ones(2, 10)}, "negative probability"),
-    ({"labels": torch.full((2, 10), torch.nan)}, "negative probability or NaN"),
+    ({"labels": torch.full((2, 10), torch.nan)}, "negative probability, NaN"),
+    ({"labels": torch.full((2, 10), torch.inf)}, r"NaN or \+inf in row 0; expected finite"),
     ({"label_smoothing": 1.0}, "label_smoothing"),
     ({"weights": (1.0, -1.0)}, "weights"),
     ({"weights": 0.5}, "weights"),
-    ({"label_count": -1}, "count"),
+    ({"label_count": -1}, "^label_count: got -1"),
+    ({"label_count": torch.tensor([1, 2])}, "^label_count: got shape"),
+    ({"count": -1}, "^count: got -1"),
 ]
 
 

@@ -285,6 +285,24 @@ def test_another_compiler_or_processor_has_another_key(monkeypatch):
     assert len(keys) == 3
 
 
+def test_numbas_settings_have_another_key(monkeypatch, tmp_path):
+    from stillhouse.kernels.cpu import build
+
+    monkeypatch.chdir(tmp_path)
+    keys = {build.key()}
+    for name, value in (("OPT", "0"), ("OPT", "1"), ("SLP_VECTORIZE", "1"), ("CPU_NAME", "haswell")):
+        monkeypatch.setenv(f"NUMBA_{name}", value)
+        keys.add(build.key())
+    for text in ("cpu_name: haswell", "cpu_name: generic"):
+        (tmp_path / ".numba_config.yaml").write_text(text)
+        keys.add(build.key())
+    assert len(keys) == 7
+    before = build.key()
+    for name in ("CACHE_DIR", "NUM_THREADS", "DISABLE_JIT"):
+        monkeypatch.setenv(f"NUMBA_{name}", "1")
+    assert build.key() == before, "these change no code"
+
+
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names a processor of another kind")
 def test_code_for_a_lesser_processor_than_this_one(tmp_path):
     """Numba's variables choose it, as for a cache that several machines share."""

@@ -8,7 +8,15 @@ from cases import DIVERGENCES, exact, logits, relative
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from stillhouse.kernels import Sampled, TopK, linear_softmax_kl, ops, softmax_kl
+from stillhouse.kernels import (
+    Sampled,
+    TopK,
+    distillation_loss,
+    linear_distillation_loss,
+    linear_softmax_kl,
+    ops,
+    softmax_kl,
+)
 from stillhouse.kernels.targets import Labels
 
 
@@ -335,3 +343,83 @@ def test_the_target_gets_no_gradient():
     for backend in ("numba", "torch"):
         softmax_kl(student, teacher, backend=backend).backward()
         assert teacher.grad is None
+
+
+def test_what_torch_func_asks_for():
+    student, teacher = logits(8, 9, 1).reshape(4, 2, 9), logits(8, 9, 2).reshape(4, 2, 9)
+    y = torch.arange(8).reshape(4, 2)
+
+    def both(s, t, y):
+        return sum(distillation_loss(s, t, y, backend="torch"))
+
+    expected = torch.stack([both(*each) for each in zip(student, teacher, y, strict=True)])
+    assert torch.allclose(torch.func.vmap(both)(student, teacher, y), expected)
+    first = torch.func.vmap(torch.func.grad(both))(student, teacher, y)
+    leaf = student.clone().requires_grad_()
+    sum(both(*each) for each in zip(leaf, teacher, y, strict=True)).backward()
+    assert torch.allclose(first, leaf.grad)
+    with pytest.raises(RuntimeError, match=r"torch\.func.*backend='torch'"):
+        torch.func.grad(softmax_kl)(student, teacher)
+
+
+@pytest.mark.parametrize("backend", [None, "numba", "torch"])
+@pytest.mark.parametrize("rows", [2, 64])
+@pytest.mark.parametrize("kind", ["dense", "top-k", "sampled"])
+def test_what_was_made_in_inference_mode_is_taken_by_every_path(kind, rows, backend):
+    """A teacher's step: as good as one under no_grad, whatever the size of the last batch."""
+    made = {"dense": lambda t: t.clone(), "top-k": lambda t: TopK.from_logits(t, 8)}
+    made["sampled"] = lambda t: Sampled.from_logits(t, 8, generator=torch.Generator().manual_seed(0))
+    teacher, found = logits(rows, 1000, 2), []
+    for mode in (torch.no_grad, torch.inference_mode):
+        student = logits(rows, 1000, 1).requires_grad_()
+        hidden, weight = logits(rows, 4, 3).requires_grad_(), logits(1000, 4, 4).requires_grad_()
+        with mode():
+            target, mask, y = made[kind](teacher), torch.arange(rows) % 4 != 0, torch.arange(rows)
+            soft = teacher.softmax(-1)
+        for labels in (y, soft):
+            sum(distillation_loss(student, target, labels, mask=mask, backend=backend)).backward()
+            sum(
+                linear_distillation_loss(hidden, weight, target, labels, mask=mask, backend=backend)
+            ).backward()
+        found.append((student.grad, hidden.grad, weight.grad))
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_a_lazy_negation_is_read_as_what_it_stands_for(backend):
+    def negative(x):
+        return torch._neg_view(-x)  # as of a conjugate's imaginary part
+
+    student, teacher = logits(8, 30, 1), logits(8, 30, 2)
+    y, kept = teacher.softmax(-1), TopK.from_logits(teacher, 4)
+    lazy = replace(kept, log_probs=negative(kept.log_probs), log_rest=negative(kept.log_rest))
+    for target, same in ((teacher, negative(teacher)), (kept, lazy)):
+        leaves = [student.clone().requires_grad_() for _ in range(2)]
+        plain = distillation_loss(leaves[0], target, y, backend=backend)
+        got = distillation_loss(negative(leaves[1]), same, negative(y), backend=backend)
+        assert torch.equal(torch.stack(got), torch.stack(plain))
+        sum(plain).backward()
+        sum(got).backward()
+        assert torch.equal(leaves[1].grad, leaves[0].grad)
+
+
+@pytest.mark.parametrize("wrong", [-0.01, torch.nan])
+def test_soft_labels_that_are_none_give_no_number_under_compile(wrong):
+    """There they are not looked at: NaN, as on a GPU."""
+    student, teacher = logits(8, 30, 1), logits(8, 30, 2)
+    y = teacher.softmax(-1)
+    compiled = torch.compile(lambda s, y: distillation_loss(s, teacher, y).label, backend="aot_eager")
+    assert compiled(student, y).isfinite()
+    y[3, 4] = wrong
+    assert compiled(student, y).isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_gradient_that_was_handed_out_is_the_callers(dtype):
+    leaf, teacher = logits(8, 30, 1, dtype=dtype).requires_grad_(), logits(8, 30, 2, dtype=dtype)
+    loss = softmax_kl(leaf, teacher, backend="numba")
+    (first,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    before = first.clone()
+    first.mul_(0.5)
+    loss.backward()
+    assert torch.equal(leaf.grad, before)

@@ -143,7 +143,7 @@ def doctor(options: argparse.Namespace) -> int:
     for name in ("stillhouse", "torch", "numpy", "numba", "pluggy", "pydantic", "safetensors"):
         found["versions"][name] = version(name)
     for device in devices:
-        backend, why = explain(device)
+        backend, why = explain(device, certain=options.kernels)
         found["devices"][str(device)] = {**machine(device), "kernel": backend, "why": why}
         if options.kernels:
             found["devices"][str(device)]["checks"] = check(device)

@@ -6,14 +6,13 @@ What was not asked for by name falls back to torch where it can't be had, with o
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from stillhouse.kernels.errors import fail
+from stillhouse.kernels.errors import fail, warn
 
 BACKENDS = ("torch", "numba", "cuda")
 
@@ -36,6 +35,8 @@ def choose(student: Tensor, backend: str | None, kernel: str = "dense") -> str:
         raise fail(
             f"backend={backend!r}", "float64 logits", "float32, bfloat16 or float16", "backend='torch'"
         )
+    if backend == "numba" and not torch.compiler.is_compiling() and (why := cpu_failure(kernel)) is not None:
+        raise fail("backend='numba'", why, "a CPU kernel that can be compiled or loaded", "backend='torch'")
     if backend == "cuda" and not cuda_available()[0]:
         raise fail(
             "backend='cuda'", cuda_available()[1], "a CUDA driver and the extra 'cuda'", "backend='torch'"
@@ -56,7 +57,10 @@ def _default(student: Tensor, kernel: str) -> str:
 
 @torch.compiler.assume_constant_result  # type: ignore[no-untyped-call]
 def _cpu_works(kernel: str) -> bool:  # asked where a graph is traced, and not within it
-    return cpu_failure(kernel) is None
+    why = cpu_failure(kernel)
+    if why is not None:
+        _say_failed(why)
+    return why is None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[no-untyped-call]
@@ -66,27 +70,23 @@ def _cuda_works(device: int | None) -> bool:
 
 @lru_cache(maxsize=8)
 def cpu_failure(kernel: str) -> str | None:
-    """Why this process has no such CPU kernel, warned about once; loads or compiles it the first time."""
+    """Why this process has no such CPU kernel; loads or compiles it the first time."""
     try:
         from stillhouse.kernels.cpu.build import entry
 
         entry(kernel)
     except Exception as error:  # noqa: BLE001 whatever a compiler throws, there is a way on
-        why = f"{type(error).__name__}: {error}"
-        _say_failed(why)
-        return why
+        return f"{type(error).__name__}: {error}"
     return None
 
 
 @lru_cache(maxsize=8)
 def _say_failed(why: str) -> None:
     """Once, also where several kernels fail for one reason."""
-    warnings.warn(
-        f"stillhouse's CPU kernels can't be compiled or loaded here, so torch computes in their place, several times slower: {why}. "
-        "Fix: install the numba that stillhouse was tested with (pip install -U stillhouse), or pass backend='torch' to be rid "
-        "of this warning",
-        RuntimeWarning,
-        stacklevel=6,
+    fix = "install the numba that stillhouse was tested with (pip install -U stillhouse), or pass backend='torch' to be rid of this warning"
+    warn(
+        "stillhouse's CPU kernels can't be compiled or loaded here, so torch computes in their place, at many times their cost: "
+        + (why if "Fix: " in why else f"{why}. Fix: {fix}")
     )
 
 
@@ -122,12 +122,10 @@ def cuda_failure(device: int) -> str | None:
     if kept == PASSED:
         return None
     why = kept.decode(errors="replace")
-    warnings.warn(
+    warn(
         f"stillhouse's CUDA kernel is not used on device {device}, and torch computes in its place: its self-check there said "
         f"'{why}'. Fix: update the driver and the extra 'cuda', then delete {cache.folder() / name}; `stillhouse doctor "
-        "--kernels` shows all of the check",
-        RuntimeWarning,
-        stacklevel=5,
+        "--kernels` shows all of the check"
     )
     return why
 
@@ -151,23 +149,33 @@ def warmup(say: Callable[[str], None]) -> bool:
     worked = True
     for kernel in ENTRIES:
         start = time.perf_counter()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # said below
-            why = cpu_failure(kernel)
+        why = cpu_failure(kernel)
         worked = worked and why is None
         say(f"{kernel}: {why or f'ready after {time.perf_counter() - start:.1f} s'}")
     return worked
 
 
-def explain(device: str | torch.device) -> tuple[str, str]:
-    """The backend in use for logits on ``device`` in float32 and 16-bit types, and why it is that one."""
+def explain(device: str | torch.device, *, certain: bool = False) -> tuple[str, str]:
+    """The backend in use for logits on ``device`` in float32 and 16-bit types, and why it is that one.
+
+    Of CPU kernels that were not compiled yet it says so; ``certain`` compiles them to know.
+    """
     kind = torch.device(device).type
     if kind == "cpu":
-        from stillhouse.kernels.cpu.workers import openmp
-
+        try:
+            from stillhouse.kernels.cpu.build import ENTRIES, kept
+            from stillhouse.kernels.cpu.workers import openmp
+        except ImportError as error:
+            return "torch", f"the CPU kernels can't be imported: {error}"
+        there = [name for name in ENTRIES if certain or kept(name)]
+        failed = [why for why in map(cpu_failure, there) if why is not None]
+        if failed:
+            return "torch", f"the CPU kernels can't be compiled or loaded: {failed[0]}"
+        missing = ", ".join(sorted(ENTRIES.keys() - set(there)))
+        later = f"; not compiled yet: {missing} (`stillhouse warmup`)" if missing else ""
         whose = "torch's own" if openmp() else "of a pool, since this torch has no GOMP_parallel"
         threads = f"{torch.get_num_threads()} threads, {whose}"
-        return "numba", f"CPU tensors: the Numba kernel, {threads}; float64 and small calls take torch"
+        return "numba", f"CPU tensors: the Numba kernel, {threads}; float64 and small calls take torch{later}"
     if kind == "cuda":
         available, why = cuda_available()
         return ("cuda", f"CUDA tensors: {why}") if available else ("torch", f"no CUDA kernel: {why}")

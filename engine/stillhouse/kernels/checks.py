@@ -51,20 +51,20 @@ def _check_positive(name: str, value: object, fix: str) -> None:
     )
 
 
-def _check_count(count: object) -> None:
+def _check_count(count: object, name: str = "count") -> None:
     if isinstance(count, Tensor):
         shape = f"shape {tuple(count.shape)}"
-        require(count.dim() == 0, "count", shape, "a number or a 0-d tensor", "sum it over the step")
+        require(count.dim() == 0, name, shape, "a number or a 0-d tensor", "sum it over the step")
         if count.device.type != "cpu" or torch.compiler.is_compiling():
             return  # looking would stall the stream, or break the graph
         count = count.item()
-    check_count_value(count)
+    check_count_value(count, name)
 
 
-def check_count_value(count: object) -> None:
+def check_count_value(count: object, name: str = "count") -> None:
     """Refuse a number of valid rows that is none."""
     expected, fix = "a finite number of valid rows, 0 or more", "count the rows of the whole step"
-    require(_is_real(count) and 0 <= float(count) < math.inf, "count", repr(count), expected, fix)
+    require(_is_real(count) and 0 <= float(count) < math.inf, name, repr(count), expected, fix)
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
@@ -122,7 +122,7 @@ def check_labels(student: Tensor, labels: Tensor, smoothing: float, weights: obj
     two = isinstance(weights, (tuple, list)) and len(weights) == 2 and all(map(_is_weight, weights))
     require(two, "weights", repr(weights), "two finite numbers, 0 or more", "pass (soft, label)")
     if count is not None:
-        _check_count(count)
+        _check_count(count, "label_count")
 
 
 def _is_weight(value: object) -> bool:
@@ -135,7 +135,7 @@ def check_label_values(labels: Labels, width: int, mask: Tensor | None) -> None:
         wrong = (labels.indices != NO_LABEL) & ((labels.indices < 0) | (labels.indices >= width))
     else:
         assert labels.probabilities is not None
-        wrong = ~(labels.probabilities >= 0).all(-1)
+        wrong = ~((labels.probabilities >= 0) & (labels.probabilities < math.inf)).all(-1)
     wrong = wrong if mask is None else wrong & mask
     if bool(wrong.any()):
         raise _label_error(labels, int(wrong.nonzero()[0, 0]), width)
@@ -143,7 +143,10 @@ def check_label_values(labels: Labels, width: int, mask: Tensor | None) -> None:
 
 def _label_error(labels: Labels, row: int, width: int) -> ValueError:
     if labels.indices is None:
-        got, expected = f"a negative probability or NaN in row {row}", "probabilities of 0 or more"
+        got, expected = (
+            f"a negative probability, NaN or +inf in row {row}",
+            "finite probabilities of 0 or more",
+        )
         return fail("labels", got, expected, "mask the row out")
     got = f"{int(labels.indices[row])} in row {row}"
     return fail("labels", got, f"0 to {width - 1}, or {NO_LABEL} for none", "remap the classes")

@@ -49,7 +49,8 @@ def run(
     d_hidden = torch.empty_like(hidden) if wanted[0] else None
     d_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if wanted[1] else None
     d_bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if wanted[2] else None
-    chunks = _chunks(hidden.shape[0], weight.shape[0])
+    # torch's operators work in float64 on a CPU, and keep a score of these for backward
+    chunks = _chunks(hidden.shape[0], weight.shape[0] * (4 if work.by_torch else 1))
     most = max(chunk.stop - chunk.start for chunk in chunks)
     logits_of, teacher_of = _Layer(weight, bias, most), _teacher(work.head, most, keep=wide == hidden.dtype)
     soft, label, labelled = [], [], work.call.label_term() is not None

@@ -152,14 +152,14 @@ def _apply(
         target = _logits_like(target.hidden, target.weight)
     else:
         check_target(logits, target, mask, temperature, divergence)
-    chosen = choose(logits, target, divergence, backend, labels=labels, small_too=False)
+    chosen = choose(logits, target, divergence, backend, labels=labels)
     _, flat, mask = flatten(hidden, target, mask)
     if head is None:
         check_values(flat, weight.shape[0], mask, chosen)
     hidden = hidden.reshape(-1, hidden.shape[-1])
     if count is None:
         count = rows_of(hidden, mask)
-    by_torch, of_labels = chosen == "torch", {}
+    by_torch, of_labels = chosen in {"torch", "small"}, {}
     if terms is not None:
         labels, smoothing, weights, label_count = terms
         check_labels(logits, labels, smoothing, weights, label_count)
@@ -236,18 +236,19 @@ class _LinearSoftmaxKL(torch.autograd.Function):
     def backward(ctx: Any, soft: Tensor | None, label: Tensor | None, _: None) -> tuple[Any, ...]:  # type: ignore[override]
         *gradients, anchor = ctx.saved_tensors[:4]
         layer, work, factor = ctx.saved_tensors[4:], ctx.work, 1.0
+        call = work.call
         with torch.no_grad():
             if ctx.labelled:
                 asked = ops.asked_weights(soft, label)
-                common = ops.common_factor(asked, work.call)
+                common = ops.common_factor(asked, call)
                 if common is None:
-                    call = work.call._replace(weight=asked[0], label_weight=asked[1])
+                    call, common = ops.weighted(asked, call)
                     gradients = run(layer, Work(call, work.head, work.by_torch), ctx.wanted, None)[2]
-                soft = anchor.new_full((), 1.0 if common is None else common)
+                soft = anchor.new_full((), common)
             if soft is not None and work.call.per_row:
                 gradients = run(layer, work, ctx.wanted, soft)[2]
             elif soft is not None and ctx.dtype == torch.float16:
-                factor = soft.double() / work.call.late(ctx.dtype)
+                factor = soft.double() / call.late(ctx.dtype)
                 gradients = [None if g is None else (g.float() * factor).to(ctx.dtype) for g in gradients]
             elif soft is not None:
                 gradients = [None if g is None else ops.scaled_in_place(g, soft) for g in gradients]

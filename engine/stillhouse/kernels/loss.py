@@ -121,7 +121,8 @@ def distillation_loss(
     """The divergence from a teacher at T, as of :func:`softmax_kl`, and the cross-entropy with labels at 1, in one pass.
 
     With ``weights`` (a, b) a row's loss is a T^2 KL(t || s) + b CE(y, softmax(student)), and its gradient
-    a T (s_T - t_T) + b (s_1 - y): eq. 1 and section 2 of Hinton et al. 2015, arXiv:1503.02531.
+    a T (s_T - t_T) + b (s_1 - y): eq. 1 and section 2 of Hinton et al. 2015, arXiv:1503.02531. No gradient reaches the target, nor
+    labels that are probabilities.
 
     Args:
         student_logits: (..., V), as for :func:`softmax_kl`.
@@ -130,7 +131,7 @@ def distillation_loss(
         temperature: T, of the first term alone.
         weights: what the caller multiplies the terms by. The gradient of that sum (or a multiple) is made with the terms. One of
             another combination is right as well and takes a pass of its own, which needs the logits: with ``inplace``
-            it raises RuntimeError instead.
+            it raises RuntimeError instead, and so does backward where they were changed meanwhile.
         divergence: of the first term.
         beta: of a ``jsd``.
         label_smoothing: the share of every label that goes to all V entries alike, 0 <= share < 1.
@@ -164,7 +165,7 @@ def distillation_loss(
             flat, flat_mask, count, temperature, divergence, beta, labels=y, weights=weights, label_count=label_count
         )  # fmt: skip
         return Terms(*ops.softmax_kl(student, call, inplace))
-    if student.device.type == "cpu" and not torch.compiler.is_compiling():
+    if student.device.type == "cpu" and not (torch.compiler.is_compiling() or ops.is_transformed()):
         check_label_values(y, student.shape[1], flat_mask)
     soft = softmax_kl(
         student, flat, temperature=temperature, divergence=divergence, beta=beta, mask=flat_mask, count=count,
@@ -175,17 +176,14 @@ def distillation_loss(
 
 
 def choose(
-    student: Tensor, target: Target, divergence: str, backend: str | None, *, labels: Tensor | None = None,
-    small_too: bool = True,
-) -> str:  # fmt: skip
+    student: Tensor, target: Target, divergence: str, backend: str | None, *, labels: Tensor | None = None
+) -> str:
     """The backend of a call; ``small`` for one that needs no kernel."""
-    if backend is None and student.device.type == "cpu" and student.dtype != torch.float64:
-        if small_too and _is_small(student, target, divergence):
-            return "small"
-        kernel = "dense" if isinstance(target, Tensor) else "sparse"
-        one_pass = labels is not None and fits_one_pass(student, target, divergence, labels)
-        return backends.choose(student, backend, f"{kernel}_labels" if one_pass else kernel)
-    return backends.choose(student, backend)
+    if backend is None and _is_small(student, target, divergence):
+        return "small"
+    one_pass = labels is not None and fits_one_pass(student, target, divergence, labels)
+    kernel = "dense" if isinstance(target, Tensor) else "sparse"
+    return backends.choose(student, backend, f"{kernel}_labels" if one_pass else kernel)
 
 
 def fits_one_pass(student: Tensor, target: Target, divergence: str, labels: Tensor) -> bool:
@@ -216,6 +214,8 @@ def _is_small(student: Tensor, target: Target, divergence: str) -> bool:
     """
     return (
         isinstance(target, Tensor)
+        and student.device.type == "cpu"
+        and student.dtype != torch.float64
         and divergence == "forward"
         and 0 < student.numel() <= SMALL
         and target.shape == student.shape
@@ -233,7 +233,7 @@ def _rows_by_torch(
         rows = _closed_form(student.double(), target.double(), temperature, mask)
     else:
         rows = reference.softmax_kl_rows(student, target, temperature, divergence, beta, mask)
-    if student.device.type == "cpu" and not torch.compiler.is_compiling():
+    if student.device.type == "cpu" and not (torch.compiler.is_compiling() or ops.is_transformed()):
         checked(rows.detach().sum().item(), rows)
     return rows.float() if chosen == "small" else rows
 
@@ -256,7 +256,7 @@ def _closed_form(s: Tensor, t: Tensor, temperature: float, mask: Tensor | None) 
 def flat_labels(labels: Tensor, smoothing: float) -> Labels:
     """Labels with their rows in one dimension."""
     if labels.is_floating_point():
-        return Labels(None, labels.detach().reshape(-1, labels.shape[-1]), float(smoothing))
+        return Labels(None, _rows(labels.detach()), float(smoothing))
     return Labels(labels.reshape(-1), None, float(smoothing))
 
 
@@ -274,24 +274,34 @@ def flatten(
     student: Tensor, target: Target, mask: Tensor | None, backend: str = "torch"
 ) -> tuple[Tensor, Target, Tensor | None]:
     """Everything with one leading dimension N; the target such that no derivative reaches it on ``backend``."""
-
-    def rows(x: Tensor) -> Tensor:
-        return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-
     if isinstance(target, TopK):
         # as it is where it can be, and the backend saves nothing of it for backward: a new one costs as much as thirty rows of
         # a thousand logits, where the operators before have left none of this in the caches
         parts = (target.log_probs, target.log_rest)
         if backend == "torch" or target.indices.dim() != 2 or not all(map(ops.is_constant, parts)):
-            rest = None if target.log_rest is None else target.log_rest.detach().reshape(-1)
-            target = replace(
-                target, indices=rows(target.indices), log_probs=rows(target.log_probs.detach()), log_rest=rest
+            rest = (
+                None
+                if target.log_rest is None
+                else savable(target.log_rest.detach()).resolve_neg().reshape(-1)
             )
+            indices, log_probs = _rows(savable(target.indices)), _rows(savable(target.log_probs.detach()))
+            target = replace(target, indices=indices, log_probs=log_probs, log_rest=rest)
     elif isinstance(target, Sampled):
-        target = replace(target, indices=rows(target.indices), weights=rows(target.weights.detach()))
+        indices, weights = _rows(savable(target.indices)), _rows(savable(target.weights.detach()))
+        target = replace(target, indices=indices, weights=weights)
     else:
-        target = rows(target.detach())
-    return rows(student), target, None if mask is None else mask.reshape(-1)
+        target = _rows(target.detach())
+    return _rows(student), target, None if mask is None else savable(mask).reshape(-1)
+
+
+def _rows(x: Tensor) -> Tensor:
+    x = x.resolve_neg()  # kernels take addresses, and what lies there has the other sign
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def savable(x: Tensor) -> Tensor:
+    """A copy of what was made in inference mode, which autograd refuses to save for backward."""
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 def reduce(rows: Tensor, mask: Tensor | None, reduction: str, count: float | Tensor | None) -> Tensor:

@@ -10,9 +10,14 @@ import torch
 from torch import Tensor
 
 
-def scaled(logits: Tensor, temperature: float) -> Tensor:
-    """``logits / temperature`` in float32, or in float64 where they are that."""
-    return (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+def wide(x: Tensor) -> Tensor:
+    """What the specification computes in: float64 on a CPU, since flat rows (a large T) differ by less than float32 tells."""
+    return x.double() if x.device.type == "cpu" or x.dtype == torch.float64 else x.float()
+
+
+def single(x: Tensor) -> Tensor:
+    """Logits in float32; of float64 relative to the row's largest, so that a common offset takes no digits."""
+    return (x - x.amax(-1, keepdim=True)).float() if x.dtype == torch.float64 else x.float()
 
 
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -20,6 +25,6 @@ def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
     A row of -inf alone, or one that holds NaN or +inf, is NaN.
     """
-    x = scaled(logits, temperature)
-    below = x - x.detach().amax(-1, keepdim=True)
+    x = logits if logits.dtype == torch.float64 else logits.float()
+    below = (x - x.detach().amax(-1, keepdim=True)) / temperature
     return below - below.exp().sum(-1, keepdim=True, dtype=torch.float64).log().to(below.dtype)

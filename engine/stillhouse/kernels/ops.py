@@ -20,10 +20,12 @@ from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
 from stillhouse.kernels.checks import check_count_value, check_values, checked, checked_labels
+from stillhouse.kernels.normalise import single
 from stillhouse.kernels.reference import top_k_at
 from stillhouse.kernels.targets import Labels, Sampled, Target, TopK
 
 SAME = 1e-6  # relative: weights that differ by no more count as those that the gradient was made for
+LIFT = 1024.0  # far enough from float16's largest number for a product with a layer's weights
 Count = float | Tensor
 
 
@@ -76,11 +78,21 @@ class Call(NamedTuple):
         )
 
     def late(self, dtype: torch.dtype) -> Any:
-        """What a gradient is divided by in backward: float16 would lose 1 / count times it before a scaler lifts it."""
-        count = self.counts()[0]
+        """What a gradient is divided by in backward: float16 would lose 1 / count times it before a scaler lifts it.
+
+        The count of the divergence, or less where the label term, divided by a smaller one, would exceed ``LIFT``.
+        """
         if dtype != torch.float16 or self.per_row:
             return 1.0
-        return torch.where(count > 0, count, 1) if isinstance(count, Tensor) else count or 1.0
+        count, labelled = (
+            torch.where(x > 0, x, 1) if isinstance(x, Tensor) else x or 1.0 for x in self.counts()
+        )
+        if self.label_weight == 0:  # as without labels
+            return count
+        most = labelled * (LIFT / abs(self.label_weight))
+        if isinstance(count, Tensor) or isinstance(most, Tensor):
+            return torch.minimum(torch.as_tensor(count), torch.as_tensor(most))
+        return min(count, most)
 
 
 def call_of(
@@ -111,10 +123,10 @@ def _divisor(count: Count) -> tuple[Tensor | None, float]:
     return (count, 1.0) if isinstance(count, Tensor) else (None, float(count))
 
 
-def number(count: Any) -> float:
+def number(count: Any, name: str) -> float:
     """A count that may be a tensor on the CPU."""
     value = count.item() if isinstance(count, Tensor) else float(count)
-    check_count_value(value)
+    check_count_value(value, name)
     return float(value)
 
 
@@ -132,9 +144,9 @@ def compute(student: Tensor, call: Call, out: Tensor | None) -> Tensor:
         return _compute_on_cuda(student, call, target, labels, out)
     call = call._replace(
         soft_count=None,
-        soft_divisor=number(call.counts()[0]),
+        soft_divisor=number(call.counts()[0], "count"),
         label_count=None,
-        label_divisor=number(call.counts()[1]),
+        label_divisor=number(call.counts()[1], "label_count"),
     )
     if call.look:
         check_values(target, student.shape[1], call.mask)
@@ -205,7 +217,7 @@ def _cuda_rows(student: Tensor, target: Target, *, out_grad: Tensor | None, **se
         return cuda.softmax_kl_fwd_bwd(student, target, out_grad=out_grad, **settings)
     wide = None if out_grad is None else student.new_empty(student.shape, dtype=torch.float32)
     rows = cuda.softmax_kl_fwd_bwd(
-        student.float(), target.float(), out_grad=wide, **settings
+        student.float(), single(target), out_grad=wide, **settings
     )  # which reads both in one type
     if out_grad is not None and wide is not None:
         out_grad.copy_(wide)
@@ -296,6 +308,8 @@ def softmax_kl(student: Tensor, call: Call, inplace: bool) -> tuple[Tensor, Tens
     refuse_forward_mode(student)
     if not (torch.is_grad_enabled() and student.requires_grad):
         return _terms(_fresh(student, call, False)[0], call)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(_DERIVATIVE.format(got="a derivative by torch.func"))
     inplace = inplace and _is_plain(student) and overwritable(student, call)
     return _SoftmaxKL.apply(student, call, inplace)[:2]  # type: ignore[no-any-return]
 
@@ -317,7 +331,7 @@ class _SoftmaxKL(torch.autograd.Function):
                 torch.autograd.graph.increment_version(student)
         else:
             losses, gradient = _fresh(student, call, True)
-        ctx.call, ctx.inplace, ctx.late = call, inplace, call.late(student.dtype)
+        ctx.call, ctx.inplace = call, inplace
         anchor = losses.new_empty(0)
         again = (student,) if call.label_term() is not None and not inplace else ()
         ctx.save_for_backward(gradient, anchor, *again)
@@ -328,22 +342,23 @@ class _SoftmaxKL(torch.autograd.Function):
     def backward(
         ctx: Any, soft: Tensor | None, label: Tensor | None, _: None
     ) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
-        gradient, anchor, *again = ctx.saved_tensors
-        if ctx.call.label_term() is not None:
+        (gradient, anchor, *again), call = ctx.saved_tensors, ctx.call
+        if call.label_term() is not None:
             asked = asked_weights(soft, label)
-            factor = common_factor(asked, ctx.call)
+            factor = common_factor(asked, call)
             if factor is None:
                 if ctx.inplace:
                     raise RuntimeError(
-                        _OVERWRITTEN.format(got=asked, expected=(ctx.call.weight, ctx.call.label_weight))
+                        _OVERWRITTEN.format(got=asked, expected=(call.weight, call.label_weight))
                     )
-                call, factor = ctx.call._replace(weight=asked[0], label_weight=asked[1]), 1.0
+                call, factor = weighted(asked, call)
                 with torch.no_grad():
                     gradient = _fresh(again[0], call, True)[1]
             soft = anchor.new_full((), factor)
         if soft is None:
             return None, None, None
-        upstream = soft if isinstance(ctx.late, float) and ctx.late == 1.0 else soft / ctx.late
+        late = call.late(gradient.dtype)
+        upstream = soft if isinstance(late, float) and late == 1.0 else soft / late
         if torch.compiler.is_compiling():
             return _scaled(gradient, upstream), None, None
         gradient = scaled_in_place(gradient, upstream)
@@ -373,6 +388,12 @@ def common_factor(asked: tuple[float, float], call: Call) -> float | None:
     return x / a if a >= b else y / b
 
 
+def weighted(asked: tuple[float, float], call: Call) -> tuple[Call, float]:
+    """The call with these weights less their size, and that: with a loss scaler's factor in them float16 would not hold it."""
+    size = max(map(abs, asked))
+    return call._replace(weight=asked[0] / size, label_weight=asked[1] / size), size
+
+
 def overwritable(student: Tensor, read: Iterable[Any]) -> bool:
     """Is a row of the student its own memory, which no other row, target or mask is read from?"""
     first, last = _span(student)
@@ -392,8 +413,10 @@ def _span(x: Tensor) -> tuple[int, int]:
 
 
 def is_constant(x: Tensor | None) -> bool:
-    """Is there surely nothing to detach ``x`` from, be it for backward, for forward mode or for torch.func?"""
-    return x is None or not (x.requires_grad or torch.compiler.is_compiling() or is_transformed())
+    """Is ``x`` as it lies in memory, with surely nothing to detach it from, be it for backward, for forward mode or for torch.func?"""
+    return x is None or not (
+        x.requires_grad or torch.compiler.is_compiling() or is_transformed() or x.is_neg()
+    )
 
 
 def is_transformed() -> bool:
@@ -420,12 +443,12 @@ def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
 
 
 def scaled_in_place(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """The saved gradient times the upstream one: as it is for 1, in place where no second backward will need it."""
-    if upstream.dim() == 0 and upstream.device.type == "cpu" and upstream.item() == 1.0:
-        return gradient
+    """The saved gradient times the upstream one: in place, or as it is for 1, where no second backward will need it."""
     with torch.no_grad():
         if torch._C._autograd._get_current_graph_task_keep_graph():
             return _scaled(gradient, upstream)
+        if upstream.dim() == 0 and upstream.device.type == "cpu" and upstream.item() == 1.0:
+            return gradient
         return gradient.mul_(upstream[:, None] if upstream.dim() else upstream)
 
 

@@ -18,7 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from stillhouse.kernels.normalise import log_softmax, scaled
+from stillhouse.kernels.normalise import log_softmax, wide
 from stillhouse.kernels.series import LEAST_REST
 from stillhouse.kernels.targets import Labels, Sampled, Target, TopK
 
@@ -34,6 +34,8 @@ def softmax_kl_rows(
     mask: Tensor | None = None,
 ) -> Tensor:
     """Loss of each row, (N,): T^2 times the divergence; exactly 0, with gradient 0, where ``mask`` (N,) is False."""
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    student, target = wide(student), wide(target) if isinstance(target, Tensor) else target
     if mask is not None:  # replaced before any arithmetic, so that inf and NaN in masked rows reach nothing
         student = torch.where(mask[:, None], student, 0)
         target = _mask_target(target, mask)
@@ -44,7 +46,7 @@ def softmax_kl_rows(
         rows = _divergence(*_top_k_outcomes(student, target, temperature, divergence), divergence, beta)
     else:
         rows = _divergence(*_aligned(student, target, temperature, divergence), divergence, beta)
-    rows = rows * temperature**2
+    rows = (rows * temperature**2).to(dtype)
     return rows if mask is None else torch.where(mask, rows, 0)
 
 
@@ -59,6 +61,9 @@ def label_rows(student: Tensor, labels: Labels, mask: Tensor | None = None) -> T
     log_s = log_softmax(torch.where(keep[:, None], student, 0))  # what other rows hold reaches nothing
     if labels.probabilities is not None:
         y = torch.where(keep[:, None], labels.probabilities, 0).to(log_s.dtype)
+        y = torch.where(
+            y < 0, torch.nan, y
+        )  # where nobody looks at them: on a GPU, and where a call is traced
         rows = -torch.where(y != 0, y * log_s, 0).sum(-1)  # 0 times -inf is NaN
     elif labels.indices is not None:
         rows = -log_s.gather(-1, torch.where(keep, labels.indices, 0)[:, None])[:, 0]
@@ -131,14 +136,14 @@ def _top_k_outcomes(
         return kept, log_t
     others = log_s.scatter(-1, target.indices, NEG_INF)
     none = (others == NEG_INF).all(-1, keepdim=True)  # whose logsumexp has the gradient NaN
-    nothing = NEG_INF - scaled(student, temperature).logsumexp(-1, keepdim=True)  # and this the normaliser's
+    nothing = NEG_INF - (student / temperature).logsumexp(-1, keepdim=True)  # and this the normaliser's
     others = torch.where(none, nothing, torch.where(none, 0, others).logsumexp(-1, keepdim=True))
     return torch.cat([kept, others], -1), torch.cat([log_t, _log_rest(target, log_t)], -1)
 
 
 def top_k_at(target: TopK, temperature: float) -> Tensor:
     """The k log-probabilities at the temperature of the call; renormalised where the target asks for it."""
-    log_t = target.log_probs if target.log_probs.dtype == torch.float64 else target.log_probs.float()
+    log_t = wide(target.log_probs)
     if target.rest == "renormalise":
         log_t = log_softmax(log_t * (target.temperature / temperature))
     return log_t

@@ -89,8 +89,7 @@ class Sampled:
             ValueError: k below 1, a temperature that is not above 0, or, on the CPU, logits that give no distribution.
         """
         k = _check_draw("Sampled", logits, k, temperature)
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        probs = torch.softmax(wide / temperature, dim=-1).reshape(-1, logits.shape[-1])
+        probs = log_softmax(logits, temperature).exp().reshape(-1, logits.shape[-1])
         try:
             drawn = torch.multinomial(probs, k, replacement=True, generator=generator)
         except RuntimeError as error:

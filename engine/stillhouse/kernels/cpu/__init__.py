@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stillhouse.kernels.cpu.build import entry
 from stillhouse.kernels.cpu.workers import LINE, Workers
+from stillhouse.kernels.normalise import single
 from stillhouse.kernels.series import jsd_apart, jsd_series
 from stillhouse.kernels.targets import Labels, Sampled, Target, TopK
 
@@ -102,7 +103,7 @@ def _readable(target: Target) -> tuple[Tensor | None, ...]:
     """A target's tensors as the rows read them: logits; or indices, values and a ghost's logarithm."""
     if isinstance(target, Tensor):
         target = target if target.stride(1) == 1 else target.contiguous()
-        return (target if target.dtype in DTYPES else target.float(),)
+        return (target if target.dtype in DTYPES else single(target),)
     if isinstance(target, Sampled):
         return target.indices.contiguous(), _plain(target.weights), None
     values, rest = target.log_probs, target.log_rest

@@ -14,6 +14,7 @@ import logging
 import os
 import struct
 import sys
+import threading
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ BLOCK = 2048  # columns at a time, which are redone where a reference has to ris
 ENTRIES = {"dense": "dense", "dense_labels": "dense", "sparse": "sparse", "sparse_labels": "sparse"}
 # that this takes on two cores of 2024, one of them busy
 SECONDS = {"dense": 25, "dense_labels": 30, "sparse": 25, "sparse_labels": 30}
+# of Numba's variables, those without a bearing on machine code
+NO_BEARING = {"NUMBA_CACHE_DIR", "NUMBA_DISABLE_JIT", "NUMBA_NUM_THREADS", "NUMBA_THREADING_LAYER"}
+_LOCK = threading.Lock()
 _LOG = logging.getLogger("stillhouse.kernels")
 SYMBOL = "stillhouse_rows"
 WRAPPERS = ("create_cpython_wrapper", "create_cfunc_wrapper")  # of Numba's target
@@ -75,17 +79,23 @@ def totals_of(call: ctypes.Array[ctypes.c_char]) -> tuple[float, float]:
 @lru_cache(maxsize=len(ENTRIES))
 def entry(name: str) -> Compiled:
     """The compiled function ``name``, from the cache or fresh."""
+    with _LOCK:  # threads that come meanwhile wait for the one that compiles
+        return _made(name)
+
+
+@lru_cache(maxsize=len(ENTRIES))
+def _made(name: str) -> Compiled:
     file = _file(name)  # of the sources as they are before it is compiled
     code = cache.read(file)
     if code is None:
-        _LOG.warning(
-            "stillhouse compiles its CPU kernel '%s', once: about %d seconds (`stillhouse warmup` does it ahead)",
-            name,
-            SECONDS[name],
-        )
         code = _compile(name)
         cache.write(file, code)
     return _load(code)
+
+
+def kept(name: str) -> bool:
+    """Is the function on disk?"""
+    return cache.read(_file(name)) is not None
 
 
 def _file(name: str) -> str:
@@ -93,7 +103,8 @@ def _file(name: str) -> str:
 
 
 def key() -> str:
-    """Changes with the sources, the compiler and the processor."""
+    """Changes with the sources, the compiler and what it is told, and the processor."""
+    settings = Path(".numba_config.yaml")  # which Numba looks for where it is imported
     what = (
         fingerprint(),
         importlib.metadata.version("numba"),
@@ -101,8 +112,8 @@ def key() -> str:
         llvm.get_process_triple(),
         llvm.get_host_cpu_name(),
         llvm.get_host_cpu_features().flatten(),
-        os.environ.get("NUMBA_CPU_NAME"),
-        os.environ.get("NUMBA_CPU_FEATURES"),
+        sorted((k, v) for k, v in os.environ.items() if k.startswith("NUMBA_") and k not in NO_BEARING),
+        settings.read_bytes() if settings.is_file() else b"",
     )
     return hashlib.sha256(repr(what).encode()).hexdigest()[:24]
 
@@ -155,6 +166,8 @@ def optimised(name: str) -> tuple[llvm.ModuleRef, llvm.TargetMachine]:
             # what would make the functions callable from Python takes a third of the time
             vars(target).update(dict.fromkeys(WRAPPERS, lambda *_, **__: None))
             _refuse_a_processor_without_float16(target._internal_codegen._tm)
+            said = "stillhouse compiles its CPU kernel '%s', once: about %d seconds (`stillhouse warmup` does it ahead)"
+            _LOG.warning(said, name, SECONDS[name])
             result: Any = compiler.compile_extra(  # type: ignore[no-untyped-call]
                 typing, target, function, (types.int64,), types.void, flags, {}
             )
