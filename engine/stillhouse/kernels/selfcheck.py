@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,26 +16,23 @@ from stillhouse.kernels.checks import DIVERGENCES
 from stillhouse.kernels.series import NO_LABEL
 from stillhouse.kernels.targets import Labels, Sampled, Target, TopK
 
+KINDS = ("dense", "top-k", "sampled")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 def check(device: str | torch.device, backend: str | None = None) -> list[tuple[str, bool, str]]:
     """A quick correctness check on ``device`` against float64: (name, passed, detail) for each case; by default of the backend in use."""
-    device = torch.device(device)
     generator = torch.Generator().manual_seed(0)
-    rows, width = 12, 1003  # more than small.MOST
-    student, teacher = (3 * torch.randn(rows, width, generator=generator) for _ in range(2))
-    cases = [(kind, d) for kind in ("dense", "top-k") for d in DIVERGENCES] + [("sampled", "forward")]
-    results = []
-    for dtype in TOLERANCE:
-        s, t = student.to(dtype), teacher.to(dtype)
-        for kind, divergence in cases:
-            name = f"{kind} {divergence} {str(dtype).removeprefix('torch.')}"
-            results.append(_check_case(name, s, _target(kind, t), divergence, device, backend))
-        for kind in ("dense", "top-k", "sampled"):
-            name = f"{kind} with labels {str(dtype).removeprefix('torch.')}"
-            results.append(_check_labels(name, s, _target(kind, t), device, backend))
-    return results
+    student, teacher = (3 * torch.randn(12, 1003, generator=generator) for _ in range(2))  # no small call
+    alone = [(kind, d, False) for kind in ("dense", "top-k") for d in DIVERGENCES]
+    cases = [*alone, ("sampled", "forward", False), *((kind, "forward", True) for kind in KINDS)]
+    return [
+        _check(
+            kind, divergence, labelled, student.to(dtype), teacher.to(dtype), torch.device(device), backend
+        )
+        for dtype in TOLERANCE
+        for kind, divergence, labelled in cases
+    ]
 
 
 def _target(kind: str, teacher: Tensor) -> Target:
@@ -58,61 +54,34 @@ def _converted(target: Target, **how: Any) -> Target:
     return replace(target, indices=indices, **{name: x.to(**how) for name, x in values.items()})
 
 
-def _check_case(
-    name: str, student: Tensor, target: Target, divergence: Any, device: torch.device, backend: str | None
-) -> tuple[str, bool, str]:
-    exact = student.double().requires_grad_()
-    expected = reference.softmax_kl_rows(
-        exact, _converted(target, dtype=torch.float64), 2.0, divergence, 0.5
-    ).mean()
-    expected.backward()
-
-    def loss(mine: Tensor) -> Tensor:
-        where = _converted(target, device=device)
-        return kernels.softmax_kl(mine, where, temperature=2.0, divergence=divergence, backend=backend)
-
-    return _compare(name, student, device, loss, expected, exact.grad)
-
-
-def _check_labels(
-    name: str, student: Tensor, target: Target, device: torch.device, backend: str | None
-) -> tuple[str, bool, str]:
-    """Of 0.75 times the divergence and 0.25 times the cross-entropy with labels."""
-    exact, y = student.double().requires_grad_(), torch.arange(student.shape[0])
-    y[3] = NO_LABEL
-    soft = reference.softmax_kl_rows(
-        exact, _converted(target, dtype=torch.float64), 2.0, "forward", 0.5
-    ).mean()
-    expected = 0.75 * soft + 0.25 * reference.label_rows(exact, Labels(y, None, 0.0)).sum() / (len(y) - 1)
-    expected.backward()
-
-    def loss(mine: Tensor) -> Tensor:
-        terms = kernels.distillation_loss(
-            mine,
-            _converted(target, device=device),
-            y.to(device),
-            temperature=2.0,
-            weights=(0.75, 0.25),
-            backend=backend,
-        )
-        return 0.75 * terms.soft + 0.25 * terms.label
-
-    return _compare(name, student, device, loss, expected, exact.grad)
-
-
-def _compare(
-    name: str, student: Tensor, device: torch.device, loss: Callable[[Tensor], Tensor], expected: Tensor,
-    gradient: Tensor | None,
+def _check(
+    kind: str, divergence: Any, labelled: bool, student: Tensor, teacher: Tensor, device: torch.device, backend: str | None
 ) -> tuple[str, bool, str]:  # fmt: skip
+    """Of a divergence; with labels of 0.75 times that and 0.25 times the cross-entropy."""
+    name = f"{kind} {'with labels' if labelled else divergence} {str(student.dtype).removeprefix('torch.')}"
+    target, exact, y = _target(kind, teacher), student.double().requires_grad_(), torch.arange(len(student))
+    y[3] = NO_LABEL
+    wide = _converted(target, dtype=torch.float64)
+    expected = reference.softmax_kl_rows(exact, wide, 2.0, divergence, 0.5).mean()
+    if labelled:
+        label = reference.label_rows(exact, Labels(y, None, 0.0)).sum() / (len(y) - 1)
+        expected = 0.75 * expected + 0.25 * label
+    expected.backward()
     mine = student.to(device, copy=True).requires_grad_()
+    settings: dict[str, Any] = {"temperature": 2.0, "divergence": divergence, "backend": backend}
     try:
-        got = loss(mine)
+        here = _converted(target, device=device)
+        if labelled:
+            terms = kernels.distillation_loss(mine, here, y.to(device), weights=(0.75, 0.25), **settings)
+            got = 0.75 * terms.soft + 0.25 * terms.label
+        else:
+            got = kernels.softmax_kl(mine, here, **settings)
         got.backward()
     except Exception as error:  # noqa: BLE001 a check reports, whatever the backend throws
         return name, False, f"{type(error).__name__}: {error}"
     assert mine.grad is not None
-    assert gradient is not None
+    assert exact.grad is not None
     value = abs(got.item() / expected.item() - 1)
-    off = ((mine.grad.double().cpu() - gradient).norm() / gradient.norm()).item()
+    off = ((mine.grad.double().cpu() - exact.grad).norm() / exact.grad.norm()).item()
     passed = value <= 2e-6 and off <= TOLERANCE[student.dtype]
     return name, passed, f"relative error: loss {value:.1e}, gradient {off:.1e}"

@@ -107,12 +107,13 @@ def log2_one_plus(r):
 
 
 def running(count: int) -> Callable:
-    """Device function ``absorb(x, top, k2, c, d)``: so many more logits, of maximum ``top``, into the running (C, D)."""
+    """Device function ``absorb(x, k2, c, d)``: so many more logits into the running (C, D)."""
     whole = unrolled(count, "x, k2, n", "+(exp2(fma(x[#], k2, n)))")
+    top_of = unrolled(count, "x", "^(x[#])")
 
     @device
-    def absorb(x, top, k2, c, d):
-        higher = ptx.fmax(top * k2, c)
+    def absorb(x, k2, c, d):
+        higher = ptx.fmax(top_of(x) * k2, c)
         return higher, ptx.fma(d, ptx.exp2(c - higher), whole(x, k2, -higher))
 
     return absorb

@@ -198,6 +198,12 @@ def label_gradient(x, known):
     return ptx.fma(ptx.exp2(ptx.fma(x, LOG2E, known[0])), known[1], -known[2])
 
 
+def with_label(code: SimpleNamespace, labels: bool, of: str, factor: str, arguments: str) -> Callable:
+    """Device function: a chunk's gradients, ``of`` times the factor, and with labels those of the label term, for logits x."""
+    each = f"*(fma({of}, {factor}, label_of(x[#], label)))" if labels else f"*({of} * {factor})"
+    return unrolled(code.per, arguments, each, label_of=label_gradient)
+
+
 @device
 def label_loss(y, wrong, x, c, d, total, smoothing, v):
     """``x``: the label's logit; ``total``: the sum of all logits."""
