@@ -9,11 +9,12 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from stillhouse.kernels.errors import fail
+from stillhouse.kernels.errors import fail, require
 
 BACKENDS = ("torch", "numba", "cuda")
 
@@ -23,23 +24,16 @@ def choose(student: Tensor, backend: str | None, kernel: str = "dense") -> str:
     device, dtype = student.device.type, student.dtype
     if backend is None:
         return _default(student, kernel)
-    if backend not in BACKENDS:
-        raise fail("backend", repr(backend), f"None or one of {', '.join(BACKENDS)}", "leave it at None")
+    known = f"None or one of {', '.join(BACKENDS)}"
+    require(backend in BACKENDS, "backend", repr(backend), known, "leave it at None")
     if backend == "torch":
         return backend
-    wanted = "cpu" if backend == "numba" else "cuda"
-    if device != wanted:
-        raise fail(
-            f"backend={backend!r}", f"logits on {device}", f"logits on {wanted}", "leave backend at None"
-        )
-    if dtype == torch.float64:
-        raise fail(
-            f"backend={backend!r}", "float64 logits", "float32, bfloat16 or float16", "backend='torch'"
-        )
+    name, wanted = f"backend={backend!r}", "cpu" if backend == "numba" else "cuda"
+    require(device == wanted, name, f"logits on {device}", f"logits on {wanted}", "leave backend at None")
+    types = "float32, bfloat16 or float16"
+    require(dtype != torch.float64, name, "float64 logits", types, "backend='torch'")
     if backend == "cuda" and not cuda_available()[0]:
-        raise fail(
-            "backend='cuda'", cuda_available()[1], "a CUDA driver and the extra 'cuda'", "backend='torch'"
-        )
+        raise fail(name, cuda_available()[1], "a CUDA driver and the extra 'cuda'", "backend='torch'")
     return backend
 
 
@@ -48,20 +42,17 @@ def _default(student: Tensor, kernel: str) -> str:
     if student.dtype == torch.float64:
         return "torch"
     if device.type == "cpu":
-        return "numba" if _cpu_works(kernel) else "torch"
+        return "numba" if _works(cpu_failure, kernel) else "torch"
     if device.type != "cuda" or not cuda_available()[0]:
         return "torch"
-    return "cuda" if _cuda_works(device.index) else "torch"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return "cuda" if _works(cuda_failure, index) else "torch"
 
 
 @torch.compiler.assume_constant_result  # type: ignore[no-untyped-call]
-def _cpu_works(kernel: str) -> bool:  # asked where a graph is traced, and not within it
-    return cpu_failure(kernel) is None
-
-
-@torch.compiler.assume_constant_result  # type: ignore[no-untyped-call]
-def _cuda_works(device: int | None) -> bool:
-    return cuda_failure(torch.cuda.current_device() if device is None else device) is None
+def _works(failure: Callable[[Any], str | None], which: object) -> bool:
+    """Asked where a graph is traced, and not within it."""
+    return failure(which) is None
 
 
 @lru_cache(maxsize=8)

@@ -211,12 +211,10 @@ class _LinearSoftmaxKL(torch.autograd.Function):
         layer, work, factor = ctx.saved_tensors[4:], ctx.work, 1.0
         with torch.no_grad():
             if ctx.labelled:
-                asked = ops.asked_weights(soft, label)
-                common = ops.common_factor(asked, work.call)
-                if common is None:
-                    call = work.call._replace(weight=asked[0], label_weight=asked[1])
-                    gradients = run(layer, Work(call, work.head, work.by_torch), ctx.wanted, None)[2]
-                soft = anchor.new_full((), 1.0 if common is None else common)
+                common, again = ops.reweighted(work.call, soft, label)
+                if again is not None:
+                    gradients = run(layer, Work(again, work.head, work.by_torch), ctx.wanted, None)[2]
+                soft = anchor.new_full((), common)
             if soft is not None and work.call.per_row:
                 gradients = run(layer, work, ctx.wanted, soft)[2]
             elif soft is not None and ctx.dtype == torch.float16:

@@ -74,6 +74,10 @@ class Call(NamedTuple):
             self.label_divisor if self.label_count is None else self.label_count,
         )
 
+    def weights(self) -> tuple[float, float]:
+        """Of both terms."""
+        return self.weight, self.label_weight
+
     def late(self, dtype: torch.dtype) -> Any:
         """What a gradient is divided by in backward: float16 would lose 1 / count times it before a scaler lifts it."""
         count = self.counts()[0]
@@ -220,13 +224,11 @@ def _forward(student: Tensor, call: Call, gradient: bool) -> tuple[Tensor, Tenso
     return compute(student, call, out), out
 
 
-def _shape_of_loss(student: Tensor, call: Call) -> Tensor:
-    several = student.shape[:1] if call.per_row else (2,) if call.label_term() is not None else ()
-    return student.new_empty(several, dtype=torch.float32)
-
-
 def _fake(student: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _shape_of_loss(student, Call(*rest[:-1])), student.new_empty(student.shape if rest[-1] else (0,))
+    call, gradient = Call(*rest[:-1]), rest[-1]
+    several = student.shape[:1] if call.per_row else (2,) if call.label_term() is not None else ()
+    loss = student.new_empty(several, dtype=torch.float32)
+    return loss, student.new_empty(student.shape if gradient else (0,))
 
 
 _ARGUMENTS = ", ".join(
@@ -298,16 +300,13 @@ class _SoftmaxKL(torch.autograd.Function):
     ) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
         gradient, anchor, *again = ctx.saved_tensors
         if ctx.call.label_term() is not None:
-            asked = asked_weights(soft, label)
-            factor = common_factor(asked, ctx.call)
-            if factor is None:
+            factor, again_call = reweighted(ctx.call, soft, label)
+            if again_call is not None:
                 if ctx.inplace:
-                    raise RuntimeError(
-                        _OVERWRITTEN.format(got=asked, expected=(ctx.call.weight, ctx.call.label_weight))
-                    )
-                call, factor = ctx.call._replace(weight=asked[0], label_weight=asked[1]), 1.0
+                    expected, got = ctx.call.weights(), again_call.weights()
+                    raise RuntimeError(_OVERWRITTEN.format(got=got, expected=expected))
                 with torch.no_grad():
-                    gradient = _fresh(again[0], call, True)[1]
+                    gradient = _fresh(again[0], again_call, True)[1]
             soft = anchor.new_full((), factor)
         if soft is None:
             return None, None, None
@@ -326,19 +325,15 @@ _OVERWRITTEN = (
 )
 
 
-def asked_weights(soft: Tensor | None, label: Tensor | None) -> tuple[float, float]:
-    """The derivatives that backward was given, as numbers: on a GPU it waits for them."""
-    return 0.0 if soft is None else float(soft.item()), 0.0 if label is None else float(label.item())
-
-
-def common_factor(asked: tuple[float, float], call: Call) -> float | None:
-    """The number that the call's weights times it are what is asked for, if there is one."""
-    (a, b), (x, y) = (call.weight, call.label_weight), asked
-    if a == b == 0:
-        return 0.0 if x == y == 0 else None
-    if abs(x * b - y * a) > SAME * max(abs(x * b), abs(y * a)):
-        return None
-    return x / a if a >= b else y / b
+def reweighted(call: Call, soft: Tensor | None, label: Tensor | None) -> tuple[float, Call | None]:
+    """(Factor of the gradient that was made, None) for these derivatives of the terms, where the call's weights times it are what
+    is asked for; else (1, the call whose gradient is to be made). On a GPU it waits for the derivatives.
+    """
+    x, y = 0.0 if soft is None else float(soft.item()), 0.0 if label is None else float(label.item())
+    a, b = call.weights()
+    if (a == b == 0 and not x == y == 0) or abs(x * b - y * a) > SAME * max(abs(x * b), abs(y * a)):
+        return 1.0, call._replace(weight=x, label_weight=y)
+    return (0.0 if a == b == 0 else x / a if a >= b else y / b), None
 
 
 def overwritable(student: Tensor, read: Iterable[Any]) -> bool:

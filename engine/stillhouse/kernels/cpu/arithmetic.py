@@ -109,9 +109,8 @@ shifted = floats(1, _shifted)  # 2^n, where n is the low mantissa bits of a floa
 MAGIC = f32(1.5 * 2**23 + 127)
 LEAST = f32(-126.0)  # of a normal float32's exponents: what has a smaller one counts as zero
 LEAST_MASS = f32(2.0**-126)  # what divides a probability, where that may be zero
-NEAR = f32(
-    series.RADIUS
-)  # |log(p/q)| below which a KL's term is summed as a series, because its closed form cancels
+# |log(p/q)| below which a KL's term is summed as a series, because its closed form cancels
+NEAR = f32(series.RADIUS)
 
 
 def _horner(builder: Any, signature: Any, x: Any, coefficients: Any) -> Any:

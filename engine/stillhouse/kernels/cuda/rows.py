@@ -63,9 +63,8 @@ def sweep(code: SimpleNamespace, team: int, make: Callable) -> Callable:
     def run(words, place, chunks, state, given):
         origin, first, last, count, lo, hi, tid = chunks
         chunk = I32(lo + tid)
-        chunk = (
-            chunk if chunk >= first else I32(chunk + team)
-        )  # at most one before them hangs over the row's start
+        # at most one before them hangs over the row's start
+        chunk = chunk if chunk >= first else I32(chunk + team)
         while chunk < min(hi, last):
             state = whole(words, place, I32(origin + chunk * per), I32(chunk - lo), state, given)
             chunk = ptx.uncounted(chunk + team)
@@ -151,12 +150,8 @@ def store_losses(spec: Spec) -> Callable:
 
 def masking(code: SimpleNamespace, spec: Spec) -> Callable:
     """Device function: is the row masked? Then its losses and gradient are zero, and nothing is left to do."""
-    clear, store, cluster, gradient = (
-        clearing(code, spec.threads),
-        store_losses(spec),
-        spec.cluster,
-        spec.gradient,
-    )
+    clear, store = clearing(code, spec.threads), store_losses(spec)
+    cluster, gradient = spec.cluster, spec.gradient
 
     @device
     def masked(words, place, chunks, mask, row, rank, loss):

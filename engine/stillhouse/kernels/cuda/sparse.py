@@ -137,11 +137,8 @@ def last_pass(code: SimpleNamespace, spec: Spec, marks: SimpleNamespace) -> Call
 
 def outcomes(spec: Spec) -> Callable:
     """Device function of two log2-probabilities, the teacher's and the student's: (loss, b, c); the gradient is c - b sum(c)."""
-    pair, of_logs, jsd = (
-        pair_of(spec.divergence, gap_of_floats, True),
-        OF_LOGS[spec.divergence],
-        spec.divergence == "jsd",
-    )
+    pair, jsd = pair_of(spec.divergence, gap_of_floats, True), spec.divergence == "jsd"
+    of_logs = OF_LOGS[spec.divergence]
 
     @device
     def outcome(log_t, log_s, coin):
@@ -317,13 +314,8 @@ def kernel_of(spec: Spec) -> Callable:
     write, begin = gradients(code, spec, marks, outcome), rows.beginning(code, cluster)
     meet = meeting(spec.threads, cluster, 0, numbers, softmaxes(3, 1) if labels else softmaxes(2))
     meet_sums, masked = meeting(spec.threads, cluster, SUMS, 2, softmaxes(0, 2)), rows.masking(code, spec)
-    store, load_one, size, jsd, gradient = (
-        rows.store_losses(spec),
-        code.load_one,
-        code.size,
-        spec.divergence == "jsd",
-        spec.gradient,
-    )
+    store, load_one, size = rows.store_losses(spec), code.load_one, code.size
+    jsd, gradient = spec.divergence == "jsd", spec.gradient
     clear_marks, mark_all = marks.clear, marks.mark_all
 
     def kernel(
