@@ -9,7 +9,6 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,17 +41,20 @@ def _default(student: Tensor, kernel: str) -> str:
     if student.dtype == torch.float64:
         return "torch"
     if device.type == "cpu":
-        return "numba" if _works(cpu_failure, kernel) else "torch"
+        return "numba" if _cpu_works(kernel) else "torch"
     if device.type != "cuda" or not cuda_available()[0]:
         return "torch"
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return "cuda" if _works(cuda_failure, index) else "torch"
+    return "cuda" if _cuda_works(device.index) else "torch"
 
 
 @torch.compiler.assume_constant_result  # type: ignore[no-untyped-call]
-def _works(failure: Callable[[Any], str | None], which: object) -> bool:
-    """Asked where a graph is traced, and not within it."""
-    return failure(which) is None
+def _cpu_works(kernel: str) -> bool:  # asked where a graph is traced, and not within it
+    return cpu_failure(kernel) is None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[no-untyped-call]
+def _cuda_works(device: int | None) -> bool:
+    return cuda_failure(torch.cuda.current_device() if device is None else device) is None
 
 
 @lru_cache(maxsize=8)

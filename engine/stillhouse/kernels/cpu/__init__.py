@@ -56,18 +56,23 @@ def softmax_kl_fwd_bwd(
     square = float(temperature) ** 2
     mask = None if mask is None else mask.contiguous()
     tensors = _readable(target)  # held until the rows are done
-    dense = isinstance(target, Tensor)
-    kind, scratch, others = (
-        _dense(student, tensors[0], divergence) if dense else _sparse(width, target, tensors)
-    )
+    if isinstance(target, Tensor):
+        kind, scratch, others, power, widest = (
+            *_dense(student, tensors[0], divergence),
+            0.0,
+            max(width, target.shape[1]),
+        )
+    else:
+        kind, scratch, others = _sparse(width, target, tensors)
+        power, widest = target.temperature / temperature, width
     indices = probabilities = None
-    smoothing, power = 0.0, 0.0 if isinstance(target, Tensor) else target.temperature / temperature
+    smoothing = 0.0
     at = 4 * scratch  # of the label term's part
     if labels is not None:
         kind, smoothing = f"{kind}_labels", labels.smoothing
         indices = None if labels.indices is None else labels.indices.contiguous()
         probabilities = None if labels.probabilities is None else _plain(labels.probabilities)
-        scratch += _padded(max(width, others[5]) if dense else width)
+        scratch += _padded(widest)
     integers = (
         DIVERGENCES[divergence], student.data_ptr(), _address(out_grad), losses.data_ptr(), _address(mask),
         student.stride(0) * student.element_size(), DTYPES[student.dtype], width, _series(beta)[1], _address(indices),

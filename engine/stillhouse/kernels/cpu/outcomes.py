@@ -18,6 +18,7 @@ from stillhouse.kernels.cpu.arithmetic import (
     maximum_of,
     reduce_add_wide,
 )
+from stillhouse.kernels.cpu.dense import FORWARD, REVERSE
 from stillhouse.kernels.cpu.labels import logit
 from stillhouse.kernels.cpu.lanes import LANES, fill, narrow, scaled_gap, store, top, total_wide, where
 from stillhouse.kernels.cpu.loops import added, no_sums
@@ -26,6 +27,40 @@ from stillhouse.kernels.series import LEAST_REST
 
 ABOVE_FLOOR = np.nextafter(FLOOR, f32(0.0))
 LITTLE = 1e-20  # of a row: below, exponentials of float32 relative to the row's maximum are not all there
+
+
+@njit
+def term(p, q, x):
+    """One outcome of KL(p || q) in Bregman form, p phi(x) with x = log q - log p and phi(x) = exp(x) - 1 - x."""
+    if p == 0.0:
+        return q
+    if abs(x) < 0.01:
+        return p * x * x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x / 120)))
+    return q - p - p * x
+
+
+@njit
+def outcome(divergence, beta, log_s, log_t, s, t):
+    """(loss, d): one outcome's part of the loss; the gradient of log s's entry is s (d - mean d).
+
+    For FORWARD, whose d may be too large a number, s d in its place.
+    """
+    if divergence == FORWARD:
+        return term(t, s, log_s - log_t), -t
+    if log_s == -np.inf:
+        return (t, 0.0) if divergence == REVERSE else (-beta * t * math.log(beta), 0.0)
+    if divergence == REVERSE:
+        return term(s, t, log_t - log_s), log_s - log_t
+    if log_t == -np.inf:
+        return -(1.0 - beta) * s * math.log(1.0 - beta), -(1.0 - beta) * math.log(1.0 - beta)
+    x = log_t - log_s
+    to_s = math.log1p(beta * math.expm1(x)) if x < 40.0 else math.log(beta) + x
+    to_t = to_s - x if x < 40.0 else math.log(beta)
+    if abs(x) < 1.0:
+        to_t = math.log1p((1.0 - beta) * math.expm1(-x))
+        m = beta * (math.expm1(to_t) - to_t) * t + (1.0 - beta) * (math.expm1(to_s) - to_s) * s
+        return m, -(1.0 - beta) * to_s
+    return -beta * t * to_t - (1.0 - beta) * s * to_s, -(1.0 - beta) * to_s
 
 
 @njit(error_model="numpy")
@@ -53,14 +88,14 @@ def normaliser(log_t, k, power):
 def entry_exponentials(logs, out, k, power, reference, mass):
     """Of k entries, exp(``power`` times what they are relative to ``reference``) / ``mass``; their sum, all of it in float64.
 
-    0 in the lanes beyond them, of which there is one at least: for the rest.
+    0 in the lanes beyond them.
     """
     wide = power * LOG2E
     high = f32(wide)
     low = f32(wide - np.float64(high))
     least = LEAST / high
     sums = no_sums(1)
-    for i in range(0, k + 1, LANES):
+    for i in range(0, k, LANES):
         a = take(logs, 0, i, k, False) - f32(reference)
         x = exp2_of_product(a, high, low, least) * f32(1.0 / mass)
         store(out + i * 4, x)
@@ -73,7 +108,7 @@ def compare(logits, log_t, x, k, rs, it, log_z, power, top_t, mass):
     """Writes x = log(student / teacher) of the k entries; the largest of |x|. The teacher's as in :func:`entry_exponentials`."""
     constant = (0.0 if mass == 1.0 else math.log(mass)) - log_z
     far = fill(f32(0.0))
-    for i in range(0, k + 1, LANES):
+    for i in range(0, k, LANES):
         a = take(logits, 0, i, k, False)
         b = take(log_t, 0, i, k, False)
         # in float64: where both are nearly equal, little is left of it
@@ -84,14 +119,6 @@ def compare(logits, log_t, x, k, rs, it, log_z, power, top_t, mass):
         store(x + i * 4, d)
         far = maximum_of(far, absolute(d))
     return top(far)
-
-
-@njit
-def compare_rest(log_s, log_t):
-    """The same of the rest, whose logarithms may be -inf."""
-    if log_s == -np.inf:
-        return f32(0.0) if log_t == -np.inf else FLOOR
-    return -FLOOR if log_t == -np.inf else f32(log_s - log_t)
 
 
 @njit(error_model="numpy")

@@ -19,18 +19,27 @@ from stillhouse.kernels.cpu.arithmetic import (
     i64_at,
     u16_at,
 )
+from stillhouse.kernels.cpu.blocks import forward_block
 from stillhouse.kernels.cpu.calls import INVERSE_T, OTHERS, POWER, run_rows
-from stillhouse.kernels.cpu.dense import REVERSE, centre_gradient, infinite_row, row_loss, write_row
+from stillhouse.kernels.cpu.dense import (
+    FORWARD,
+    JSD,
+    REVERSE,
+    centre_gradient,
+    impossible,
+    row_loss,
+    write_row,
+)
 from stillhouse.kernels.cpu.labels import OUT_OF_RANGE, label_term, logit
 from stillhouse.kernels.cpu.lanes import LANES, load, total_wide
 from stillhouse.kernels.cpu.loops import no_sums, over
 from stillhouse.kernels.cpu.outcomes import (
     compare,
-    compare_rest,
     entry_exponentials,
     ghost_of_student,
     ghost_of_teacher,
     normaliser,
+    outcome,
 )
 from stillhouse.kernels.cpu.read import scaled_row, student_pass
 from stillhouse.kernels.series import LOG_REST
@@ -107,6 +116,11 @@ def gather(student, wide_indices, k, logits_at):
     indices, logits = i64_at(wide_indices), f32_at(logits_at)
     if outside(indices, k, student[2]):
         return False
+    if student[1] == 0:  # a loop of its own, which takes several at a time
+        plain = f32_at(student[0])
+        for i in range(k):
+            logits[i] = plain[indices[i]]
+        return True
     for i in range(k):
         logits[i] = f32(logit(student, indices[i]))
     return True
@@ -114,23 +128,25 @@ def gather(student, wide_indices, k, logits_at):
 
 @njit(error_model="numpy", forceinline=True)
 def top_k_row(how, row, target, power, scale, scratch, in_range):
-    """One row, read already, against k entries and the rest as one more: they are compared as a dense row of their own.
+    """One row, read already, against k entries, compared as a dense row of their own, and the rest as one outcome.
 
     (Loss, factor): the gradient is the scratch row times the factor, but for the k entries.
 
-    ``row``: the student's, 1 / T; ``target``: indices, log-probabilities, k, ghost or not, the logarithm of the
+    ``row``: student, dtype, width, 1 / T; ``target``: indices, log-probabilities, k, ghost or not, the logarithm of the
     teacher's mass outside (NaN where it is what the entries leave of 1), what those are multiplied by; ``scratch``: address of
     the exponentials, their sum, what they are relative to. Without a ghost the k log-probabilities are taken to the call's
     temperature by ``power``, and normalised.
     """
+    divergence, beta, series = how
     student, it = row
+    v = student[2]
     wide_indices, values, k, ghost, log_rest = target
     es_at, z, rs = scratch
-    v, room = student[2], (k // LANES + 1) * LANES * 4
+    room = ((k + LANES - 1) & -LANES) * 4
     g_at = entries_of(es_at, v)
     parts = g_at + room, g_at + 2 * room, g_at + 3 * room
     kept_at, pt_at, x_at = parts
-    indices, g, kept, pt, x = i64_at(wide_indices), f32_at(g_at), f32_at(kept_at), f32_at(pt_at), f32_at(x_at)
+    indices, g = i64_at(wide_indices), f32_at(g_at)
     if not in_range:
         return OUT_OF_RANGE, 0.0
     logits_at = g_at  # until the gradient takes their place
@@ -145,24 +161,42 @@ def top_k_row(how, row, target, power, scale, scratch, in_range):
         z = inside + rest
     log_z = math.log(z)
     rest, log_ghost_s, ghost_s = ghost_of_student(rest, z, log_z, student, indices, k, rs, it, f32_at(es_at))
+    loss, d_ghost = outcome(divergence, beta, log_ghost_s, log_ghost_t, ghost_s, ghost_t)
     far = compare(logits_at, values, x_at, k, rs, it, log_z, power, top_t, mass)
-    kept[k], pt[k], x[k] = f32(ghost_s * z), f32(ghost_t), compare_rest(log_ghost_s, log_ghost_t)
-    far = max(far, abs(x[k]))
-    bad = infinite_row(how[0], far, k + 1, parts)
-    if bad and holds_nan(f32_at(values), k):
+    bad = False
+    if far > f32(1e29) and divergence != JSD:
+        p, sign = (pt_at, f32(-1.0)) if divergence == FORWARD else (kept_at, f32(1.0))
+        bad = impossible(f32_at(p), f32_at(x_at), k, sign)
+    if (bad or loss == np.inf) and holds_nan(f32_at(values), k):
         return np.nan, 0.0
-    if bad and how[0] == REVERSE:
+    if divergence == REVERSE and (bad or loss == np.inf):
         for i in range(k):
             g[i] = f32(0.0)
         return np.inf, 0.0
-    sums, logs = (z, 1.0), (f32(1.0), f32(0.0), f32(0.0))
-    constant = f32(0.0) if far < NEAR else f32_at(how[2])[LOG_REST]
-    loss, centre = row_loss(how, parts, k + 1, sums, logs, constant, False)
-    place = g_at, 0, k + 1
-    part, summed, _ = write_row(how, place, parts, k + 1, sums, logs, f32(centre), f32(scale), False, None)
+    sums = z, 1.0
+    logs = f32(1.0), f32(0.0), f32(0.0)
+    constant = f32(0.0) if far < NEAR else f32_at(series)[LOG_REST]
+    part, centre = row_loss(how, parts, k, sums, logs, constant, False)
+    loss += part
+    if divergence == JSD:  # its mean is of log(s/m) + constant, times 1 - beta
+        d_ghost = d_ghost / (1.0 - beta) + constant
+    middle = centre + (ghost_s * d_ghost if ghost_s > 0.0 else 0.0)
+    if divergence == FORWARD:  # what write_row comes to
+        part, summed, _ = forward_block(parts, (g_at, 0, k), k, logs, sums, f32(scale), False, None)
+        alpha = ghost_s + d_ghost
+    else:
+        part, summed, _ = write_row(
+            how, (g_at, 0, k), parts, k, sums, logs, f32(middle), f32(scale), False, None
+        )
+        alpha = ghost_s * (d_ghost - middle) if ghost_s > 0.0 else 0.0
+    loss += part
+    if divergence == JSD:
+        alpha *= 1.0 - beta
     # a gradient of a softmax sums to zero, also where the teacher's outcomes do not sum to one
-    centre_gradient(kept, g, k + 1, f32(-summed / z * scale))
-    return np.inf if bad else loss + part, np.float64(g[k]) / rest if rest > 0.0 else 0.0
+    summed += alpha
+    centre_gradient(f32_at(kept_at), g, k, f32(-summed / z * scale))
+    alpha -= summed * ghost_s
+    return np.inf if bad else loss, alpha * scale / rest if rest > 0.0 else 0.0
 
 
 @njit(error_model="numpy", forceinline=True)
