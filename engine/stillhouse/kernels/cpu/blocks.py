@@ -1,7 +1,7 @@
 """What the CPU kernels do with a block of the scratch row: the loss and the gradient of each divergence.
 
 ``scratch``: (exponentials of the student, of the teacher, difference of the logits), as addresses; ``logs``: what x = log(s/t)
-is made from, see ``rows.py``; ``out``: (where the gradient goes, its dtype, how many of its columns there are); ``label``: see
+is made from, see ``dense.py``; ``out``: (where the gradient goes, its dtype, how many of its columns there are); ``label``: see
 ``read.with_label``.
 """
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,call-arg,var-annotated"
