@@ -57,8 +57,9 @@ class Compiled:
 def record(
     rows: int, threads: int, scratch: int, size: int, integers: tuple[int, ...], floats: tuple[float, ...]
 ) -> ctypes.Array[ctypes.c_char]:
-    """A call in memory; what is left out of the integers is 0."""
+    """A call in memory; what is left out of the integers and floats is 0."""
     integers += (0,) * (INTEGERS - len(integers))
+    floats += (0.0,) * (REALS - len(floats))
     packed = _LAYOUT.pack(0, 0, 0, 0, 0, rows, threads, scratch, size, *integers, *floats)
     return _MEMORY.from_buffer_copy(packed)
 
