@@ -69,8 +69,8 @@ def place_and_call(student, target, divergence, order, gap, need) -> bytes:
 
 def call(student, target, divergence, gradient, labels=None) -> torch.Tensor:
     return cpu.softmax_kl_fwd_bwd(
-        student, target, temperature=4.0, divergence=divergence, beta=0.3, mask=None, scale=1 / ROWS,
-        out_grad=gradient, labels=labels, label_scale=1 / ROWS,
+        student, target, temperature=4.0, divergence=divergence, beta=0.3, mask=None,
+        scales=(1 / ROWS, 1 / ROWS), out_grad=gradient, labels=labels,
     )[0]  # fmt: skip
 
 

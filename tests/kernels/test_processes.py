@@ -80,7 +80,7 @@ def test_the_number_of_threads_is_torchs(many_threads, monkeypatch):
     def alone(_call):
         seen.add(threading.get_native_id())
 
-    workers.Workers().run(compiled(body), 100, 1_000_000, 10, 0, (), ())
+    workers.Workers().run(compiled(body), 100, 1_000_000, 10, (), ())
     assert len(seen) == many_threads
     for without in ("threads", "openmp"):
         seen.clear()
@@ -89,7 +89,7 @@ def test_the_number_of_threads_is_torchs(many_threads, monkeypatch):
         else:
             torch.set_num_threads(many_threads)
             monkeypatch.setattr(workers, "openmp", lambda: None)
-        workers.Workers().run(compiled(alone), 100, 1_000_000, 10, 0, (), ())
+        workers.Workers().run(compiled(alone), 100, 1_000_000, 10, (), ())
         assert seen == {threading.get_native_id()}
 
 

@@ -49,7 +49,14 @@ def row_of(target, r):
 
 def call(student, target, mask, out, divergence):
     losses, _ = cpu.softmax_kl_fwd_bwd(
-        student, target, temperature=1.0, divergence=divergence, beta=0.3, mask=mask, scale=0.5, out_grad=out
+        student,
+        target,
+        temperature=1.0,
+        divergence=divergence,
+        beta=0.3,
+        mask=mask,
+        scales=(0.5, 0.0),
+        out_grad=out,
     )
     return losses[0]
 

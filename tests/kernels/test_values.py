@@ -244,7 +244,7 @@ def test_equal_logits_are_as_exact_as_others(alike, width, divergence):
 @pytest.mark.parametrize("tail", [0, 40, 600])
 def test_rows_that_differ_are_told_from_rows_that_agree(width, tail):
     """Also where the end of the vocabulary, which is read first, holds next to nothing."""
-    from stillhouse.kernels.cpu.rows import apart
+    from stillhouse.kernels.cpu.dense import apart
 
     def asked(student, teacher, enough):
         scratch = torch.zeros(2, -(-width // 16) * 16)

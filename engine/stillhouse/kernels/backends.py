@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from stillhouse.kernels.errors import fail, warn
+from stillhouse.kernels.errors import fail, require, warn
 
 BACKENDS = ("torch", "numba", "cuda")
 
@@ -22,25 +22,18 @@ def choose(student: Tensor, backend: str | None, kernel: str = "dense") -> str:
     device, dtype = student.device.type, student.dtype
     if backend is None:
         return _default(student, kernel)
-    if backend not in BACKENDS:
-        raise fail("backend", repr(backend), f"None or one of {', '.join(BACKENDS)}", "leave it at None")
+    known = f"None or one of {', '.join(BACKENDS)}"
+    require(backend in BACKENDS, "backend", repr(backend), known, "leave it at None")
     if backend == "torch":
         return backend
-    wanted = "cpu" if backend == "numba" else "cuda"
-    if device != wanted:
-        raise fail(
-            f"backend={backend!r}", f"logits on {device}", f"logits on {wanted}", "leave backend at None"
-        )
-    if dtype == torch.float64:
-        raise fail(
-            f"backend={backend!r}", "float64 logits", "float32, bfloat16 or float16", "backend='torch'"
-        )
+    name, wanted = f"backend={backend!r}", "cpu" if backend == "numba" else "cuda"
+    require(device == wanted, name, f"logits on {device}", f"logits on {wanted}", "leave backend at None")
+    types = "float32, bfloat16 or float16"
+    require(dtype != torch.float64, name, "float64 logits", types, "backend='torch'")
     if backend == "numba" and not torch.compiler.is_compiling() and (why := cpu_failure(kernel)) is not None:
-        raise fail("backend='numba'", why, "a CPU kernel that can be compiled or loaded", "backend='torch'")
+        raise fail(name, why, "a CPU kernel that can be compiled or loaded", "backend='torch'")
     if backend == "cuda" and not cuda_available()[0]:
-        raise fail(
-            "backend='cuda'", cuda_available()[1], "a CUDA driver and the extra 'cuda'", "backend='torch'"
-        )
+        raise fail(name, cuda_available()[1], "a CUDA driver and the extra 'cuda'", "backend='torch'")
     return backend
 
 

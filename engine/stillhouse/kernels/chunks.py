@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,7 +147,7 @@ def _loss_of_chunk(
 
 
 def _by_torch(logits: Tensor, call: ops.Call, gradient: bool) -> tuple[Tensor, Tensor | None]:
-    per, per_label = map(inverse, call.counts())
+    per, per_label = map(ops.reciprocal, call.counts())
     labels, late = call.label_term(), call.late(logits.dtype)
     with torch.set_grad_enabled(gradient):
         leaf = logits.detach().requires_grad_(gradient)
@@ -165,11 +164,3 @@ def _by_torch(logits: Tensor, call: ops.Call, gradient: bool) -> tuple[Tensor, T
             losses = torch.stack([losses, (label * per_label).to(rows.dtype)])
             scaled = scaled + call.label_weight * per_label * late * label
         return losses.detach(), torch.autograd.grad(scaled, leaf)[0] if gradient else None
-
-
-def inverse(count: float | Tensor) -> Any:
-    """1 / count in float64; 0 for no valid row at all."""
-    if isinstance(count, Tensor):
-        some = count > 0
-        return torch.where(some, 1.0 / torch.where(some, count, 1).double(), 0.0)
-    return 1.0 / count if count else 0.0

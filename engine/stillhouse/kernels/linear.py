@@ -56,22 +56,10 @@ def linear_softmax_kl(
 ) -> Tensor:
     """``softmax_kl(hidden @ weight.T + bias, target, ...)`` without holding N x V logits or their gradient.
 
-    Args:
-        hidden: (..., H) last hidden states of the student.
-        weight: (V, H) its output layer, of the same dtype as ``hidden`` (under autocast both are cast).
-        target: as for :func:`softmax_kl`, or a :class:`TeacherHead`, so that the teacher's logits do not exist
-            whole either.
-        bias: (V,) or None.
-        temperature: see :func:`softmax_kl`, as for all others.
-        divergence: see there.
-        beta: see there.
-        mask: (...) bool.
-        reduction: ``none`` multiplies the layer out again in backward.
-        count: see there.
-        backend: see there.
-
-    Returns:
-        The loss, as of :func:`softmax_kl`. Gradients reach ``hidden``, ``weight`` and ``bias``.
+    ``hidden`` (..., H): last hidden states of the student; ``weight`` (V, H) and ``bias`` (V,) or None: its output layer, of their dtype
+    (under autocast all are cast). ``target`` may also be a :class:`TeacherHead`, so that the teacher's logits do not exist whole
+    either. All else, and the loss, is as of :func:`softmax_kl`. Gradients reach ``hidden``, ``weight`` and ``bias``;
+    ``reduction="none"`` multiplies the layer out again in backward.
 
     Raises:
         ValueError: as :func:`softmax_kl`, and for shapes of hidden, weight and bias that do not fit.
@@ -102,24 +90,9 @@ def linear_distillation_loss(
 ) -> Terms:
     """``distillation_loss(hidden @ weight.T + bias, target, labels, ...)`` without holding N x V logits or their gradient.
 
-    Args:
-        hidden: (..., H), as for :func:`linear_softmax_kl`, as for ``weight``, ``target`` and ``bias``.
-        weight: (V, H).
-        target: the teacher's side.
-        labels: as for :func:`distillation_loss`, as for all others. Of probabilities (..., V) the caller holds N x V.
-        bias: (V,) or None.
-        temperature: of the first term.
-        weights: of the terms; another combination multiplies the layer out again in backward.
-        divergence: of the first term.
-        beta: of a ``jsd``.
-        label_smoothing: see there.
-        mask: (...) bool.
-        count: see there.
-        label_count: see there.
-        backend: see there.
-
-    Returns:
-        Both terms. Gradients reach ``hidden``, ``weight`` and ``bias``.
+    ``hidden`` (..., H), ``weight`` (V, H), ``bias`` (V,) and ``target`` are as for :func:`linear_softmax_kl`, all else, and both terms,
+    as of :func:`distillation_loss`. Other multiples of the terms than ``weights`` multiply the layer out again in backward. Of
+    labels that are probabilities (..., V) the caller holds N x V.
 
     Raises:
         ValueError: as :func:`distillation_loss`, and for shapes of hidden, weight and bias that do not fit.
@@ -239,10 +212,9 @@ class _LinearSoftmaxKL(torch.autograd.Function):
         call = work.call
         with torch.no_grad():
             if ctx.labelled:
-                asked = ops.asked_weights(soft, label)
-                common = ops.common_factor(asked, call)
-                if common is None:
-                    call, common = ops.weighted(asked, call)
+                common, again = ops.reweighted(call, soft, label)
+                if again is not None:
+                    call = again
                     gradients = run(layer, Work(call, work.head, work.by_torch), ctx.wanted, None)[2]
                 soft = anchor.new_full((), common)
             if soft is not None and work.call.per_row:

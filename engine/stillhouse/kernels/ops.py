@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -77,6 +76,10 @@ class Call(NamedTuple):
             self.label_divisor if self.label_count is None else self.label_count,
         )
 
+    def weights(self) -> tuple[float, float]:
+        """Of both terms."""
+        return self.weight, self.label_weight
+
     def late(self, dtype: torch.dtype) -> Any:
         """What a gradient is divided by in backward: float16 would lose 1 / count times it before a scaler lifts it.
 
@@ -130,101 +133,68 @@ def number(count: Any, name: str) -> float:
     return float(value)
 
 
-def reciprocal(count: Any) -> Any:
-    """1 / count; 0 for no valid row at all."""
+def reciprocal(count: Count) -> Any:
+    """1 / count, in float64; 0 for no valid row at all."""
     if isinstance(count, Tensor):
-        return torch.where(count > 0, 1.0 / count, 0.0)
+        return torch.where(count > 0, 1.0 / count.double(), 0.0)
     return 1.0 / count if count else 0.0
 
 
 def compute(student: Tensor, call: Call, out: Tensor | None) -> Tensor:
     """The loss, reduced, or both terms (2,); the gradient, still to be divided by ``call.late``, to ``out``."""
-    target, labels = call.target(), call.label_term()
-    if student.is_cuda:
-        return _compute_on_cuda(student, call, target, labels, out)
-    call = call._replace(
-        soft_count=None,
-        soft_divisor=number(call.counts()[0], "count"),
-        label_count=None,
-        label_divisor=number(call.counts()[1], "label_count"),
-    )
-    if call.look:
+    on_cpu = not student.is_cuda
+    if on_cpu:
+        soft, label = map(number, call.counts(), ("count", "label_count"))
+        call = call._replace(soft_count=None, soft_divisor=soft, label_count=None, label_divisor=label)
+    target, labels, late = call.target(), call.label_term(), call.late(student.dtype)
+    if call.look and on_cpu:
         check_values(target, student.shape[1], call.mask)
-    late, per_row = call.late(student.dtype), call.per_row
-    each, each_label = (1.0, 0.0) if per_row else map(reciprocal, call.counts())
-    loss = None if per_row else student.new_zeros(2, dtype=torch.float32)
-    settings = {
-        "temperature": call.temperature, "divergence": call.divergence, "beta": call.beta, "mask": call.mask, "out_grad": out,
-        "scale": call.weight * each * late, "loss_scale": each or 1.0,
-    }  # fmt: skip
+    each = (1.0, 0.0) if call.per_row else tuple(map(reciprocal, call.counts()))
     restricted = isinstance(target, TopK) and target.rest == "renormalise" and call.divergence == "reverse"
-    if restricted:
-        rows = _within(lambda *of, **how: _cpu().softmax_kl_fwd_bwd(*of, **how)[0])(
-            student, target, **settings
-        )
-        totals = (rows.sum().item(), 0.0)
-        if loss is not None:
-            loss[0] = totals[0]
+    rows_of = _cpu_rows if on_cpu else _cuda_rows
+    rows, totals = (_within(rows_of) if restricted else rows_of)(
+        student, target, temperature=call.temperature, divergence=call.divergence, beta=call.beta, mask=call.mask,
+        scales=(call.weight * each[0] * late, call.label_weight * each[1] * late), out_grad=out, labels=labels,
+    )  # fmt: skip
+    if on_cpu:
+        checked(float(totals[0]), rows[0], "logits at the k entries" if restricted else "logits")
+        if labels is not None:
+            checked_labels(totals[1], rows[1], labels, student.shape[1])
+    if call.per_row:
+        return rows[0]
+    if on_cpu:  # what nothing is divided by is 0, also where a row is +inf
+        terms = [total * share if share else 0.0 for total, share in zip(totals, each, strict=False)]
+        loss = student.new_tensor(terms, dtype=torch.float32)
     else:
-        rows, totals = _cpu().softmax_kl_fwd_bwd(
-            student, target, loss=loss, labels=labels, label_scale=call.label_weight * each_label * late,
-            label_loss_scale=each_label or 1.0, **settings,
-        )  # fmt: skip
-    checked(totals[0], rows[0], "logits at the k entries" if restricted else "logits")
-    if labels is not None:
-        checked_labels(totals[1], rows[1], labels, student.shape[1])
-    if loss is None:
-        return rows[0]  # type: ignore[no-any-return]
-    for term, share in enumerate(
-        (each, each_label)
-    ):  # what nothing is divided by is 0, also where a row is +inf
-        if not share:
-            loss[term] = 0
+        loss = torch.stack([total * share for total, share in zip(totals, each, strict=False)])
     return loss[0] if labels is None else loss
 
 
-@lru_cache(maxsize=1)
-def _cpu() -> Any:
-    from stillhouse.kernels import cpu as backend  # loads or compiles the kernels: not before they are used
+def _cpu_rows(student: Tensor, target: Target, **settings: Any) -> tuple[Tensor, Any]:
+    from stillhouse.kernels import cpu  # loads or compiles the kernels: not before they are used
 
-    return backend
-
-
-def _compute_on_cuda(
-    student: Tensor, call: Call, target: Target, labels: Labels | None, out: Tensor | None
-) -> Tensor:
-    late, counts = call.late(student.dtype), call.counts()
-    each = [1.0, 0.0] if call.per_row else [reciprocal(count) for count in counts]
-    settings: dict[str, Any] = {
-        "temperature": call.temperature, "divergence": call.divergence, "beta": call.beta, "mask": call.mask, "out_grad": out,
-        "scales": (call.weight * each[0] * late, call.label_weight * each[1] * late), "labels": labels,
-    }  # fmt: skip
-    restricted = isinstance(target, TopK) and target.rest == "renormalise" and call.divergence == "reverse"
-    rows = (_within(_cuda_rows) if restricted else _cuda_rows)(student, target, **settings)
-    if call.per_row:
-        return rows[0]
-    terms = [total * share for total, share in zip(rows.sum(-1).unbind(), each, strict=False)]
-    return terms[0] if labels is None else torch.stack(terms)
+    return cpu.softmax_kl_fwd_bwd(student, target, **settings)
 
 
-def _cuda_rows(student: Tensor, target: Target, *, out_grad: Tensor | None, **settings: Any) -> Tensor:
+def _cuda_rows(
+    student: Tensor, target: Target, *, out_grad: Tensor | None, **settings: Any
+) -> tuple[Tensor, Any]:
     from stillhouse.kernels import cuda
 
+    wide = out_grad
     if isinstance(target, TopK):
         temperature = settings["temperature"]
         target = replace(target, log_probs=top_k_at(target, temperature), temperature=temperature)
-    if not isinstance(target, Tensor) or target.dtype == student.dtype:
-        return cuda.softmax_kl_fwd_bwd(student, target, out_grad=out_grad, **settings)
-    wide = None if out_grad is None else student.new_empty(student.shape, dtype=torch.float32)
-    rows = cuda.softmax_kl_fwd_bwd(
-        student.float(), single(target), out_grad=wide, **settings
-    )  # which reads both in one type
-    if out_grad is not None and wide is not None:
+    elif isinstance(target, Tensor) and target.dtype != student.dtype:  # the kernel reads both in one type
+        student, target = student.float(), single(target)
+        wide = None if out_grad is None else torch.empty_like(student)
+    rows = cuda.softmax_kl_fwd_bwd(student, target, out_grad=wide, **settings)
+    if out_grad is not None and wide is not None and wide is not out_grad:
         out_grad.copy_(wide)
-    return rows
+    return rows, rows.sum(-1).unbind()
 
 
-def _within(rows_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _within(rows_of: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[Tensor, Any]]:
     """The rows of KL(s || t) where the student too is restricted to the k entries: those of logits k wide.
 
     An index that is none of the row's makes its loss -inf on the CPU and NaN elsewhere, as in the kernels.
@@ -233,7 +203,7 @@ def _within(rows_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def rows_within(
         student: Tensor, target: TopK, *, temperature: float, mask: Tensor | None, out_grad: Tensor | None,
         **settings: Any,
-    ) -> Tensor:  # fmt: skip
+    ) -> tuple[Tensor, Any]:  # fmt: skip
         wrong = ((target.indices < 0) | (target.indices >= student.shape[1])).any(-1)
         keep = ~wrong if mask is None else mask & ~wrong
         indices = torch.where(keep[:, None], target.indices, 0)
@@ -244,11 +214,13 @@ def _within(rows_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
             # relative to the largest, or flat ones lose in float32 what they differ by
             teacher = teacher.double() - teacher.double().amax(-1, keepdim=True)
             teacher = (teacher * target.temperature).to(torch.float32)
-        rows = rows_of(kept, teacher, temperature=temperature, mask=keep, out_grad=gradient, **settings)
+        rows, _ = rows_of(kept, teacher, temperature=temperature, mask=keep, out_grad=gradient, **settings)
         if out_grad is not None and gradient is not None:
             out_grad.zero_().scatter_add_(-1, indices, gradient)
         fault = -math.inf if student.device.type == "cpu" else math.nan
-        return torch.where(wrong if mask is None else mask & wrong, fault, rows)
+        rows = torch.where(wrong if mask is None else mask & wrong, fault, rows)
+        totals = rows.sum(-1)
+        return rows, totals.unbind() if student.is_cuda else totals.tolist()
 
     return rows_within
 
@@ -264,13 +236,11 @@ def _forward(student: Tensor, call: Call, gradient: bool) -> tuple[Tensor, Tenso
     return compute(student, call, out), out
 
 
-def _shape_of_loss(student: Tensor, call: Call) -> Tensor:
-    several = student.shape[:1] if call.per_row else (2,) if call.label_term() is not None else ()
-    return student.new_empty(several, dtype=torch.float32)
-
-
 def _fake(student: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _shape_of_loss(student, Call(*rest[:-1])), student.new_empty(student.shape if rest[-1] else (0,))
+    call, gradient = Call(*rest[:-1]), rest[-1]
+    several = student.shape[:1] if call.per_row else (2,) if call.label_term() is not None else ()
+    loss = student.new_empty(several, dtype=torch.float32)
+    return loss, student.new_empty(student.shape if gradient else (0,))
 
 
 _ARGUMENTS = ", ".join(
@@ -344,14 +314,12 @@ class _SoftmaxKL(torch.autograd.Function):
     ) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
         (gradient, anchor, *again), call = ctx.saved_tensors, ctx.call
         if call.label_term() is not None:
-            asked = asked_weights(soft, label)
-            factor = common_factor(asked, call)
-            if factor is None:
+            factor, other = reweighted(call, soft, label)
+            if other is not None:
                 if ctx.inplace:
-                    raise RuntimeError(
-                        _OVERWRITTEN.format(got=asked, expected=(call.weight, call.label_weight))
-                    )
-                call, factor = weighted(asked, call)
+                    got = tuple(factor * weight for weight in other.weights())
+                    raise RuntimeError(_OVERWRITTEN.format(got=got, expected=call.weights()))
+                call = other
                 with torch.no_grad():
                     gradient = _fresh(again[0], call, True)[1]
             soft = anchor.new_full((), factor)
@@ -373,25 +341,17 @@ _OVERWRITTEN = (
 )
 
 
-def asked_weights(soft: Tensor | None, label: Tensor | None) -> tuple[float, float]:
-    """The derivatives that backward was given, as numbers: on a GPU it waits for them."""
-    return 0.0 if soft is None else float(soft.item()), 0.0 if label is None else float(label.item())
-
-
-def common_factor(asked: tuple[float, float], call: Call) -> float | None:
-    """The number that the call's weights times it are what is asked for, if there is one."""
-    (a, b), (x, y) = (call.weight, call.label_weight), asked
-    if a == b == 0:
-        return 0.0 if x == y == 0 else None
-    if abs(x * b - y * a) > SAME * max(abs(x * b), abs(y * a)):
-        return None
-    return x / a if a >= b else y / b
-
-
-def weighted(asked: tuple[float, float], call: Call) -> tuple[Call, float]:
-    """The call with these weights less their size, and that: with a loss scaler's factor in them float16 would not hold it."""
-    size = max(map(abs, asked))
-    return call._replace(weight=asked[0] / size, label_weight=asked[1] / size), size
+def reweighted(call: Call, soft: Tensor | None, label: Tensor | None) -> tuple[float, Call | None]:
+    """(Factor of the gradient that was made, None) for these derivatives of the terms, where the call's weights times it are what
+    is asked for; else (their size, the call of the gradient to be made, less that size: with a loss scaler's factor in its
+    weights float16 would not hold it). On a GPU it waits for the derivatives.
+    """
+    x, y = 0.0 if soft is None else float(soft.item()), 0.0 if label is None else float(label.item())
+    a, b = call.weights()
+    if (a == b == 0 and not x == y == 0) or abs(x * b - y * a) > SAME * max(abs(x * b), abs(y * a)):
+        size = max(abs(x), abs(y))
+        return size, call._replace(weight=x / size, label_weight=y / size)
+    return (0.0 if a == b == 0 else x / a if a >= b else y / b), None
 
 
 def overwritable(student: Tensor, read: Iterable[Any]) -> bool:

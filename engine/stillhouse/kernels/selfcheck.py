@@ -16,6 +16,7 @@ from stillhouse.kernels.checks import DIVERGENCES
 from stillhouse.kernels.series import NO_LABEL
 from stillhouse.kernels.targets import Labels, Sampled, Target, TopK
 
+KINDS = ("dense", "top-k", "sampled")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -26,24 +27,18 @@ def check(device: str | torch.device, backend: str | None = None) -> list[tuple[
     """
     device = torch.device(device)
     generator = torch.Generator().manual_seed(0)
-    rows, width = 12, 1003  # together more than loss.SMALL
-    student, teacher = (3 * torch.randn(rows, width, generator=generator) for _ in range(2))
-    cases = [(kind, d) for kind in ("dense", "top-k") for d in DIVERGENCES] + [("sampled", "forward")]
+    student, teacher = (3 * torch.randn(12, 1003, generator=generator) for _ in range(2))  # no small call
+    alone = [(kind, d, False) for kind in ("dense", "top-k") for d in DIVERGENCES]
+    cases = [*alone, ("sampled", "forward", False), *((kind, "forward", True) for kind in KINDS)]
     results = []
     if backend is None and device.type == "cpu":
         in_use, why = backends.explain(device, certain=True)
         results.append(("kernel", in_use == "numba", why))
-    y = torch.arange(rows)
-    y[3] = NO_LABEL
-    for dtype in TOLERANCE:
-        s, t = student.to(dtype), teacher.to(dtype)
-        for kind, divergence in cases:
-            name = f"{kind} {divergence} {str(dtype).removeprefix('torch.')}"
-            results.append(_check_case(name, s, _target(kind, t), divergence, device, backend))
-        for kind in ("dense", "top-k", "sampled"):
-            name = f"{kind} with labels {str(dtype).removeprefix('torch.')}"
-            results.append(_check_case(name, s, _target(kind, t), "forward", device, backend, y))
-    return results
+    return results + [
+        _check(kind, divergence, labelled, student.to(dtype), teacher.to(dtype), device, backend)
+        for dtype in TOLERANCE
+        for kind, divergence, labelled in cases
+    ]
 
 
 def _target(kind: str, teacher: Tensor) -> Target:
@@ -65,26 +60,28 @@ def _converted(target: Target, **how: Any) -> Target:
     return replace(target, indices=indices, **{name: x.to(**how) for name, x in values.items()})
 
 
-def _check_case(
-    name: str, student: Tensor, target: Target, divergence: Any, device: torch.device, backend: str | None,
-    y: Tensor | None = None,
+def _check(
+    kind: str, divergence: Any, labelled: bool, student: Tensor, teacher: Tensor, device: torch.device, backend: str | None
 ) -> tuple[str, bool, str]:  # fmt: skip
-    """The divergence; with labels 0.75 times it and 0.25 times the cross-entropy with them."""
-    exact, settings = student.double().requires_grad_(), {"temperature": 2.0, "backend": backend}
-    against = _converted(target, dtype=torch.float64)
-    expected = reference.softmax_kl_rows(exact, against, 2.0, divergence, 0.5).mean()
-    if y is not None:
+    """Of a divergence; with labels of 0.75 times that and 0.25 times the cross-entropy."""
+    name = f"{kind} {'with labels' if labelled else divergence} {str(student.dtype).removeprefix('torch.')}"
+    target, exact, y = _target(kind, teacher), student.double().requires_grad_(), torch.arange(len(student))
+    y[3] = NO_LABEL
+    wide = _converted(target, dtype=torch.float64)
+    expected = reference.softmax_kl_rows(exact, wide, 2.0, divergence, 0.5).mean()
+    if labelled:
         label = reference.label_rows(exact, Labels(y, None, 0.0)).sum() / (len(y) - 1)
         expected = 0.75 * expected + 0.25 * label
     expected.backward()
     mine = student.to(device, copy=True).requires_grad_()
+    settings: dict[str, Any] = {"temperature": 2.0, "divergence": divergence, "backend": backend}
     try:
-        target = _converted(target, device=device)
-        if y is None:
-            got = kernels.softmax_kl(mine, target, divergence=divergence, **settings)  # type: ignore[arg-type]
-        else:
-            terms = kernels.distillation_loss(mine, target, y.to(device), weights=(0.75, 0.25), **settings)  # type: ignore[arg-type]
+        here = _converted(target, device=device)
+        if labelled:
+            terms = kernels.distillation_loss(mine, here, y.to(device), weights=(0.75, 0.25), **settings)
             got = 0.75 * terms.soft + 0.25 * terms.label
+        else:
+            got = kernels.softmax_kl(mine, here, **settings)
         got.backward()
     except Exception as error:  # noqa: BLE001 a check reports, whatever the backend throws
         return name, False, f"{type(error).__name__}: {error}"

@@ -29,15 +29,11 @@ def softmax_kl_fwd_bwd(
     divergence: str,
     beta: float,
     mask: Tensor | None,
-    scale: float,
+    scales: tuple[float, float] = (1.0, 0.0),
     out_grad: Tensor | None,
-    loss_scale: float = 1.0,
-    loss: Tensor | None = None,
     labels: Labels | None = None,
-    label_scale: float = 0.0,
-    label_loss_scale: float = 1.0,
 ) -> tuple[Tensor, tuple[float, float]]:
-    """``loss_scale`` times the loss of each row in float32 and their sum; ``scale`` times the gradient in ``out_grad``.
+    """The losses of each row in float32 and their sums; the gradient of the sums times ``scales`` in ``out_grad``.
 
     Args:
         student: (N, V) float32, bfloat16 or float16, on the CPU, columns contiguous.
@@ -46,14 +42,9 @@ def softmax_kl_fwd_bwd(
         divergence: ``forward``, ``reverse`` (with labels not against a narrower teacher) or ``jsd``.
         beta: for ``jsd``.
         mask: (N,) bool, or None.
-        scale: multiplies the gradient, not the loss.
-        loss_scale: multiplies the loss, not the gradient.
+        scales: of the gradients of the divergence and of the label term.
         out_grad: (N, V) contiguous, of the student's dtype; may be ``student`` itself. None: loss only.
-        loss: float32, () or with labels (2,), which the sums are written to; by the kernel, since any other way's code has left
-            the caches meanwhile: ctypes takes 15 us then, a torch operator several times that.
-        labels: those of the label term, of (N,) rows, whose gradient times ``label_scale`` is added to the other.
-        label_scale: multiplies the label term's gradient.
-        label_loss_scale: multiplies the label term's loss.
+        labels: those of the label term, of (N,) rows.
 
     Returns:
         The losses, (1, N), or (2, N) with labels, and the sum of each. They are also -inf, where an index lies outside the row,
@@ -61,42 +52,35 @@ def softmax_kl_fwd_bwd(
     """
     losses = torch.empty((1 if labels is None else 2, student.shape[0]), dtype=torch.float32)
     if student.numel() == 0:
-        if loss is not None:
-            loss.zero_()
         return losses.zero_(), (0.0, 0.0)
     rows, width = student.shape
     square = float(temperature) ** 2
     mask = None if mask is None else mask.contiguous()
     tensors = _readable(target)  # held until the rows are done
-    kind, scratch, others = (
-        _dense(student, tensors[0], divergence)
-        if isinstance(target, Tensor)
-        else _sparse(width, target, tensors)
-    )
+    if isinstance(target, Tensor):
+        kind, scratch, others, power, widest = (
+            *_dense(student, tensors[0], divergence),
+            0.0,
+            max(width, target.shape[1]),
+        )
+    else:
+        kind, scratch, others = _sparse(width, target, tensors)
+        power, widest = target.temperature / temperature, width
     indices = probabilities = None
-    smoothing, power = 0.0, 0.0 if isinstance(target, Tensor) else target.temperature / temperature
+    smoothing = 0.0
     at = 4 * scratch  # of the label term's part
     if labels is not None:
         kind, smoothing = f"{kind}_labels", labels.smoothing
         indices = None if labels.indices is None else labels.indices.contiguous()
         probabilities = None if labels.probabilities is None else _plain(labels.probabilities)
-        scratch += _padded(max(width, others[5]) if isinstance(target, Tensor) else width)
+        scratch += _padded(widest)
     integers = (
         DIVERGENCES[divergence], student.data_ptr(), _address(out_grad), losses.data_ptr(), _address(mask),
         student.stride(0) * student.element_size(), DTYPES[student.dtype], width, _series(beta)[1], _address(indices),
         _address(probabilities), at, *others,
     )  # fmt: skip
-    reals = (
-        1.0 / temperature,
-        scale * square,
-        beta,
-        loss_scale * square,
-        smoothing,
-        label_scale,
-        label_loss_scale,
-        power,
-    )
-    return losses, _workers.run(entry(kind), rows, width, scratch, _address(loss), integers, reals)
+    reals = 1.0 / temperature, scales[0] * square, beta, square, smoothing, scales[1], power
+    return losses, _workers.run(entry(kind), rows, width, scratch, integers, reals)
 
 
 def _readable(target: Target) -> tuple[Tensor | None, ...]:

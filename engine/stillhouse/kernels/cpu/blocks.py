@@ -1,7 +1,7 @@
 """What the CPU kernels do with a block of the scratch row: the loss and the gradient of each divergence.
 
 ``scratch``: (exponentials of the student, of the teacher, difference of the logits), as addresses; ``logs``: what x = log(s/t)
-is made from, see ``rows.py``; ``out``: (where the gradient goes, its dtype, how many of its columns there are); ``label``: see
+is made from, see ``dense.py``; ``out``: (where the gradient goes, its dtype, how many of its columns there are); ``label``: see
 ``read.with_label``.
 """
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,call-arg,var-annotated"
@@ -13,13 +13,14 @@ from numba import njit
 from stillhouse.kernels.cpu.arithmetic import (
     LEAST_MASS,
     NEAR,
+    PHI,
+    SHARE,
     absolute,
     f32,
     fma,
-    log1p_by_share,
     maximum_of,
     minimum_of,
-    phi_over_square,
+    polynomial,
 )
 from stillhouse.kernels.cpu.lanes import load, store, total_wide, where
 from stillhouse.kernels.cpu.loops import no_sums, over, over_row
@@ -46,7 +47,7 @@ def forward_columns(i, given, sums, seen, full):
         loss = loss + fma(-t, x, grad)
     else:
         first = t * x
-        second = first * (phi_over_square(x) * x)
+        second = first * (polynomial(x, PHI) * x)
         near = absolute(x) < NEAR
         loss = loss + where(near, second, grad - first)
         grad = where(near, first + second, grad)
@@ -91,7 +92,7 @@ def reverse_columns(i, given, sums, seen, full):
     first = s * x
     term = fma(load(et + i * 4), ratio, first - s)
     if not differ:
-        second = first * (phi_over_square(-x) * x)
+        second = first * (polynomial(-x, PHI) * x)
         term = where(absolute(x) < NEAR, second, term)
     put(g, gd, i, m, with_label(grad * factor, i, label), full)  # last, since g may be et
     return (loss + term, summed + grad, size + absolute(grad)), seen
@@ -110,13 +111,14 @@ def reverse_block(scratch, out, n, logs, sums, centre, scale, differ, label):
 def jsd_columns(i, given, sums, seen, full):
     scratch, logs, ratio, series, constant, differ = given
     es, et, diff = scratch
-    s0, s1, s2, s3, s4, s5, s6, s7, l0, l1, l2, l3, l4, l5, l6, l7, log_beta, log_rest, log_odds = series
+    to_student, of_loss, (log_beta, log_rest, log_odds) = series
     loss, weighted = sums
     a = load(et + i * 4)
     b = load(es + i * 4) * ratio
     x = log_ratio(diff, i, logs)
     less, more = minimum_of(a, b), maximum_of(maximum_of(a, b), LEAST_MASS)  # neither side may have any
-    grown = log1p_by_share(less / fma(more, f32(2.0), less))
+    share = less / fma(more, f32(2.0), less)
+    grown = polynomial(share * share, SHARE) * share  # log(1 + less / more)
     if differ:
         w = minimum_of(x, f32(0.0)) - grown
         term = -fma(a + b, grown, fma(less, absolute(x), fma(a, log_beta, b * log_rest)))
@@ -125,10 +127,8 @@ def jsd_columns(i, given, sums, seen, full):
         t_over_m = minimum_of(-log_rest - x, -log_beta) - grown
         term = fma(a, t_over_m, b * (w - log_rest))
         near = absolute(x) < NEAR
-        close = fma(fma(fma(fma(fma(fma(fma(l7, x, l6), x, l5), x, l4), x, l3), x, l2), x, l1), x, l0)
-        term = where(near, a * x * (x * close), term)
-        s_over_m = fma(fma(fma(fma(fma(fma(fma(s7, x, s6), x, s5), x, s4), x, s3), x, s2), x, s1), x, s0)
-        w = where(near, fma(s_over_m, x, constant), w)
+        term = where(near, a * x * (x * polynomial(x, of_loss)), term)
+        w = where(near, fma(polynomial(x, to_student), x, constant), w)
     store(et + i * 4, w)
     return (loss + term, fma(b, w, weighted)), seen
 

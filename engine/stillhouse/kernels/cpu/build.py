@@ -36,10 +36,9 @@ _LOG = logging.getLogger("stillhouse.kernels")
 SYMBOL = "stillhouse_rows"
 WRAPPERS = ("create_cpython_wrapper", "create_cfunc_wrapper")  # of Numba's target
 # what every call begins with: the next share of the rows, the next part of the scratch, how many rows are done, the sums
-# of both terms' losses (float64), rows, threads, scratch, size, where the sums go as float32 (0: nowhere). Then come the
-# call's integers, addresses too, and its floats
-NEXT, PART, DONE, TOTAL, _, ROWS, THREADS, SCRATCH, SIZE, LOSS = range(10)
-HEADER, INTEGERS, REALS = 10, 19, 8
+# of both terms' losses (float64), rows, threads, scratch, size. Then come the call's integers, addresses too, and its floats
+NEXT, PART, DONE, TOTAL, _, ROWS, THREADS, SCRATCH, SIZE = range(9)
+HEADER, INTEGERS, REALS = 9, 19, 7
 FLOATS = HEADER + INTEGERS
 _LAYOUT = struct.Struct(f"={FLOATS}q{REALS}d")
 _MEMORY = ctypes.c_char * _LAYOUT.size
@@ -60,14 +59,13 @@ class Compiled:
 
 
 def record(
-    rows: int, threads: int, scratch: int, size: int, loss: int, integers: tuple[int, ...], floats: tuple[float, ...]
-) -> ctypes.Array[ctypes.c_char]:  # fmt: skip
+    rows: int, threads: int, scratch: int, size: int, integers: tuple[int, ...], floats: tuple[float, ...]
+) -> ctypes.Array[ctypes.c_char]:
     """A call in memory; what is left out of the integers and floats is 0."""
     integers += (0,) * (INTEGERS - len(integers))
     floats += (0.0,) * (REALS - len(floats))
-    return _MEMORY.from_buffer_copy(
-        _LAYOUT.pack(0, 0, 0, 0, 0, rows, threads, scratch, size, loss, *integers, *floats)
-    )
+    packed = _LAYOUT.pack(0, 0, 0, 0, 0, rows, threads, scratch, size, *integers, *floats)
+    return _MEMORY.from_buffer_copy(packed)
 
 
 def totals_of(call: ctypes.Array[ctypes.c_char]) -> tuple[float, float]:

@@ -6,38 +6,16 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from stillhouse.kernels.cpu.arithmetic import (
-    bool_at,
-    f32,
-    f32_at,
-    f64_at,
-    fetch_add,
-    i64_at,
-    reduce_add_wide,
-)
-from stillhouse.kernels.cpu.build import (
-    DONE,
-    FLOATS,
-    HEADER,
-    LOSS,
-    NEXT,
-    PART,
-    ROWS,
-    SCRATCH,
-    SIZE,
-    THREADS,
-    TOTAL,
-)
-from stillhouse.kernels.cpu.read import zero
+from stillhouse.kernels.cpu.arithmetic import byte_at, f32, f32_at, f64_at, fetch_add, i64_at, reduce_add_wide
+from stillhouse.kernels.cpu.build import DONE, FLOATS, HEADER, NEXT, PART, ROWS, SCRATCH, SIZE, THREADS, TOTAL
+from stillhouse.kernels.cpu.read import bytes_of, zero
 
 # where the numbers of a call are among its integers (addresses are 0 for none, strides and offsets in bytes) and its floats;
 # those of either kind of target come last
 (
     DIVERGENCE, STUDENT, GRADIENT, LOSSES, MASK, STRIDE, DTYPE, WIDTH, SERIES, LABELS, PROBABILITIES, LABEL_SCRATCH, OTHERS,
 ) = range(13)  # fmt: skip
-INVERSE_T, SCALE, BETA, LOSS_SCALE, SMOOTHING, LABEL_SCALE, LABEL_LOSS_SCALE, POWER = range(
-    8
-)  # T^2 is in both scales
+INVERSE_T, SCALE, BETA, SQUARE, SMOOTHING, LABEL_SCALE, POWER = range(7)  # T^2 is in the first scale
 
 
 @njit
@@ -71,8 +49,6 @@ def leave_rows(call, count, losses, terms):
             for r in range(rows):
                 whole = reduce_add_wide(whole, np.float64(loss[r]))
             f64_at(call)[TOTAL + term] = whole
-            if q[LOSS] != 0:
-                f32_at(q[LOSS])[term] = f32(whole)
 
 
 @njit
@@ -85,24 +61,36 @@ def label_scratch(labelled, address):
 
 @njit(error_model="numpy", forceinline=True)
 def run_rows(call, labelled, row):
-    """``row(q, d, r, out, scratch, e1)`` gives (divergence from the teacher, label term) of row r, the gradient to ``out`` or 0."""
+    """``row(q, d, r, how, student, out, scale, scratch, labels)`` gives both terms of row r, and the gradient to ``out`` unless that is 0.
+
+    ``q``, ``d``: the call's numbers; ``how``: (divergence, beta, the series for it); ``student``: (its row, dtype, width);
+    ``scale``: what the gradient of the first term is multiplied by; ``labels``: see ``labels.label_term``.
+    """
     head, rows = i64_at(call), i64_at(call)[ROWS]
     scratch = head[SCRATCH] + fetch_add(call + 8 * PART, 1) * head[SIZE]  # this thread's
     q, d = i64_at(call + 8 * HEADER), f64_at(call + 8 * FLOATS)
     e1 = label_scratch(labelled, scratch + q[LABEL_SCRATCH])
-    loss, keep, item = f32_at(q[LOSSES]), bool_at(q[MASK]), 4 if q[DTYPE] == 0 else 2
+    labels = e1, q[LABELS], q[PROBABILITIES], d[SMOOTHING], d[LABEL_SCALE]
+    dtype, width, how, scale = (
+        q[DTYPE],
+        q[WIDTH],
+        (q[DIVERGENCE], d[BETA], q[SERIES]),
+        d[SCALE] * d[INVERSE_T],
+    )
+    loss, keep = f32_at(q[LOSSES]), byte_at(q[MASK])
     terms = 1 if labelled is None else 2
     first, last = take_rows(call)
     while first < rows:
         for r in range(first, last):
-            out = q[GRADIENT] + r * q[WIDTH] * item if q[GRADIENT] != 0 else 0
+            out = q[GRADIENT] + r * width * bytes_of(dtype) if q[GRADIENT] != 0 else 0
             of_teacher, of_labels = 0.0, 0.0
             if q[MASK] == 0 or keep[r] != 0:
-                of_teacher, of_labels = row(q, d, r, out, scratch, e1)
+                student = q[STUDENT] + r * q[STRIDE], dtype, width
+                of_teacher, of_labels = row(q, d, r, how, student, out, scale, scratch, labels)
             elif out != 0:
-                zero(out, q[DTYPE], 0, q[WIDTH])
-            loss[r] = f32(d[LOSS_SCALE] * of_teacher)
+                zero(out, dtype, 0, width)
+            loss[r] = f32(d[SQUARE] * of_teacher)
             if labelled is not None:
-                loss[rows + r] = f32(d[LABEL_LOSS_SCALE] * of_labels)
+                loss[rows + r] = f32(of_labels)
         leave_rows(call, last - first, q[LOSSES], terms)
         first, last = take_rows(call)

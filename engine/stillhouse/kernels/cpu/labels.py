@@ -12,16 +12,7 @@ import math
 import numpy as np
 from numba import njit
 
-from stillhouse.kernels.cpu.arithmetic import (
-    FLOOR,
-    decode_bf16,
-    decode_f16,
-    f32,
-    f32_at,
-    fma,
-    i64_at,
-    u16_at,
-)
+from stillhouse.kernels.cpu.arithmetic import FLOOR, decode_bf16, decode_f16, f32, f32_at, fma, i64_at, u16_at
 from stillhouse.kernels.cpu.lanes import load, store, total_wide, where
 from stillhouse.kernels.cpu.loops import no_sums, over_row
 from stillhouse.kernels.cpu.read import take
@@ -32,7 +23,8 @@ NOTHING, MINUS_INFINITY, NOT_A_NUMBER = f32(0.0), f32(-np.inf), f32(np.nan)
 
 
 @njit
-def logit(address, dtype, j):
+def logit(row, j):
+    address, dtype, _ = row
     if dtype == 0:
         return np.float64(f32_at(address)[j])
     bits = u16_at(address)[j]
@@ -51,7 +43,7 @@ def probabilities_of(place, i, v, times, share, full):
 
 @njit(error_model="numpy", forceinline=True)
 def target_columns(i, given, sums, seen, full):
-    student, dtype, v, rs, place, times, share = given
+    (student, dtype, v), rs, place, times, share = given
     a = take(student, dtype, i, v, full)
     own, q = probabilities_of(place, i, v, times, share, full)
     gap = where(a < FLOOR, MINUS_INFINITY, a - rs)
@@ -72,8 +64,7 @@ def spread_labels(row, e1, z1, rs, place, times, share, whole):
     """(What the labels sum to, or 0 if none but ``share`` is there, their mean of the logits less the reference), and ``e1``
     less the labels times z1 over their sum. ``whole``: what that sum is taken for, 0 for itself.
     """
-    student, dtype, v = row
-    given = student, dtype, v, rs, place, times, share
+    v, given = row[2], (row, rs, place, times, share)
     sums, _ = over_row(target_columns, 0, v, v, given, no_sums(3), ())
     own, weight, mean = total_wide(sums[0]), total_wide(sums[1]), total_wide(sums[2])
     of = whole if whole > 0.0 else weight
@@ -83,20 +74,27 @@ def spread_labels(row, e1, z1, rs, place, times, share, whole):
 
 
 @njit(error_model="numpy")
-def label_term(e1, labels, r, student, dtype, v, z1, rs):
-    """(Cross-entropy of row r, what ``read.with_label`` writes its gradient from); ``labels``: addresses of indices and of
-    float32 probabilities, of which one is 0, the smoothing, and what the gradient is multiplied by.
+def label_term(labels, r, student, z1, rs):
+    """(Cross-entropy of row r, what ``read.with_label`` writes its gradient from).
+
+    ``labels``: scratch row, or None where the kernel has no label term; addresses of indices and of float32 probabilities, of which
+    one is 0; the smoothing, and what the gradient is multiplied by.
     """
-    if e1 is None:
+    e1, indices, probabilities, smoothing, scale = labels
+    return term_of(e1, indices, probabilities, smoothing, scale, r, student, z1, rs)
+
+
+@njit(error_model="numpy")
+def term_of(e1, indices, probabilities, smoothing, scale, r, student, z1, rs):
+    if e1 is None:  # which Numba tells, when it compiles, of an argument alone
         return 0.0, None
-    indices, probabilities, smoothing, scale = labels
-    row = student, dtype, v
+    v = student[2]
     whole, share = 1.0 - smoothing, f32(smoothing / v)
     none = e1, NOTHING
     log_z = math.log(z1)
     if probabilities != 0:
         place = probabilities + r * v * 4
-        weight, mean = spread_labels(row, e1, z1, rs, place, f32(whole), share, 0.0)
+        weight, mean = spread_labels(student, e1, z1, rs, place, f32(whole), share, 0.0)
         if weight == 0.0:  # no label
             return 0.0, none
         return weight * log_z - mean, (e1, f32(scale * weight / z1))
@@ -105,10 +103,10 @@ def label_term(e1, labels, r, student, dtype, v, z1, rs):
         return 0.0, none
     if y < 0 or y >= v:
         return OUT_OF_RANGE, none
-    x = logit(student, dtype, y)
+    x = logit(student, y)
     loss = log_z - whole * (x - rs if x >= FLOOR else -np.inf)
     if smoothing > 0.0:
-        _, mean = spread_labels(row, e1, z1, rs, e1, NOTHING, share, 1.0)
+        _, mean = spread_labels(student, e1, z1, rs, e1, NOTHING, share, 1.0)
         loss -= mean
     plain = f32_at(e1)
     plain[y] = f32(plain[y] - whole * z1)

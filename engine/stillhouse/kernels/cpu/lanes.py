@@ -6,24 +6,25 @@ the processor has: one AVX-512 register, two AVX2 registers, four NEON ones. Ari
 spreads the float32. Addresses are int64.
 """
 
-# mypy: disable-error-code="no-untyped-call,no-untyped-def,call-arg,var-annotated"
+# mypy: disable-error-code="no-untyped-call,no-untyped-def,untyped-decorator,call-arg,var-annotated"
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import config, types
+from numba import config, njit, types
 from numba.core.codegen import get_host_cpu_features
 from numba.core.datamodel import models
 from numba.extending import intrinsic, overload, register_model
 
 LANES = 16
-F32 = types.float32
-FLOAT, HALF, I64, I32, I16, I1 = (
-    ir.FloatType(), ir.HalfType(), ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.IntType(1),
+F32, F64, ADDRESS = types.float32, types.float64, types.int64
+FLOAT, HALF, DOUBLE, I64, I32, I16, I8, I1 = (
+    ir.FloatType(), ir.HalfType(), ir.DoubleType(), ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.IntType(8), ir.IntType(1),
 )  # fmt: skip
 
 
@@ -38,40 +39,64 @@ class _BFloat(ir.types._BaseFloatType):  # type: ignore[misc]
 
 _BFloat._create_instance()
 BFLOAT = _BFloat()
-VECTOR, INTEGERS, BITS, DOUBLES = (
-    ir.VectorType(element, LANES) for element in (FLOAT, I32, I1, ir.DoubleType())
-)
+VECTOR, INTEGERS, BITS, DOUBLES = (ir.VectorType(element, LANES) for element in (FLOAT, I32, I1, DOUBLE))
 
 
-class Lanes(types.Type):  # type: ignore[misc]
-    """Sixteen float32."""
+class Vector(types.Type):  # type: ignore[misc]
+    """Sixteen of an LLVM type."""
+
+    def __init__(self, name: str, held: Any) -> None:
+        self.held = held
+        super().__init__(name)
 
 
-class Mask(types.Type):  # type: ignore[misc]
-    """Sixteen truth values."""
+@register_model(Vector)
+class _Model(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, kind.held)
 
 
-class Wide(types.Type):  # type: ignore[misc]
-    """Sixteen float64, which sums of lanes go to, and what cancels is computed in."""
+lanes, mask = Vector("lanes", VECTOR), Vector("mask", BITS)
+wide_lanes = Vector("wide", DOUBLES)  # which sums of lanes go to, and what cancels is computed in
 
 
-lanes, mask, wide_lanes = Lanes("lanes"), Mask("mask"), Wide("wide")
+# -- intrinsics of Numba from what emits their LLVM instructions
 
 
-def _model(kind: Any, held: Any) -> None:
-    class Model(models.PrimitiveModel):  # type: ignore[misc]
-        def __init__(self, manager: Any, kind: Any) -> None:
-            super().__init__(manager, kind, held)
+def typed(arity: int, signature_of: Callable[..., Any], emit: Callable[..., Any]) -> Any:
+    """An intrinsic: ``signature_of(*types)`` is its signature for them, ``emit(builder, signature, *values)`` its result."""
 
-    register_model(kind)(Model)
+    def define(typingctx: Any, *kinds: Any) -> Any:
+        signature = signature_of(*kinds)
+        return signature and (signature, lambda _, builder, signature, args: emit(builder, signature, *args))
+
+    # Numba takes the number of arguments from here
+    names = [inspect.Parameter(f"x{i}", inspect.Parameter.POSITIONAL_OR_KEYWORD) for i in range(arity + 1)]
+    define.__signature__ = inspect.Signature(names)  # type: ignore[attr-defined]
+    return intrinsic(define)
 
 
-_model(Lanes, VECTOR)
-_model(Mask, BITS)
-_model(Wide, DOUBLES)
+def fixed(signature: Any, emit: Callable[..., Any]) -> Any:
+    """An intrinsic of one signature, to which arguments are converted, from ``emit(builder, *values)``."""
+    return typed(
+        len(signature.args), lambda *_: signature, lambda builder, _, *values: emit(builder, *values)
+    )
 
 
-def _splat(builder: Any, value: Any) -> Any:
+def floats(arity: int, emit: Callable[..., Any], result: Any = None) -> Any:
+    """An intrinsic of float32 or lanes from ``emit(builder, *values)``; ``result`` if it is none of these."""
+
+    def signature_of(*kinds: Any) -> Any:
+        takes = [kind if kind == lanes else F32 for kind in kinds]
+        return (result or (lanes if lanes in takes else F32))(*takes)
+
+    def spread(builder: Any, signature: Any, *values: Any) -> Any:
+        return emit(builder, *(splat(builder, x) if lanes in signature.args else x for x in values))
+
+    return typed(arity, signature_of, spread)
+
+
+def splat(builder: Any, value: Any) -> Any:
     if isinstance(value.type, ir.VectorType):
         return value
     blank = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
@@ -89,23 +114,9 @@ def constant(element: Any, value: Any, like: Any) -> Any:
     return ir.Constant(kind, [value] * LANES if kind is not element else value)
 
 
-def floats(arity: int, emit: Callable[[Any, Any], Any], result: Any = None) -> Any:
-    """An intrinsic of one to three float32 or lanes from its LLVM instruction; ``result`` if it is none of these."""
-
-    def typed(*kinds: Any) -> Any:
-        wide = any(isinstance(kind, Lanes) for kind in kinds)
-
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return emit(builder, [_splat(builder, x) for x in args] if wide else args)
-
-        takes = [kind if isinstance(kind, Lanes) else F32 for kind in kinds]
-        return (result or (lanes if wide else F32))(*takes), codegen
-
-    if arity == 1:
-        return intrinsic(lambda typingctx, a: typed(a))
-    if arity == 2:
-        return intrinsic(lambda typingctx, a, b: typed(a, b))
-    return intrinsic(lambda typingctx, a, b, c: typed(a, b, c))
+def convert(builder: Any, how: str, value: Any, element: Any) -> Any:
+    """``how`` (an llvmlite conversion) of a value or of its lanes to ``element``."""
+    return getattr(builder, how)(value, _vector(element, value))
 
 
 def function(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
@@ -114,45 +125,39 @@ def function(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
     return have or ir.Function(builder.module, ir.FunctionType(result, arguments), name)
 
 
-def call(name: str, arity: int, **flags: Any) -> Callable[[Any, Any], Any]:
-    """What emits a call of the LLVM intrinsic ``name`` for float32 or lanes."""
+def call(name: str, **flags: Any) -> Callable[..., Any]:
+    """What emits a call of the LLVM intrinsic ``name``, whose arguments are of one type, that of its result."""
 
-    def emit(builder: Any, args: Any) -> Any:
+    def emit(builder: Any, *args: Any) -> Any:
         kind = args[0].type
-        suffix = f".v{LANES}f32" if kind == VECTOR else ".f32"
-        return builder.call(function(builder, name + suffix, kind, [kind] * arity), args, **flags)
+        lane = f"v{LANES}" if isinstance(kind, ir.VectorType) else ""
+        suffix = f".{lane}f64" if kind in (DOUBLE, DOUBLES) else f".{lane}f32"
+        return builder.call(function(builder, name + suffix, kind, [kind] * len(args)), args, **flags)
 
     return emit
 
 
-def convert(builder: Any, how: str, value: Any, element: Any) -> Any:
-    """``how`` (an llvmlite conversion) of a value or of its lanes to ``element``."""
-    return getattr(builder, how)(value, _vector(element, value))
-
-
 def _operators() -> None:
     arithmetic = {
-        operator.add: floats(2, lambda b, x: b.fadd(*x)),
-        operator.sub: floats(2, lambda b, x: b.fsub(*x)),
-        operator.mul: floats(2, lambda b, x: b.fmul(*x)),
-        operator.truediv: floats(2, lambda b, x: b.fdiv(*x)),
-        operator.lt: floats(2, lambda b, x: b.fcmp_ordered("<", *x), mask),
-        operator.gt: floats(2, lambda b, x: b.fcmp_ordered(">", *x), mask),
+        operator.add: floats(2, lambda b, *x: b.fadd(*x)),
+        operator.sub: floats(2, lambda b, *x: b.fsub(*x)),
+        operator.mul: floats(2, lambda b, *x: b.fmul(*x)),
+        operator.truediv: floats(2, lambda b, *x: b.fdiv(*x)),
+        operator.lt: floats(2, lambda b, *x: b.fcmp_ordered("<", *x), mask),
+        operator.gt: floats(2, lambda b, *x: b.fcmp_ordered(">", *x), mask),
     }
     for symbol, made in arithmetic.items():
         overload(symbol)(_two(made))
-    negative = floats(1, lambda b, x: b.fneg(*x))
+    negative = floats(1, lambda b, x: b.fneg(x))
 
-    @overload(operator.neg)  # type: ignore[untyped-decorator]
+    @overload(operator.neg)
     def neg(a):
-        return (lambda a: negative(a)) if isinstance(a, Lanes) else None  # noqa: PLW0108
+        return (lambda a: negative(a)) if a == lanes else None  # noqa: PLW0108
 
 
 def _two(made: Any) -> Any:
     def resolve(a, b):  # unannotated: Numba compares its signature with the lambda's
-        if isinstance(a, Lanes) or isinstance(b, Lanes):
-            return lambda a, b: made(a, b)  # noqa: PLW0108 an intrinsic is no function
-        return None
+        return (lambda a, b: made(a, b)) if lanes in (a, b) else None  # noqa: PLW0108 an intrinsic is no function
 
     return resolve
 
@@ -160,141 +165,77 @@ def _two(made: Any) -> Any:
 _operators()
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def where(typingctx: Any, test: Any, a: Any, b: Any) -> Any:
-    """A where ``test`` holds, b elsewhere."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.select(args[0], _splat(builder, args[1]), _splat(builder, args[2]))
-
-    takes = [kind if isinstance(kind, Lanes) else F32 for kind in (a, b)]
-    return lanes(mask, *takes), codegen
+def _select(builder: Any, signature: Any, test: Any, a: Any, b: Any) -> Any:
+    return builder.select(test, splat(builder, a), splat(builder, b))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def fill(typingctx: Any, value: Any) -> Any:
-    """Lanes that all hold ``value``."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _splat(builder, args[0])
-
-    return lanes(F32), codegen
+# ``where(test, a, b)``: lanes of a where the test holds, of b elsewhere
+where = typed(3, lambda test, a, b: lanes(mask, *(x if x == lanes else F32 for x in (a, b))), _select)
+fill = fixed(lanes(F32), splat)  # lanes that all hold a number
 
 
-def _reduction(name: str, start: float | None, flags: tuple[str, ...]) -> Any:
-    @intrinsic  # type: ignore[untyped-decorator]
-    def reduced(typingctx: Any, x: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            first = [] if start is None else [ir.Constant(FLOAT, start)]
-            takes = [*(value.type for value in first), VECTOR]
-            called = function(builder, f"llvm.vector.reduce.{name}.v{LANES}f32", FLOAT, takes)
-            return builder.call(called, [*first, *args], fastmath=flags)
+def _reduction(name: str, start: list[Any], flags: tuple[str, ...]) -> Callable[..., Any]:
+    def emit(builder: Any, x: Any) -> Any:
+        element = x.type.element
+        kind = f"v{LANES}f{64 if element is DOUBLE else 32}"
+        takes = [*(value.type for value in start), x.type]
+        called = function(builder, f"llvm.vector.reduce.{name}.{kind}", element, takes)
+        return builder.call(called, [*start, x], fastmath=flags)
 
-        return F32(lanes), codegen
-
-    return reduced
+    return emit
 
 
-total = _reduction("fadd", -0.0, ("reassoc", "nsz"))
-top = _reduction("fmax", None, ("nnan", "nsz"))
+top = fixed(F32(lanes), _reduction("fmax", [], ("nnan", "nsz")))
+total_wide = fixed(
+    F64(wide_lanes), _reduction("fadd", [ir.Constant(DOUBLE, -0.0)], ("reassoc", "nsz"))
+)  # the sum of sixteen float64
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def total_wide(typingctx: Any, sums: Any) -> Any:
-    """The sum of sixteen float64."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        double = ir.DoubleType()
-        called = function(builder, f"llvm.vector.reduce.fadd.v{LANES}f64", double, [double, DOUBLES])
-        return builder.call(called, [ir.Constant(double, -0.0), args[0]], fastmath=("reassoc", "nsz"))
-
-    return types.float64(wide_lanes), codegen
+def _scaled_gap(builder: Any, signature: Any, x: Any, *others: Any) -> Any:
+    reference, factor, other = (splat(builder, y) for y in others)
+    gap = builder.fsub(builder.fpext(x, DOUBLES), reference)
+    return call("llvm.fma")(builder, gap, factor, other)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def scaled_gap(typingctx: Any, x: Any, reference: Any, factor: Any, other: Any) -> Any:
-    """(x - reference) factor + other of lanes, in sixteen float64; ``other`` too may be such, all else is one float64."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        reference, factor, other = (_splat(builder, y) for y in args[1:])
-        gap = builder.fsub(builder.fpext(args[0], DOUBLES), reference)
-        fused = function(builder, f"llvm.fma.v{LANES}f64", DOUBLES, [DOUBLES] * 3)
-        return builder.call(fused, [gap, factor, other])
-
-    one = types.float64
-    return wide_lanes(lanes, one, one, other if isinstance(other, Wide) else one), codegen
+# (x - reference) factor + other of lanes, in sixteen float64; ``other`` too may be such, all else is one float64
+scaled_gap = typed(
+    4, lambda x, a, b, other: wide_lanes(lanes, F64, F64, other if other == wide_lanes else F64), _scaled_gap
+)
+narrow = fixed(lanes(wide_lanes), lambda builder, x: builder.fptrunc(x, VECTOR))  # sixteen float64, rounded
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def narrow(typingctx: Any, x: Any) -> Any:
-    """Sixteen float64, rounded to lanes."""
-    return lanes(wide_lanes), lambda context, builder, signature, args: builder.fptrunc(args[0], VECTOR)
-
-
-def _pointer(builder: Any, address: Any, kind: Any) -> Any:
-    return builder.inttoptr(address, kind.as_pointer())
+# -- memory
 
 
 def _below(builder: Any, count: Any) -> Any:
     """Mask of the lanes whose number is below an int64."""
-    blank = ir.Constant(INTEGERS, ir.Undefined)
-    first = builder.insert_element(blank, builder.trunc(count, I32), I32(0))
-    counts = builder.shuffle_vector(first, blank, ir.Constant(INTEGERS, [0] * LANES))
+    counts = splat(builder, builder.trunc(count, I32))
     return builder.icmp_signed("<", ir.Constant(INTEGERS, list(range(LANES))), counts)
 
 
 def _access(element: Any, decode: Callable[[Any, Any], Any], encode: Callable[[Any, Any], Any]) -> Any:
-    """(load, load_first, store, store_first) of sixteen ``element`` in memory, as lanes."""
+    """``load(address, count, other)`` and ``store(address, count, lanes)`` of the first ``count`` of sixteen ``element``.
+
+    ``other`` is what the lanes after them hold. Memory beyond is not touched. A count that is known when it is compiled costs nothing.
+    """
     stored = ir.VectorType(element, LANES)
     size = 4 if element is FLOAT else 2
     masked = f"v{LANES}{'f' if element is FLOAT else 'i'}{size * 8}.p0"
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def load(typingctx: Any, address: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return decode(builder, builder.load(_pointer(builder, args[0], stored), align=size))
+    def load(builder: Any, address: Any, count: Any, other: Any) -> Any:
+        pointer, first = builder.inttoptr(address, stored.as_pointer()), _below(builder, count)
+        called = function(builder, f"llvm.masked.load.{masked}", stored, [pointer.type, I32, BITS, stored])
+        have = builder.call(called, [pointer, I32(size), first, ir.Constant(stored, [0] * LANES)])
+        return builder.select(first, decode(builder, have), splat(builder, other))
 
-        return lanes(types.int64), codegen
+    def store(builder: Any, address: Any, count: Any, value: Any) -> None:
+        pointer, first = builder.inttoptr(address, stored.as_pointer()), _below(builder, count)
+        takes = [stored, pointer.type, I32, BITS]
+        called = function(builder, f"llvm.masked.store.{masked}", ir.VoidType(), takes)
+        builder.call(called, [encode(builder, value), pointer, I32(size), first])
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def load_first(typingctx: Any, address: Any, count: Any, other: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            pointer, first = _pointer(builder, args[0], stored), _below(builder, args[1])
-            takes = [pointer.type, I32, BITS, stored]
-            called = function(builder, f"llvm.masked.load.{masked}", stored, takes)
-            have = builder.call(called, [pointer, I32(size), first, ir.Constant(stored, [0] * LANES)])
-            return builder.select(first, decode(builder, have), _splat(builder, args[2]))
-
-        return lanes(types.int64, types.int64, F32), codegen
-
-    @intrinsic  # type: ignore[untyped-decorator]
-    def store(typingctx: Any, address: Any, value: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            builder.store(encode(builder, args[1]), _pointer(builder, args[0], stored), align=size)
-
-        return types.void(types.int64, lanes), codegen
-
-    @intrinsic  # type: ignore[untyped-decorator]
-    def store_first(typingctx: Any, address: Any, count: Any, value: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            pointer, first = _pointer(builder, args[0], stored), _below(builder, args[1])
-            takes = [stored, pointer.type, I32, BITS]
-            called = function(builder, f"llvm.masked.store.{masked}", ir.VoidType(), takes)
-            builder.call(called, [encode(builder, args[2]), pointer, I32(size), first])
-
-        return types.void(types.int64, types.int64, lanes), codegen
-
-    return load, load_first, store, store_first
-
-
-def _as_it_is(builder: Any, value: Any) -> Any:
-    return value
-
-
-def decode_bf16_bits(builder: Any, bits: Any) -> Any:
-    """Float32 of bfloat16 bits, one or sixteen."""
-    wide = convert(builder, "zext", bits, I32)
-    return convert(builder, "bitcast", builder.shl(wide, constant(I32, 16, wide)), FLOAT)
+    loads, stores = lanes(ADDRESS, types.int64, F32), types.void(ADDRESS, types.int64, lanes)
+    return fixed(loads, load), fixed(stores, store)
 
 
 def features() -> list[str]:
@@ -304,8 +245,15 @@ def features() -> list[str]:
     return names.split(",")
 
 
+# bits of 16-bit floats, one or sixteen, to float32 and to the nearest of them, ties to even
+
+
+def decode_bf16_bits(builder: Any, bits: Any) -> Any:
+    wide = convert(builder, "zext", bits, I32)
+    return convert(builder, "bitcast", builder.shl(wide, constant(I32, 16, wide)), FLOAT)
+
+
 def encode_bf16_bits(builder: Any, value: Any) -> Any:
-    """Bits of the nearest bfloat16, ties to even."""
     if "+avx512bf16" in features():  # an instruction of its own, which takes subnormals for zero
         return convert(builder, "bitcast", convert(builder, "fptrunc", value, BFLOAT), I16)
     bits = convert(builder, "bitcast", value, I32)
@@ -315,17 +263,24 @@ def encode_bf16_bits(builder: Any, value: Any) -> Any:
 
 
 def decode_f16_bits(builder: Any, bits: Any) -> Any:
-    """Float32 of float16 bits, one or sixteen."""
     return convert(builder, "fpext", convert(builder, "bitcast", bits, HALF), FLOAT)
 
 
 def encode_f16_bits(builder: Any, value: Any) -> Any:
-    """Bits of the nearest float16."""
     return convert(builder, "bitcast", convert(builder, "fptrunc", value, HALF), I16)
 
 
-# ``load(address)`` and ``store(address, lanes)``; ``load_first(address, count, other)`` reads ``count`` of sixteen and
-# puts ``other`` in the lanes after them, ``store_first(address, count, lanes)`` writes so many: memory beyond is not touched
-load, load_first, store, store_first = _access(FLOAT, _as_it_is, _as_it_is)
-load_bf16, load_first_bf16, store_bf16, store_first_bf16 = _access(I16, decode_bf16_bits, encode_bf16_bits)
-load_f16, load_first_f16, store_f16, store_first_f16 = _access(I16, decode_f16_bits, encode_f16_bits)
+load_f32, store_f32 = _access(FLOAT, lambda _, value: value, lambda _, value: value)
+load_bf16, store_bf16 = _access(I16, decode_bf16_bits, encode_bf16_bits)
+load_f16, store_f16 = _access(I16, decode_f16_bits, encode_f16_bits)
+
+
+@njit(forceinline=True)
+def load(address):
+    """All sixteen of float32."""
+    return load_f32(address, LANES, F32(0))
+
+
+@njit(forceinline=True)
+def store(address, value):
+    store_f32(address, LANES, value)

@@ -12,9 +12,9 @@ from typing import Any
 
 from llvmlite import ir
 from numba import njit, types
-from numba.extending import intrinsic
+from numba.core.cgutils import pack_array
 
-from stillhouse.kernels.cpu.lanes import DOUBLES, LANES, VECTOR, lanes, wide_lanes
+from stillhouse.kernels.cpu.lanes import DOUBLES, LANES, lanes, typed, wide_lanes
 
 CHUNK = 8 * LANES  # columns that are summed in float32, before float64 goes on
 
@@ -43,42 +43,31 @@ def over_row(columns, first, last, width, given, sums, seen):
     return over(columns, whole, last, given, sums, seen, False)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def no_sums(typingctx: Any, count: Any) -> Any:
-    """``count`` sums of lanes in float64, all zero; a literal number."""
-    if not isinstance(count, types.IntegerLiteral):
-        return None
-    kind = types.UniTuple(wide_lanes, count.literal_value)
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        zero = ir.Constant(DOUBLES, [0.0] * LANES)
-        return context.make_tuple(builder, kind, [zero] * kind.count)
-
-    return kind(count), codegen
+def _zeros(builder: Any, kind: Any) -> Any:
+    return ir.Constant(ir.ArrayType(kind.dtype.held, kind.count), None)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _nothing(typingctx: Any, sums: Any) -> Any:
-    """As many lanes of zeros."""
-    kind = types.UniTuple(lanes, sums.count)
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return context.make_tuple(builder, kind, [ir.Constant(VECTOR, [0.0] * LANES)] * kind.count)
-
-    return kind(sums), codegen
+def _added(builder: Any, kind: Any, *of: Any) -> Any:
+    each = [[builder.extract_value(x, n) for x in of] for n in range(kind.count)]
+    return pack_array(builder, [builder.fadd(a, builder.fpext(b, DOUBLES)) for a, b in each])
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def added(typingctx: Any, sums: Any, part: Any) -> Any:
-    """Each sum and its part."""
+def _no_sums(count: Any) -> Any:
+    return (
+        types.UniTuple(wide_lanes, count.literal_value)(count)
+        if isinstance(count, types.IntegerLiteral)
+        else None
+    )
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        each = [
-            builder.fadd(
-                builder.extract_value(args[0], n), builder.fpext(builder.extract_value(args[1], n), DOUBLES)
-            )
-            for n in range(sums.count)
-        ]
-        return context.make_tuple(builder, sums, each)
 
-    return sums(sums, part), codegen
+no_sums = typed(
+    1, _no_sums, lambda b, signature, _: _zeros(b, signature.return_type)
+)  # so many, of lanes in float64
+_nothing = typed(  # as many lanes of zeros
+    1,
+    lambda sums: types.UniTuple(lanes, sums.count)(sums),
+    lambda b, signature, _: _zeros(b, signature.return_type),
+)
+added = typed(
+    2, lambda sums, part: sums(sums, part), lambda b, signature, *of: _added(b, signature.return_type, *of)
+)

@@ -18,11 +18,11 @@ from stillhouse.kernels.cpu.arithmetic import (
     maximum_of,
     reduce_add_wide,
 )
+from stillhouse.kernels.cpu.dense import FORWARD, REVERSE
 from stillhouse.kernels.cpu.labels import logit
 from stillhouse.kernels.cpu.lanes import LANES, fill, narrow, scaled_gap, store, top, total_wide, where
 from stillhouse.kernels.cpu.loops import added, no_sums
 from stillhouse.kernels.cpu.read import LOG2E, take
-from stillhouse.kernels.cpu.rows import FORWARD, REVERSE
 from stillhouse.kernels.series import LEAST_REST
 
 ABOVE_FLOOR = np.nextafter(FLOOR, f32(0.0))
@@ -122,7 +122,7 @@ def compare(logits, log_t, x, k, rs, it, log_z, power, top_t, mass):
 
 
 @njit(error_model="numpy")
-def lift_rest(student, dtype, v, indices, k, rs, it, es):
+def lift_rest(student, indices, k, rs, it, es):
     """Exponentials of all but the k entries, relative to the largest of them: (their sum, its logarithm to ``rs``).
 
     For a rest so small that relative to the row's maximum it is nothing in float32, or has lost a part.
@@ -130,28 +130,25 @@ def lift_rest(student, dtype, v, indices, k, rs, it, es):
     for i in range(k):
         es[indices[i]] = f32(-1.0)
     highest = -np.inf
-    for j in range(v):
-        x = logit(student, dtype, j)
-        if es[j] >= f32(0.0) and x > highest:
-            highest = x
+    for j in range(student[2]):
+        if es[j] >= f32(0.0):
+            highest = max(highest, logit(student, j))
     rest = 0.0
-    for j in range(v):
-        p = 0.0
-        if es[j] >= f32(0.0) and highest >= FLOOR:
-            p = math.exp((logit(student, dtype, j) - highest) * it)
-        rest += p
-        es[j] = f32(p)
+    for j in range(student[2]):
+        inside = es[j] < f32(0.0) or highest < FLOOR
+        es[j] = f32(0.0 if inside else math.exp((logit(student, j) - highest) * it))
+        rest += es[j]
     return rest, (highest - rs) * it if rest > 0.0 else 0.0
 
 
 @njit(error_model="numpy")
-def ghost_of_student(rest, z, log_z, student, dtype, v, indices, k, rs, it, es):
+def ghost_of_student(rest, z, log_z, student, indices, k, rs, it, es):
     """(Sum of the exponentials that are its own, logarithm of its mass, its mass)."""
-    if k == v:
+    if k == student[2]:
         return rest, -np.inf, 0.0
     if rest >= LITTLE * z:
         return rest, math.log(rest) - log_z, rest / z
-    rest, lower = lift_rest(student, dtype, v, indices, k, rs, it, es)
+    rest, lower = lift_rest(student, indices, k, rs, it, es)
     log_mass = math.log(rest) + lower - log_z if rest > 0.0 else -np.inf
     return rest, log_mass, math.exp(log_mass)
 

@@ -20,23 +20,15 @@ from stillhouse.kernels.cpu.arithmetic import (
     u16_at,
 )
 from stillhouse.kernels.cpu.blocks import forward_block
-from stillhouse.kernels.cpu.calls import (
-    BETA,
-    DIVERGENCE,
-    DTYPE,
-    INVERSE_T,
-    LABEL_SCALE,
-    LABELS,
-    OTHERS,
-    POWER,
-    PROBABILITIES,
-    SCALE,
-    SERIES,
-    SMOOTHING,
-    STRIDE,
-    STUDENT,
-    WIDTH,
-    run_rows,
+from stillhouse.kernels.cpu.calls import INVERSE_T, OTHERS, POWER, run_rows
+from stillhouse.kernels.cpu.dense import (
+    FORWARD,
+    JSD,
+    REVERSE,
+    centre_gradient,
+    impossible,
+    row_loss,
+    write_row,
 )
 from stillhouse.kernels.cpu.labels import OUT_OF_RANGE, label_term, logit
 from stillhouse.kernels.cpu.lanes import LANES, load, total_wide
@@ -50,15 +42,6 @@ from stillhouse.kernels.cpu.outcomes import (
     outcome,
 )
 from stillhouse.kernels.cpu.read import scaled_row, student_pass
-from stillhouse.kernels.cpu.rows import (
-    FORWARD,
-    JSD,
-    REVERSE,
-    centre_gradient,
-    impossible,
-    row_loss,
-    write_row,
-)
 from stillhouse.kernels.series import LOG_REST
 
 
@@ -125,21 +108,21 @@ def holds_nan(x, n):
 
 
 @njit(error_model="numpy", forceinline=True)
-def gather(student, dtype, v, wide_indices, k, logits_at):
+def gather(student, wide_indices, k, logits_at):
     """The k entries' logits to ``logits_at``, before the row is read; is each index one of the row's (if not, none is read)?
 
     Vectors of them are read when it has been: at once, that would wait for the single stores that they are written by.
     """
     indices, logits = i64_at(wide_indices), f32_at(logits_at)
-    if outside(indices, k, v):
+    if outside(indices, k, student[2]):
         return False
-    if dtype == 0:
-        plain = f32_at(student)
+    if student[1] == 0:  # a loop of its own, which takes several at a time
+        plain = f32_at(student[0])
         for i in range(k):
             logits[i] = plain[indices[i]]
         return True
     for i in range(k):
-        logits[i] = f32(logit(student, dtype, indices[i]))
+        logits[i] = f32(logit(student, indices[i]))
     return True
 
 
@@ -155,7 +138,8 @@ def top_k_row(how, row, target, power, scale, scratch, in_range):
     temperature by ``power``, and normalised.
     """
     divergence, beta, series = how
-    student, dtype, v, it = row
+    student, it = row
+    v = student[2]
     wide_indices, values, k, ghost, log_rest = target
     es_at, z, rs = scratch
     room = ((k + LANES - 1) & -LANES) * 4
@@ -176,9 +160,7 @@ def top_k_row(how, row, target, power, scale, scratch, in_range):
         rest = sum_of_others(es_at, v, indices, k)
         z = inside + rest
     log_z = math.log(z)
-    rest, log_ghost_s, ghost_s = ghost_of_student(
-        rest, z, log_z, student, dtype, v, indices, k, rs, it, f32_at(es_at)
-    )
+    rest, log_ghost_s, ghost_s = ghost_of_student(rest, z, log_z, student, indices, k, rs, it, f32_at(es_at))
     loss, d_ghost = outcome(divergence, beta, log_ghost_s, log_ghost_t, ghost_s, ghost_t)
     far = compare(logits_at, values, x_at, k, rs, it, log_z, power, top_t, mass)
     bad = False
@@ -220,7 +202,8 @@ def top_k_row(how, row, target, power, scale, scratch, in_range):
 @njit(error_model="numpy", forceinline=True)
 def sampled_row(row, target, scale, scratch):
     """One row, read already, against labels drawn, which go into the scratch row itself; gives what :func:`top_k_row` does."""
-    student, dtype, v, it = row
+    student, it = row
+    v = student[2]
     wide_indices, values, k, _, _ = target
     es_at, z, rs = scratch
     es = f32_at(es_at)
@@ -235,7 +218,7 @@ def sampled_row(row, target, scale, scratch):
     for i in range(k):
         j = indices[i]
         if weights[i] > f32(0.0):
-            x = logit(student, dtype, j)
+            x = logit(student, j)
             loss -= weights[i] * (((x if x >= FLOOR else -np.inf) - rs) * it - log_z)
             weight += weights[i]
     for i in range(k):
@@ -251,34 +234,30 @@ def sampled_row(row, target, scale, scratch):
 
 
 @njit(error_model="numpy", forceinline=True)
-def row_of(q, d, r, out, es, e1):
+def row_of(q, d, r, how, student, out, scale, es, labels):
     """Of a call whose other integers are indices, values, a ghost's logarithms, k, whether they are samples, and is there a ghost."""
     indices, values, rests, k, sampled, ghost = (
         q[OTHERS], q[OTHERS + 1], q[OTHERS + 2], q[OTHERS + 3], q[OTHERS + 4], q[OTHERS + 5],
     )  # fmt: skip
-    dtype, v, it = q[DTYPE], q[WIDTH], d[INVERSE_T]
-    s, place = q[STUDENT] + r * q[STRIDE], indices + r * k * 8
+    (_, dtype, v), it, place = student, d[INVERSE_T], indices + r * k * 8
     log_rest = np.float64(f32_at(rests)[r]) if rests != 0 else np.nan if ghost != 0 else -np.inf
     in_range = True
     if sampled == 0:
-        in_range = gather(s, dtype, v, place, k, entries_of(es, v))
-    z, z1, rs = student_pass(s, dtype, v, it, es, out if out != 0 else es, e1)
+        in_range = gather(student, place, k, entries_of(es, v))
+    z, z1, rs = student_pass(student, it, es, out if out != 0 else es, labels[0])
     given = not (rests != 0 and math.isnan(log_rest))  # and no number; otherwise NaN stands for none
     if not (given and z > 0.0 and z < np.inf):
         return np.nan, 0.0
-    labels = q[LABELS], q[PROBABILITIES], d[SMOOTHING], d[LABEL_SCALE]
-    of_labels, label = label_term(e1, labels, r, s, dtype, v, z1, rs)
-    how, row, scratch = (q[DIVERGENCE], d[BETA], q[SERIES]), (s, dtype, v, it), (es, z, rs)
-    target = place, values + r * k * 4, k, ghost, log_rest
+    of_labels, label = label_term(labels, r, student, z1, rs)
+    target, scratch = (place, values + r * k * 4, k, ghost, log_rest), (es, z, rs)
     if sampled != 0:
-        of_teacher, factor = sampled_row(row, target, d[SCALE] * it, scratch)
+        of_teacher, factor = sampled_row((student, it), target, scale, scratch)
     else:
-        of_teacher, factor = top_k_row(how, row, target, d[POWER], d[SCALE] * it, scratch, in_range)
+        of_teacher, factor = top_k_row(how, (student, it), target, d[POWER], scale, scratch, in_range)
     if out != 0 and of_teacher > -np.inf:
         scaled_row(out, dtype, v, es, f32(factor), label)
-        scatter(
-            out, dtype, v, es, place, 0 if sampled != 0 else k, label
-        )  # entries that have values of their own
+        if sampled == 0:  # entries that have values of their own
+            scatter(out, dtype, v, es, place, k, label)
     return of_teacher, of_labels
 
 

@@ -41,18 +41,14 @@ class Workers:
             torch.set_num_threads(1)
 
     def run(
-        self, compiled: Compiled, rows: int, width: int, scratch: int, loss: int, integers: tuple[int, ...],
-        floats: tuple[float, ...],
+        self, compiled: Compiled, rows: int, width: int, scratch: int, integers: tuple[int, ...], floats: tuple[float, ...]
     ) -> tuple[float, float]:  # fmt: skip
-        """Call ``compiled`` over all rows, each thread with ``scratch`` float32; the sums of both terms' losses, at the end.
-
-        They also go to the address ``loss``, as float32, unless that is 0.
-        """
+        """Call ``compiled`` over all rows, each thread with ``scratch`` float32; the sums of both terms' losses, at the end."""
         threads = min(torch.get_num_threads(), rows) if rows * width > SERIAL and not self._forked else 1
         parallel = openmp() if threads > 1 else None
         threads = threads if parallel is not None else 1
         address, size = self._scratch(threads, scratch)
-        call = record(rows, threads, address, size, loss, integers, floats)
+        call = record(rows, threads, address, size, integers, floats)
         if parallel is None:
             compiled(call)
         else:

@@ -25,7 +25,7 @@ I32, U32, F32 = np.int32, np.uint32, np.float32
 LOWEST = F32(-3.0e38)  # a finite start for running maxima: -inf minus -inf is NaN
 LN2, LOG2E = F32(0.6931471805599453), F32(math.log2(math.e))
 TWO_OVER_LN2 = F32(2.8853900817779268)
-THIRD, FIFTH, SEVENTH, NINTH = F32(1 / 3), F32(1 / 5), F32(1 / 7), F32(1 / 9)
+ODD = tuple(F32(1 / n) for n in (1, 3, 5, 7, 9))
 ZERO, ONE, LARGE = F32(0.0), F32(1.0), F32(1.0e30)
 LOG = tuple(F32(c / math.log(2)) for c in series.LOG1P)
 RATIO_HIGH = F32(1.4)
@@ -67,6 +67,17 @@ def unrolled(count: int, arguments: str, result: str, body: str = "", **names: o
     return device(scope["made"])
 
 
+def polynomial(count: int) -> Callable:
+    """Device function of x and a tuple of so many coefficients, lowest power first."""
+    made = f"c[{count - 1}]"
+    for i in reversed(range(count - 1)):
+        made = f"fma(x, {made}, c[{i}])"
+    return unrolled(1, "x, c", made)
+
+
+odd_of, one_plus_of = polynomial(len(ODD)), polynomial(len(LOG))
+
+
 @device
 def log2_of(x):
     """``log2_of_normal``, and what is right for zero, infinity and NaN."""
@@ -86,9 +97,7 @@ def log2_of_normal(x):
         m = m * F32(0.5)
         exponent = I32(exponent + 1)
     u = (m - ONE) * ptx.reciprocal(m + ONE)
-    v = u * u
-    odd = ptx.fma(v, ptx.fma(v, ptx.fma(v, ptx.fma(v, NINTH, SEVENTH), FIFTH), THIRD), ONE)
-    return ptx.fma(u * odd, TWO_OVER_LN2, F32(exponent))
+    return ptx.fma(u * odd_of(u * u, ODD), TWO_OVER_LN2, F32(exponent))
 
 
 @device
@@ -102,17 +111,17 @@ def quotient(a, b):
 @device
 def log2_one_plus(r):
     """log2(1 + r) for r from 0 to 1, to 2e-7 of itself: the approximate logarithm of 1 + r loses the digits of r."""
-    high = ptx.fma(r, ptx.fma(r, ptx.fma(r, ptx.fma(r, LOG[8], LOG[7]), LOG[6]), LOG[5]), LOG[4])
-    return r * ptx.fma(r, ptx.fma(r, ptx.fma(r, ptx.fma(r, high, LOG[3]), LOG[2]), LOG[1]), LOG[0])
+    return r * one_plus_of(r, LOG)
 
 
 def running(count: int) -> Callable:
-    """Device function ``absorb(x, top, k2, c, d)``: so many more logits, of maximum ``top``, into the running (C, D)."""
+    """Device function ``absorb(x, k2, c, d)``: so many more logits into the running (C, D)."""
     whole = unrolled(count, "x, k2, n", "+(exp2(fma(x[#], k2, n)))")
+    top_of = unrolled(count, "x", "^(x[#])")
 
     @device
-    def absorb(x, top, k2, c, d):
-        higher = ptx.fmax(top * k2, c)
+    def absorb(x, k2, c, d):
+        higher = ptx.fmax(top_of(x) * k2, c)
         return higher, ptx.fma(d, ptx.exp2(c - higher), whole(x, k2, -higher))
 
     return absorb

@@ -11,6 +11,7 @@ import numpy as np
 from numba import cuda, types
 
 from stillhouse.kernels.cuda import intrinsics as ptx
+from stillhouse.kernels.cuda import rows
 from stillhouse.kernels.cuda.arithmetic import LARGE, LOG2E, LOWEST, ZERO, device, running, unrolled
 from stillhouse.kernels.cuda.merge import SCRATCH, SUMS, meeting, softmaxes
 from stillhouse.kernels.cuda.pairs import (
@@ -23,22 +24,6 @@ from stillhouse.kernels.cuda.pairs import (
     pair_of,
 )
 from stillhouse.kernels.cuda.plan import Spec
-from stillhouse.kernels.cuda.rows import (
-    GRADIENT,
-    HUGE,
-    K2,
-    LOSS,
-    beginning,
-    clearing,
-    coin_of,
-    label_at,
-    label_gradient,
-    label_of_row,
-    masking,
-    store_losses,
-    sweep,
-    times,
-)
 from stillhouse.kernels.cuda.vectors import codec
 
 ALIGNMENT = ptx.SHARED_ALIGNMENT
@@ -49,8 +34,7 @@ SIGNATURE = (*[types.int64] * 8, *[types.int32] * 5, *[types.float32] * 2)
 
 def first_pass(code: SimpleNamespace, spec: Spec) -> Callable:
     """Read both rows, keep them, and this thread's (C, D) of p, of q and, with labels, of the student at T = 1, with its sum."""
-    absorb, decode = running(code.per), code.decode
-    top_of, sum_of = unrolled(code.per, "x", "^(x[#])"), unrolled(code.per, "x", "+(x[#])")
+    absorb, decode, sum_of = running(code.per), code.decode, unrolled(code.per, "x", "+(x[#])")
     staged, labels, of_student = spec.staged, spec.labels, spec.divergence == "reverse"
 
     def make(access):
@@ -64,17 +48,17 @@ def first_pass(code: SimpleNamespace, spec: Spec) -> Callable:
                 ptx.shared_store_words(words, I32((slot + place[6]) * 4), b[0], b[1], b[2], b[3])
             xs, xt = decode(a), decode(b)
             xp, xq = (xs, xt) if of_student else (xt, xs)
-            cp, dp = absorb(xp, top_of(xp), k2, state[0], state[1])
-            cq, dq = absorb(xq, top_of(xq), k2, state[2], state[3])
+            cp, dp = absorb(xp, k2, state[0], state[1])
+            cq, dq = absorb(xq, k2, state[2], state[3])
             c1, d1, total = state[4], state[5], state[6]
             if labels:
-                c1, d1 = absorb(xs, top_of(xs), LOG2E, c1, d1)
+                c1, d1 = absorb(xs, LOG2E, c1, d1)
                 total = total + sum_of(within(xs, e, place[3]))
             return cp, dp, cq, dq, c1, d1, total
 
         return step
 
-    return sweep(code, spec.threads, make)
+    return rows.sweep(code, spec.threads, make)
 
 
 def logits_again(code: SimpleNamespace, staged: bool, fetch: Callable) -> Callable:
@@ -91,21 +75,12 @@ def logits_again(code: SimpleNamespace, staged: bool, fetch: Callable) -> Callab
     return again
 
 
-def finished(code: SimpleNamespace, labels: bool) -> Callable:
-    """Device function: b times a factor, and the label term's gradient."""
-    if labels:
-        return unrolled(
-            code.per, "b, x, f, label", "*(fma(b[#], f, of_label(x[#], label)))", of_label=label_gradient
-        )
-    return unrolled(code.per, "b, x, f, label", "*(b[#] * f)")
-
-
 def second_pass(code: SimpleNamespace, spec: Spec, pair: Callable) -> Callable:
     """The loss, and what a gradient is taken relative to; that of forward is written at once."""
     each = unrolled(
         code.per, "xs, xt, known", "+(a#), *(b#), +(c#), +(d#)", "a#, b#, c#, d# = pair(xt[#], xs[#], known)", pair=pair
     )  # fmt: skip
-    finish, encode = finished(code, spec.labels), code.encode
+    finish, encode = rows.with_label(code, spec.labels, "b[#]", "f", "b, x, f, label"), code.encode
     writes = spec.gradient and spec.divergence == "forward"
 
     def make(access):
@@ -122,7 +97,7 @@ def second_pass(code: SimpleNamespace, spec: Spec, pair: Callable) -> Callable:
 
         return step
 
-    return sweep(code, spec.threads, make)
+    return rows.sweep(code, spec.threads, make)
 
 
 def third_pass(code: SimpleNamespace, spec: Spec, pair: Callable) -> Callable:
@@ -132,7 +107,7 @@ def third_pass(code: SimpleNamespace, spec: Spec, pair: Callable) -> Callable:
         code.per, "xs, xt, known, mean, alone", f"*({own})",
         "a#, b#, c#, d# = pair(xt[#], xs[#], known); c# = d# if alone else c#", pair=pair, LARGE=LARGE,
     )  # fmt: skip
-    finish, encode = finished(code, spec.labels), code.encode
+    finish, encode = rows.with_label(code, spec.labels, "b[#]", "f", "b, x, f, label"), code.encode
 
     def make(access):
         again, put = logits_again(code, spec.staged, access.fetch), access.put
@@ -146,7 +121,7 @@ def third_pass(code: SimpleNamespace, spec: Spec, pair: Callable) -> Callable:
 
         return step
 
-    return sweep(code, spec.threads, make)
+    return rows.sweep(code, spec.threads, make)
 
 
 def label_entry(code: SimpleNamespace, spec: Spec, pair: Callable) -> Callable:
@@ -161,7 +136,7 @@ def label_entry(code: SimpleNamespace, spec: Spec, pair: Callable) -> Callable:
             a, b, c, d = pair(xt, xs, known)
             if not forward:
                 b = ptx.fmin(ptx.fmax(ptx.fma(b, -mean, d if alone else c), -LARGE), LARGE)
-            store_one(place[2] + I64(y) * size, ptx.fma(b, scale, label_gradient(xs, label)) - label[3])
+            store_one(place[2] + I64(y) * size, ptx.fma(b, scale, rows.label_gradient(xs, label)) - label[3])
 
     return write
 
@@ -174,8 +149,12 @@ def kernel_of(spec: Spec) -> Callable:
     code, cluster, divergence, labels = codec(spec.dtype), spec.cluster, spec.divergence, spec.labels
     pair = pair_of(divergence, gap_of_floats if code.size == 4 else gap_of_halves)
     first, second, third = first_pass(code, spec), second_pass(code, spec, pair), third_pass(code, spec, pair)
-    clear, begin, masked = clearing(code, spec.threads), beginning(code, cluster), masking(code, spec)
-    write_label, store, numbers = label_entry(code, spec, pair), store_losses(spec), 7 if labels else 4
+    clear, begin, masked = (
+        rows.clearing(code, spec.threads),
+        rows.beginning(code, cluster),
+        rows.masking(code, spec),
+    )
+    write_label, store, numbers = label_entry(code, spec, pair), rows.store_losses(spec), 7 if labels else 4
     meet = meeting(spec.threads, cluster, 0, numbers, softmaxes(3, 1) if labels else softmaxes(2))
     meet_sums = meeting(spec.threads, cluster, SUMS, 3, softmaxes(0, 3))
     known_of, settled, load_one, size = KNOWN[divergence], SETTLED[divergence], code.load_one, code.size
@@ -193,32 +172,34 @@ def kernel_of(spec: Spec) -> Callable:
 
         y, wrong, xs, xt = I32(-1), False, ZERO, ZERO
         if labels:  # read by who needs it, before a gradient takes its place
-            y, wrong = label_at(labels_at, row, v)
+            y, wrong = rows.label_at(labels_at, row, v)
             if y >= I32(0) and tid == I32(0):
                 xs = load_one(place[0] + I64(y) * size)
                 xt = load_one(place[1] + I64(y) * size) if y < t_width else MINUS_INFINITY
-        coin = coin_of(constants) if jsd else (ZERO,)
-        k2 = ptx.load_f32(constants + 4 * K2)
+        coin = rows.coin_of(constants) if jsd else (ZERO,)
+        k2 = ptx.load_f32(constants + 4 * rows.K2)
         state = first(words, place, chunks, (LOWEST, ZERO, LOWEST, ZERO, LOWEST, ZERO, ZERO), k2)
         if cluster > 1:
             ptx.cluster_wait()
         x = meet(scratch, tid, rank, state[:numbers])
         known = known_of(compare(k2, x[0], x[1], x[2], x[3]), coin)
-        scale = times(soft, scales, 0) * ptx.load_f32(constants + 4 * GRADIENT) * known[3]
+        scale = rows.times(soft, scales, 0) * ptx.load_f32(constants + 4 * rows.GRADIENT) * known[3]
         of_label, second_loss = (ZERO, ZERO, ZERO, ZERO), ZERO
         if labels:
-            of_label, second_loss = label_of_row(y, wrong, xs, x[4:], constants, scales, label, v)
+            of_label, second_loss = rows.label_of_row(y, wrong, xs, x[4:], constants, scales, label, v)
         sums = second(words, place, chunks, (ZERO, ZERO, ZERO), (known, scale, of_label))
         sums = meet_sums(scratch, tid, rank, sums)
         total, mean = settled(sums[0] * known[3], sums[1] * known[3], sums[2] * known[3], coin)
         alone = jsd and not jsd_is_small(sums[0] * known[3], coin)
         if rank == I32(0) and tid == I32(0):
-            store(loss, row, total * ptx.load_f32(constants + 4 * LOSS), second_loss)
+            store(loss, row, total * ptx.load_f32(constants + 4 * rows.LOSS), second_loss)
         if not gradient:
             return
 
         if again:
-            if mean > HUGE:  # the teacher rules out what the student believes in: loss inf, and no gradient
+            if (
+                mean > rows.HUGE
+            ):  # the teacher rules out what the student believes in: loss inf, and no gradient
                 mean, scale = ZERO, ZERO
             if mean == ZERO and scale == ZERO and not labels:
                 clear(words, place, chunks, ZERO, ZERO)

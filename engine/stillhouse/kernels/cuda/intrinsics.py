@@ -10,6 +10,8 @@ may overwrite them.
 # Numba infers the types of device functions from their callers.
 from __future__ import annotations
 
+import inspect
+
 from llvmlite import ir
 from numba import cuda
 from numba.cuda import types
@@ -31,12 +33,16 @@ _U4 = types.UniTuple(types.uint32, 4)
 _V4 = ir.VectorType(ir.IntType(32), 4)
 
 
-def _function(codegen, arity):
-    """An intrinsic of fixed arity from ``codegen(typing_args) -> (signature, builder function)``."""
-    names = ", ".join(f"a{i}" for i in range(arity))
-    scope: dict = {"codegen": codegen}
-    exec(f"def ptx(typingctx{', ' + names if names else ''}):\n    return codegen()", scope)  # noqa: S102 -- Numba counts arguments
-    return intrinsic(scope["ptx"])
+def _intrinsic(arity, signature_of, build):
+    """An intrinsic: ``signature_of(*types)``, and the builder of its value."""
+
+    def define(typingctx, *kinds):
+        return signature_of(*kinds), build
+
+    # Numba takes the number of arguments from here
+    names = [inspect.Parameter(f"x{i}", inspect.Parameter.POSITIONAL_OR_KEYWORD) for i in range(arity + 1)]
+    define.__signature__ = inspect.Signature(names)
+    return intrinsic(define)
 
 
 def _ptx(asm, constraints, returns, *takes, volatile=False):
@@ -55,7 +61,7 @@ def _ptx(asm, constraints, returns, *takes, volatile=False):
             return context.make_tuple(builder, _U4, [builder.extract_value(got, i) for i in range(4)])
         return context.get_dummy_value() if returns is types.void else got
 
-    return _function(lambda: (returns(*takes), build), len(takes))
+    return _intrinsic(len(takes), lambda *_: returns(*takes), build)
 
 
 # -- arithmetic: the approximations are named, so that no fast-math flag (which breaks -inf) is needed
@@ -105,52 +111,40 @@ def _shared_pointer(context, builder, array_type, array, offset, pointee):
     return builder.addrspacecast(element, pointee.as_pointer(3), "shared")
 
 
-def _in_shared(pointee, align, loads):
-    """The builder of a load from, or a store to, shared memory at ``array[offset]``, in words."""
-
+def _load_shared(pointee, align):
     def build(context, builder, signature, args):
         offset = context.cast(builder, args[1], signature.args[1], _i32)
         pointer = _shared_pointer(context, builder, signature.args[0], args[0], offset, pointee)
-        if not loads:
-            value = args[2]
-            if pointee is _V4:
-                value = ir.Constant(_V4, ir.Undefined)
-                for i, word in enumerate(args[2:]):
-                    value = builder.insert_element(value, word, ir.IntType(32)(i))
-            builder.store(value, pointer, align=align)
-            return context.get_dummy_value()
         value = builder.load(pointer, align=align)
         if pointee is not _V4:
             return value
-        return context.make_tuple(
-            builder, _U4, [builder.extract_element(value, ir.IntType(32)(i)) for i in range(4)]
-        )
+        words = [builder.extract_element(value, ir.IntType(32)(i)) for i in range(4)]
+        return context.make_tuple(builder, _U4, words)
 
     return build
 
 
-@intrinsic
-def shared_load_words(typingctx, array, offset):
-    """Four words of shared memory from a multiple of four words on: one 128-bit load."""
-    return _U4(array, offset), _in_shared(_V4, 16, True)
+def _store_shared(pointee, align):
+    def build(context, builder, signature, args):
+        offset = context.cast(builder, args[1], signature.args[1], _i32)
+        pointer = _shared_pointer(context, builder, signature.args[0], args[0], offset, pointee)
+        value = args[2]
+        if pointee is _V4:
+            value = ir.Constant(_V4, ir.Undefined)
+            for i, word in enumerate(args[2:]):
+                value = builder.insert_element(value, word, ir.IntType(32)(i))
+        builder.store(value, pointer, align=align)
+        return context.get_dummy_value()
+
+    return build
 
 
-@intrinsic
-def shared_store_words(typingctx, array, offset, a, b, c, d):
-    """Four words to shared memory from a multiple of four words on: one 128-bit store."""
-    return types.void(array, offset, _u32, _u32, _u32, _u32), _in_shared(_V4, 16, False)
-
-
-@intrinsic
-def shared_load(typingctx, array, offset):
-    """One float32 of shared memory; a plain index would first be tested for being negative."""
-    return _f32(array, offset), _in_shared(ir.FloatType(), 4, True)
-
-
-@intrinsic
-def shared_store(typingctx, array, offset, value):
-    """One float32 to shared memory."""
-    return types.void(array, offset, _f32), _in_shared(ir.FloatType(), 4, False)
+# shared memory at ``array[offset]``: four words from a multiple of four on, by one 128-bit access, and one float32, for which a plain
+# index would first be tested for being negative
+shared_load_words = _intrinsic(2, _U4, _load_shared(_V4, 16))
+shared_store_words = _intrinsic(6, lambda a, i, *_: types.void(a, i, *[_u32] * 4), _store_shared(_V4, 16))
+shared_load = _intrinsic(2, _f32, _load_shared(ir.FloatType(), 4))
+shared_store = _intrinsic(3, lambda a, i, _: types.void(a, i, _f32), _store_shared(ir.FloatType(), 4))
 
 
 _REMOTE_STORE = (
@@ -158,30 +152,18 @@ _REMOTE_STORE = (
 )
 
 
-@intrinsic
-def cluster_store(typingctx, array, offset, rank, value):
-    """Store a float32 at ``array[offset]`` of the shared memory of block ``rank`` of this cluster."""
-
-    def build(context, builder, signature, args):
-        offset = context.cast(builder, args[1], signature.args[1], _i32)
-        pointer = _shared_pointer(context, builder, signature.args[0], args[0], offset, ir.IntType(32))
-        here = builder.ptrtoint(pointer, ir.IntType(32))
-        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(32), ir.IntType(32), ir.FloatType()])
-        asm = ir.InlineAsm(kind, _REMOTE_STORE, "r,r,f,~{memory}", side_effect=True)
-        builder.call(asm, [here, context.cast(builder, args[2], signature.args[2], _i32), args[3]])
-        return context.get_dummy_value()
-
-    return types.void(array, offset, rank, _f32), build
+def _remote_store(context, builder, signature, args):
+    offset = context.cast(builder, args[1], signature.args[1], _i32)
+    pointer = _shared_pointer(context, builder, signature.args[0], args[0], offset, ir.IntType(32))
+    here = builder.ptrtoint(pointer, ir.IntType(32))
+    kind = ir.FunctionType(ir.VoidType(), [ir.IntType(32), ir.IntType(32), ir.FloatType()])
+    asm = ir.InlineAsm(kind, _REMOTE_STORE, "r,r,f,~{memory}", side_effect=True)
+    builder.call(asm, [here, context.cast(builder, args[2], signature.args[2], _i32), args[3]])
+    return context.get_dummy_value()
 
 
-@intrinsic
-def shuffle_xor(typingctx, value, lane_mask):
-    """The value of the lane whose number differs by ``lane_mask``; all 32 lanes take part."""
-    asm = "shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;"
-
-    def build(context, builder, signature, args):
-        mask = context.cast(builder, args[1], signature.args[1], _i32)
-        kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), ir.IntType(32)])
-        return builder.call(ir.InlineAsm(kind, asm, "=f,f,r", side_effect=True), [args[0], mask])
-
-    return _f32(_f32, lane_mask), build
+# ``cluster_store(array, offset, rank, value)``: one float32 to the shared memory of that block of the cluster
+cluster_store = _intrinsic(4, lambda a, i, rank, _: types.void(a, i, rank, _f32), _remote_store)
+_SHUFFLE = "shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;"
+# ``shuffle_xor(value, mask)``: the value of the lane whose number differs by the mask; all 32 lanes take part
+shuffle_xor = _ptx(_SHUFFLE, "=f,f,r", _f32, _f32, _i32, volatile=True)

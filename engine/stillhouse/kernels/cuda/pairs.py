@@ -27,18 +27,19 @@ from stillhouse.kernels.cuda.arithmetic import (
     device,
     log2_of_normal,
     log2_one_plus,
+    polynomial,
     quotient,
 )
 
 F32 = np.float32
 FAR = F32(1.0e4)
 ROUNDER = F32(1.5 * 2**23)  # added and taken away, it leaves a float32 rounded to a whole number
-NEAR_JSD = F32(
-    0.125
-)  # bits of a JSD over beta (1 - beta): about a KL where that is small, and less elsewhere
+# bits of a JSD over beta (1 - beta): about a KL where that is small, and less elsewhere
+NEAR_JSD = F32(0.125)
 TINY = F32(1.0e-6)  # a loss below which a normaliser's error may show, up to 1e-13
 PHI = tuple(F32(c) for c in series.PHI)
 NEAR = F32(series.RADIUS)
+phi_of, series_of = polynomial(len(PHI)), polynomial(series.TERMS)
 
 
 @device
@@ -98,19 +99,8 @@ def jsd_known(sides, coin):
     back = moved - whole
     lost = (whole - (moved - back)) - (cs + back)
     offset, rest = level(k2, ct, cs)
-    return (
-        k2,
-        -ct,
-        moved,
-        unit,
-        (shift - whole) + lost,
-        coin[1],
-        coin[2],
-        coin[3],
-        offset,
-        rest - log_ratio,
-        *coin[4:],
-    )
+    logs = coin[1], coin[2], coin[3]
+    return k2, -ct, moved, unit, (shift - whole) + lost, *logs, offset, rest - log_ratio, *coin[4:]
 
 
 @device
@@ -137,12 +127,6 @@ def jsd_apart(xt, xs, known):
     return loss, ps, ptx.fmax(weighted, ZERO) + log_mixture, pt
 
 
-@device
-def polynomial(x, c):
-    high = ptx.fma(x, ptx.fma(x, ptx.fma(x, c[7], c[6]), c[5]), c[4])
-    return ptx.fma(x, ptx.fma(x, ptx.fma(x, ptx.fma(x, high, c[3]), c[2]), c[1]), c[0])
-
-
 def pair_of(divergence: str, gap_of: Callable, centred: bool = False) -> Callable:
     """The pair function of the teacher's logit and the student's: (loss, b, c, d).
 
@@ -158,8 +142,7 @@ def pair_of(divergence: str, gap_of: Callable, centred: bool = False) -> Callabl
         gap = gap_of(xp, xq, k2, offset, rest)
         weighted = p * gap if p > ZERO else ZERO
         x, first = gap * -LN2, weighted * -LN2
-        phi = ptx.fma(x, ptx.fma(x, ptx.fma(x, ptx.fma(x, PHI[6], PHI[5]), PHI[4]), PHI[3]), PHI[2])
-        second = first * (x * ptx.fma(x, ptx.fma(x, phi, PHI[1]), PHI[0]))
+        second = first * (x * phi_of(x, PHI))
         near = abs(x) < NEAR
         change = first + second if near else q - p
         return second if near else change - first, p, q, change, weighted
@@ -181,8 +164,8 @@ def pair_of(divergence: str, gap_of: Callable, centred: bool = False) -> Callabl
         gap = gap_of(xt, xs, known[0], known[8], known[9])
         x = gap * -LN2
         near = abs(x) < NEAR
-        loss = pt * (gap * x) * polynomial(x, known[18:])
-        by_series = gap * polynomial(x, known[10:18])
+        loss = pt * (gap * x) * series_of(x, known[18:])
+        by_series = gap * series_of(x, known[10:18])
         together = by_series if near else log_m + known[7]
         alone = by_series - known[7] if near else log_m
         return loss if near else apart, ps, ps * together, ps * alone

@@ -5,13 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 WARP_WIDTH = 1024  # up to here a warp a row
-CLUSTERS = (
-    1,
-    2,
-    4,
-    8,
-    16,
-)  # every device with clusters takes 8; 16 must be asked for, and is where nothing less fits
+# every device with clusters takes 8; 16 must be asked for, and is where nothing less fits
+CLUSTERS = (1, 2, 4, 8, 16)
 # largest dynamic shared memory a block may opt in to, less what the kernels declare statically, by compute capability
 OPT_IN = {
     (8, 0): 163,
@@ -46,13 +41,8 @@ class Spec:
     @property
     def name(self) -> str:
         """A name for files and profilers."""
-        parts = [
-            self.target.replace("-", ""),
-            self.dtype,
-            self.divergence,
-            str(self.threads),
-            f"cluster{self.cluster}",
-        ]
+        target = self.target.replace("-", "")
+        parts = [target, self.dtype, self.divergence, str(self.threads), f"cluster{self.cluster}"]
         parts += ["labels"] * self.labels + ["unstaged"] * (not self.staged) + ["loss"] * (not self.gradient)
         return "_".join(parts)
 

@@ -63,9 +63,8 @@ def sweep(code: SimpleNamespace, team: int, make: Callable) -> Callable:
     def run(words, place, chunks, state, given):
         origin, first, last, count, lo, hi, tid = chunks
         chunk = I32(lo + tid)
-        chunk = (
-            chunk if chunk >= first else I32(chunk + team)
-        )  # at most one before them hangs over the row's start
+        # at most one before them hangs over the row's start
+        chunk = chunk if chunk >= first else I32(chunk + team)
         while chunk < min(hi, last):
             state = whole(words, place, I32(origin + chunk * per), I32(chunk - lo), state, given)
             chunk = ptx.uncounted(chunk + team)
@@ -151,12 +150,8 @@ def store_losses(spec: Spec) -> Callable:
 
 def masking(code: SimpleNamespace, spec: Spec) -> Callable:
     """Device function: is the row masked? Then its losses and gradient are zero, and nothing is left to do."""
-    clear, store, cluster, gradient = (
-        clearing(code, spec.threads),
-        store_losses(spec),
-        spec.cluster,
-        spec.gradient,
-    )
+    clear, store = clearing(code, spec.threads), store_losses(spec)
+    cluster, gradient = spec.cluster, spec.gradient
 
     @device
     def masked(words, place, chunks, mask, row, rank, loss):
@@ -196,6 +191,12 @@ def label_known(y, c, d, factor, smoothing, v):
 def label_gradient(x, known):
     """Of one entry, which is not the label."""
     return ptx.fma(ptx.exp2(ptx.fma(x, LOG2E, known[0])), known[1], -known[2])
+
+
+def with_label(code: SimpleNamespace, labels: bool, of: str, factor: str, arguments: str) -> Callable:
+    """Device function: a chunk's gradients, ``of`` times the factor, and with labels those of the label term, for logits x."""
+    each = f"*(fma({of}, {factor}, label_of(x[#], label)))" if labels else f"*({of} * {factor})"
+    return unrolled(code.per, arguments, each, label_of=label_gradient)
 
 
 @device

@@ -17,27 +17,11 @@ import numpy as np
 from numba import cuda, types
 
 from stillhouse.kernels.cuda import intrinsics as ptx
+from stillhouse.kernels.cuda import rows
 from stillhouse.kernels.cuda.arithmetic import LN2, LOG2E, LOWEST, ZERO, device, log2_of, running, unrolled
 from stillhouse.kernels.cuda.merge import SCRATCH, SUMS, meeting, softmaxes
 from stillhouse.kernels.cuda.pairs import OF_LOGS, gap_of_floats, pair_of
 from stillhouse.kernels.cuda.plan import Spec
-from stillhouse.kernels.cuda.rows import (
-    GRADIENT,
-    HUGE,
-    K2,
-    LOSS,
-    NAN,
-    beginning,
-    clearing,
-    coin_of,
-    label_at,
-    label_gradient,
-    label_of_row,
-    masking,
-    store_losses,
-    sweep,
-    times,
-)
 from stillhouse.kernels.cuda.vectors import codec
 
 ALIGNMENT = ptx.SHARED_ALIGNMENT
@@ -96,7 +80,7 @@ def bitmap(code: SimpleNamespace, spec: Spec) -> SimpleNamespace:
 def first_pass(code: SimpleNamespace, spec: Spec, marks: SimpleNamespace) -> Callable:
     """Keep the row, and (C, D) of what is not marked; with labels those of all at T = 1, and the sum."""
     absorb, decode, marks_of = running(code.per), code.decode, marks.of_slot
-    top_of, sum_of = unrolled(code.per, "x", "^(x[#])"), unrolled(code.per, "x", "+(x[#])")
+    sum_of = unrolled(code.per, "x", "+(x[#])")
     unmarked = unrolled(
         code.per, "x, m", "*(nothing if (m & U32(1 << #)) != U32(0) else x[#])", nothing=MINUS_INFINITY, U32=U32
     )  # fmt: skip
@@ -113,28 +97,23 @@ def first_pass(code: SimpleNamespace, spec: Spec, marks: SimpleNamespace) -> Cal
             x = decode(a)
             c1, d1, total = state[2], state[3], state[4]
             if labels:
-                c1, d1 = absorb(x, top_of(x), LOG2E, c1, d1)
+                c1, d1 = absorb(x, LOG2E, c1, d1)
                 total = total + sum_of(within(x, e, place[3]))
             if not sampled:
                 m = marks_of(words, place, slot)
                 x = unmarked(x, m) if m != U32(0) else x
-            c, d = absorb(x, top_of(x), k2, state[0], state[1])
+            c, d = absorb(x, k2, state[0], state[1])
             return c, d, c1, d1, total
 
         return step
 
-    return sweep(code, spec.threads, make)
+    return rows.sweep(code, spec.threads, make)
 
 
 def last_pass(code: SimpleNamespace, spec: Spec, marks: SimpleNamespace) -> Callable:
     """Write f 2^(k2 x - C) everywhere but at the marked elements, which have their gradient already."""
     decode, encode, marks_of = code.decode, code.encode, marks.of_slot
-    if spec.labels:
-        powers = unrolled(
-            code.per, "x, k2, n, f, label", "*(fma(exp2(fma(x[#], k2, n)), f, of(x[#], label)))", of=label_gradient
-        )  # fmt: skip
-    else:
-        powers = unrolled(code.per, "x, k2, n, f, label", "*(f * exp2(fma(x[#], k2, n)))")
+    powers = rows.with_label(code, spec.labels, "exp2(fma(x[#], k2, n))", "f", "x, k2, n, f, label")
     keep = unrolled(code.per, "new, old, m", "*(old[#] if (m & U32(1 << #)) != U32(0) else new[#])", U32=U32)
 
     def make(access):
@@ -153,16 +132,13 @@ def last_pass(code: SimpleNamespace, spec: Spec, marks: SimpleNamespace) -> Call
         return step
 
     staged = spec.staged
-    return sweep(code, spec.threads, make)
+    return rows.sweep(code, spec.threads, make)
 
 
 def outcomes(spec: Spec) -> Callable:
     """Device function of two log2-probabilities, the teacher's and the student's: (loss, b, c); the gradient is c - b sum(c)."""
-    pair, of_logs, jsd = (
-        pair_of(spec.divergence, gap_of_floats, True),
-        OF_LOGS[spec.divergence],
-        spec.divergence == "jsd",
-    )
+    pair, jsd = pair_of(spec.divergence, gap_of_floats, True), spec.divergence == "jsd"
+    of_logs = OF_LOGS[spec.divergence]
 
     @device
     def outcome(log_t, log_s, coin):
@@ -214,7 +190,7 @@ def entry_sums(code: SimpleNamespace, spec: Spec, outcome: Callable) -> tuple[Ca
             if index >= I32(0):
                 log_s = log_of(load_one(place[0] + I64(index) * size), student)
             if index < I32(0):
-                total, mean = NAN, INFINITY
+                total, mean = rows.NAN, INFINITY
             elif sampled:
                 if value > ZERO:  # 0 times -inf is NaN
                     total, mean = total - value * log_s * LN2, mean + value
@@ -270,7 +246,9 @@ def entry_gradients(code: SimpleNamespace, spec: Spec, outcome: Callable) -> Cal
                         gradient = ptx.fma(b, -mean, c)
                     gradient = gradient * scale if scale != ZERO else ZERO
                     if labels:
-                        gradient = gradient + label_gradient(x, label) - (label[3] if index == y else ZERO)
+                        gradient = (
+                            gradient + rows.label_gradient(x, label) - (label[3] if index == y else ZERO)
+                        )
                     store_one(place[2] + I64(index) * size, gradient)
             i = I32(i + threads)
 
@@ -280,12 +258,12 @@ def entry_gradients(code: SimpleNamespace, spec: Spec, outcome: Callable) -> Cal
 def gradients(code: SimpleNamespace, spec: Spec, marks: SimpleNamespace, outcome: Callable) -> Callable:
     """Device function: the gradient of a row, ``share`` of its probability that of an unmarked entry is."""
     write_entries, last = entry_gradients(code, spec, outcome), last_pass(code, spec, marks)
-    clear, mark, mark_all = clearing(code, spec.threads), marks.mark, marks.mark_all
+    clear, mark, mark_all = rows.clearing(code, spec.threads), marks.mark, marks.mark_all
     sampled, labels = spec.target == "sampled", spec.labels
 
     @device
     def write(words, place, chunks, target, student, coin, mean, shift, scale, share, y, of_label):
-        if mean > HUGE:  # loss inf, or NaN for an index out of range, and no gradient
+        if mean > rows.HUGE:  # loss inf, or NaN for an index out of range, and no gradient
             scale, share, mean = ZERO, ZERO, ZERO
         if mean == ZERO and scale == ZERO and not labels:
             clear(words, place, chunks, ZERO, ZERO)
@@ -317,7 +295,7 @@ def rest_outcome(spec: Spec, outcome: Callable) -> Callable:
         shift, over = ZERO, ZERO
         if log_rest > F32(-120.0):
             over = ptx.exp2(-log_rest)
-            if not forward and third < HUGE:
+            if not forward and third < rows.HUGE:
                 shift = third * over
         return loss, third, shift, over
 
@@ -333,16 +311,11 @@ def kernel_of(spec: Spec) -> Callable:
     marks, outcome, numbers = bitmap(code, spec), outcomes(spec), 7 if labels else 4
     first, of_rest = first_pass(code, spec, marks), rest_outcome(spec, outcome)
     absorb_entries, sums_of_entries = entry_sums(code, spec, outcome)
-    write, begin = gradients(code, spec, marks, outcome), beginning(code, cluster)
+    write, begin = gradients(code, spec, marks, outcome), rows.beginning(code, cluster)
     meet = meeting(spec.threads, cluster, 0, numbers, softmaxes(3, 1) if labels else softmaxes(2))
-    meet_sums, masked = meeting(spec.threads, cluster, SUMS, 2, softmaxes(0, 2)), masking(code, spec)
-    store, load_one, size, jsd, gradient = (
-        store_losses(spec),
-        code.load_one,
-        code.size,
-        spec.divergence == "jsd",
-        spec.gradient,
-    )
+    meet_sums, masked = meeting(spec.threads, cluster, SUMS, 2, softmaxes(0, 2)), rows.masking(code, spec)
+    store, load_one, size = rows.store_losses(spec), code.load_one, code.size
+    jsd, gradient = spec.divergence == "jsd", spec.gradient
     clear_marks, mark_all = marks.clear, marks.mark_all
 
     def kernel(
@@ -363,11 +336,11 @@ def kernel_of(spec: Spec) -> Callable:
             cuda.syncthreads()
         y, wrong, xs = I32(-1), False, ZERO
         if labels:
-            y, wrong = label_at(labels_at, row, v)
+            y, wrong = rows.label_at(labels_at, row, v)
             if y >= I32(0) and leader:
                 xs = load_one(place[0] + I64(y) * size)
-        coin = coin_of(constants) if jsd else (ZERO,)
-        k2 = ptx.load_f32(constants + 4 * K2)
+        coin = rows.coin_of(constants) if jsd else (ZERO,)
+        k2 = ptx.load_f32(constants + 4 * rows.K2)
         co, do, c1, d1, logits = first(words, place, chunks, (LOWEST, ZERO, LOWEST, ZERO, ZERO), k2)
         ck, dk = LOWEST, ZERO
         if rank == I32(0) and not sampled:
@@ -389,13 +362,13 @@ def kernel_of(spec: Spec) -> Callable:
         total, mean = meet_sums(scratch, tid, rank, (total, mean))
         of_label, second_loss = (ZERO, ZERO, ZERO, ZERO), ZERO
         if labels:
-            of_label, second_loss = label_of_row(y, wrong, xs, x[4:], constants, scales, label, v)
+            of_label, second_loss = rows.label_of_row(y, wrong, xs, x[4:], constants, scales, label, v)
         if leader:
-            store(loss, row, total * ptx.load_f32(constants + 4 * LOSS), second_loss)
+            store(loss, row, total * ptx.load_f32(constants + 4 * rows.LOSS), second_loss)
         if not gradient:
             return
 
-        scale = times(soft, scales, 0) * ptx.load_f32(constants + 4 * GRADIENT)
+        scale = rows.times(soft, scales, 0) * ptx.load_f32(constants + 4 * rows.GRADIENT)
         share = mean if sampled else ptx.fma(third, over, -mean) if shift == ZERO else -mean
         write(words, place, chunks, target, student, coin, mean, shift, scale, share, y, of_label)
 
