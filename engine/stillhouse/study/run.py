@@ -15,7 +15,7 @@ from stillhouse.runs.resolve import pick_device
 from stillhouse.study import directory, extra
 from stillhouse.study.live import Live
 from stillhouse.study.origin import differences
-from stillhouse.study.plan import Cell, Facts, Plan, answered, cells, digest
+from stillhouse.study.plan import Cell, Entry, Facts, Plan, answered, cells, digest
 from stillhouse.study.processes import (
     UNWRITABLE,
     Processes,
@@ -25,7 +25,7 @@ from stillhouse.study.processes import (
     last_words,
     prepared,
 )
-from stillhouse.study.work import DONE, FAILED, Order, order
+from stillhouse.study.work import DONE, FAILED, Order, order, prepare_pair
 
 Results = dict[str, dict[str, Any]]
 TICK = 0.5
@@ -104,14 +104,17 @@ def make(plan: Plan, folder: Path, text: str, options: Options, live: Live) -> M
         results = _kept_results(folder, live)
         if kept is not None:
             _same_study(kept, plan, folder)
-            known = plan.with_facts(_facts(kept)) if _entries(kept) == _entries(plan) else None
+            known, stale = plan.with_facts(_facts(kept)) if _entries(kept) == _entries(plan) else None, None
             if known is not None and _complete(known, results) and not options.merge:
-                directory.write_plan(folder, known, text)
-                return Made(known, results, 0.0, 0.0, 0)
+                stale = _stale(known)
+                if not stale:
+                    directory.write_plan(folder, known, text)
+                    return Made(known, results, 0.0, 0.0, 0)
+                live.say(f"{folder} is finished, and what it was made from has changed: {'; '.join(stale)}")
             if not options.resume:
                 raise CheckpointError(
-                    f"{folder} holds this study, unfinished or with other settings; --resume runs what is missing, "
-                    "--overwrite starts over, --out puts this one elsewhere"
+                    f"{folder} holds this study, unfinished or with other {'data' if stale else 'settings'}; --resume runs "
+                    "what is missing, --overwrite starts over, --out puts this one elsewhere"
                 )
         theirs = [_of_same_study(plan, other) for other in options.merge]
         if options.ray:
@@ -180,6 +183,26 @@ def _complete(plan: Plan, results: Results) -> bool:
     return all(entry.facts.metric and entry.facts.status != FAILED for entry in plan.entries) and all(
         cell.digest in results for cell in cells(plan, results)
     )
+
+
+def _stale(plan: Plan) -> list[str]:
+    """In words, which data and teachers are no longer those that the plan was prepared with; each is looked at once."""
+    first: dict[tuple[str, str], Entry] = {}
+    for entry in plan.entries:
+        first.setdefault((entry.pair, digest([entry.facts.data, entry.facts.teacher])), entry)
+    told: dict[str, None] = {}
+    for entry in first.values():
+        found = prepare_pair([(entry.method, entry.trials[0].config)])[0][entry.method]
+        if found.status == FAILED:
+            told[f"{entry.pair}: {found.refused}"] = None
+            continue
+        then, now = ({**entry.origin.model_dump(), **_seen(facts)} for facts in (entry.facts, found))
+        told |= {f"{entry.pair}: {line}": None for line in differences(now, then, "when it was prepared")}
+    return list(told)
+
+
+def _seen(facts: Facts) -> dict[str, Any]:
+    return {"data": facts.data, "teacher": facts.teacher}
 
 
 def _threads(plan: Plan) -> int:

@@ -35,6 +35,27 @@ EXACT = (
 )
 """Columns of ``costs.csv`` that are of no clock and no memory."""
 
+CSV_TASK = """
+    import torch
+    from torch import nn
+    from stillhouse.api import Splits, Task, TaskConfig, TensorSplit
+
+    class CsvConfig(TaskConfig):
+        path: str
+
+    class CsvTask(Task):
+        api_version = 1
+        Config = CsvConfig
+        kind = "classification"
+        students = {"small": lambda: nn.Linear(2, 2)}
+
+        def splits(self):
+            rows = torch.tensor([[float(value) for value in line.split(",")] for line in open(self.config.path)])
+            parts = {"train": rows[:20], "validation": rows[20:30], "test": rows[30:]}
+            return Splits(**{name: TensorSplit(part[:, :2], part[:, 2].long()) for name, part in parts.items()})
+"""
+"""A task that reads a file."""
+
 
 def results(folder: Path) -> dict[str, dict]:
     found, damaged = directory.read_results(folder)
@@ -157,6 +178,27 @@ class TestGoingOn:
         assert results(folder) == before
         assert tables(folder) == text
         assert "preparing" not in said
+
+    def test_a_finished_study_notices_that_its_data_changed(self, install, tmp_path):
+        rows = tmp_path / "rows.csv"
+        rows.write_text("".join(f"{n % 5},{n % 2},{n % 2}\n" for n in range(40)))
+        install("csvtask", "[stillhouse.tasks]\ncsvtask = csvtask:CsvTask\n", csvtask=CSV_TASK)
+        content = untuned(methods={"hard": {"config": {"method": "hard_labels"}}})
+        content["pairs"] = [{"name": "rows", "task": {"name": "csvtask", "path": str(rows)}, "student": "small"}]
+        make(content, tmp_path / "s")
+        before = results(tmp_path / "s")
+        rows.write_text("".join(f"{n % 5},{n % 3},{n % 2}\n" for n in range(40)))
+        with pytest.raises(CheckpointError, match="holds this study, unfinished or with other data; --resume"):
+            make(content, tmp_path / "s")
+        assert results(tmp_path / "s") == before
+        analysis, said = make(content, tmp_path / "s", resume=True)
+        assert "what it was made from has changed: " in said
+        assert "; rows: train is " in said
+        assert not before.keys() & {one.digest for one, _ in analysis.provenance}
+        assert analysis.complete
+        rows.unlink()
+        with pytest.raises(CheckpointError, match="or with other data"):
+            make(content, tmp_path / "s")
 
     def test_an_edit_runs_what_changed_and_no_more(self, finished, tmp_path):
         folder = tmp_path / "s"
