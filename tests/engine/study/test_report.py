@@ -141,6 +141,14 @@ class TestForms:
             assert all(one in form(made) for one in who)
 
 
+    def test_an_error_that_says_nothing_is_told_by_its_type(self):
+        plan = planned(2, trials=3)
+        made = analyse(plan, results(plan, lambda one: failed(one, "")))
+        assert made.rows["digits"][0].reason == "Diverged"
+        assert made.rows["digits"][0].lost[1] == "failed: Diverged"
+        assert words.failures(made)[0] == ("m0 on digits, trial 0, seed 100", "failed: Diverged")
+
+
 class TestPage:
     def test_nothing_is_fetched_and_nothing_runs_that_a_study_says(self, finished):
         _, analysis, _ = finished
