@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from stillhouse.errors import CheckpointError, ConfigError, StillhouseError, WriteFailed, nearest
+from stillhouse.runs.directory import differences as config_differences
 from stillhouse.runs.resolve import pick_device
 from stillhouse.study import directory, extra
 from stillhouse.study.live import Live
@@ -98,12 +99,11 @@ def make(plan: Plan, folder: Path, text: str, options: Options, live: Live) -> M
     extra.check_installed(tuned=plan.tuned)
     _check_writable(folder)
     with directory.held(folder):
-        if options.overwrite:
-            directory.clear(folder)
         kept = directory.read_plan(folder)
-        results = _kept_results(folder, live)
         if kept is not None:
             _same_study(kept, plan, folder)
+        results = {} if options.overwrite else _kept_results(folder, live)
+        if kept is not None and not options.overwrite:
             known, stale = plan.with_facts(_facts(kept)) if _entries(kept) == _entries(plan) else None, None
             if known is not None and _complete(known, results) and not options.merge:
                 stale = _stale(known)
@@ -116,11 +116,13 @@ def make(plan: Plan, folder: Path, text: str, options: Options, live: Live) -> M
                     f"{folder} holds this study, unfinished or with other {'data' if stale else 'settings'}; --resume runs "
                     "what is missing, --overwrite starts over, --out puts this one elsewhere"
                 )
-        theirs = [_of_same_study(plan, other) for other in options.merge]
+        theirs = [_of_same_study(plan, other, folder) for other in options.merge]
         if options.ray:
             extra.ray()
         workers = options.workers or default_workers(_threads(plan), _devices(plan))
         plan, modules = _prepare(plan, workers, live)
+        if options.overwrite:
+            directory.clear(folder)
         directory.write_plan(folder, plan, text)
         for other, found in zip(options.merge, theirs, strict=True):
             _merge(plan, folder, other, found, results, live)
@@ -315,8 +317,10 @@ def _result(order: Order, code: int) -> dict[str, Any]:
     return result
 
 
-def _of_same_study(plan: Plan, other: Path) -> Results:
+def _of_same_study(plan: Plan, other: Path, folder: Path) -> Results:
     """The finished cells of another directory; CheckpointError where it is none of this study."""
+    if other.resolve() == folder.resolve():
+        raise CheckpointError(f"--merge {other}: got the study's own directory; expected another machine's")
     theirs_plan, theirs = load(other)
     _same_study(theirs_plan, plan, other)
     return {name: result for name, result in theirs.items() if result["status"] == DONE}
@@ -337,8 +341,20 @@ def _merge(plan: Plan, folder: Path, other: Path, done: Results, results: Result
         ours = needed.get(_asked(done[name]["made_from"]))
         if ours is not None:
             reasons.add("; ".join(differences(ours, done[name]["made_from"])))
+    if not taken and not reasons:
+        reasons = _unlike(needed.values(), [done[name] for name in sorted(set(done) - set(results))])
     for reason in sorted(reasons):
         live.say(f"{other}: cells not taken over: {reason}")
+
+
+def _unlike(needed: Collection[Mapping[str, Any]], done: Sequence[Mapping[str, Any]]) -> set[str]:
+    """How another directory's first finished cell differs from the cell of this study that is most like it."""
+    if not done or not needed:
+        return set()
+    theirs = done[0]["made_from"]["config"]
+    found = min((config_differences(ours["config"], theirs) for ours in needed), key=len)
+    told = ", ".join(f"{path} is {its!r} there, {ours!r} here" for path, ours, its in found)
+    return {told or "they are of another phase"}
 
 
 def _asked(made_from: Mapping[str, Any]) -> str:

@@ -363,6 +363,16 @@ class TestMerge:
         assert "cells not taken over: the machine's device is NVIDIA H200 there, cpu here" in said
 
 
+    def test_cells_of_other_settings_are_not_and_the_setting_is_told(self, tmp_path):
+        """Such as a path of the data: what it names may be the same bytes, which the config doesn't say."""
+        content = untuned(methods={"hard": {"config": {"method": "hard_labels"}}}, seeds={"fresh": [0, 1]})
+        make(content, tmp_path / "there")
+        content["pairs"][0]["student"] = {"name": "mlp", "hidden": 9}
+        _, said = make(content, tmp_path / "here", merge=[tmp_path / "there"])
+        assert "0 finished cells taken over" in said
+        assert "cells not taken over: student.hidden is 8 there, 9 here\n" in said
+
+
 class TestRefused:
     """Before anything is run, and nothing that is there is touched."""
 
@@ -392,6 +402,23 @@ class TestRefused:
         (folder / "notes.txt").write_text("mine")
         directory.clear(folder)
         assert sorted(path.name for path in folder.iterdir() if path.name[0] != ".") == ["notes.txt"]
+
+    @pytest.mark.parametrize("fault", ["another study", "nothing to prepare it from", "a directory to merge"])
+    def test_overwrite_removes_nothing_before_everything_is_checked(self, finished, tmp_path, monkeypatch, fault):
+        folder = tmp_path / "s"
+        shutil.copytree(finished[0], folder)
+        before = results(folder)
+        content, options = small(), {}
+        if fault == "another study":
+            content["name"] = "other"
+        elif fault == "a directory to merge":
+            options["merge"] = [folder]
+        else:
+            monkeypatch.setattr("stillhouse.study.run.prepared", lambda pairs, workers: 1 / 0)
+        with pytest.raises((CheckpointError, ZeroDivisionError)):
+            make(content, folder, overwrite=True, **options)
+        assert results(folder) == before
+        assert (folder / "report.html").is_file()
 
     def test_two_studies_in_one_directory_at_once(self, tmp_path):
         with directory.held(tmp_path / "s"), pytest.raises(CheckpointError) as error:
