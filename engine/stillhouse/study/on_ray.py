@@ -64,7 +64,10 @@ class Ray:
                 code, files = self._ray.get(reference)
             except self._ray.exceptions.RayError as error:  # its machine is gone
                 code, files, place = 0, {}, self._place()
-                write_result(Path(order.folder), lost(order, (str(error).strip() or type(error).__name__).splitlines()[0]))
+                write_result(
+                    Path(order.folder),
+                    lost(order, (str(error).strip() or type(error).__name__).splitlines()[0]),
+                )
             for name, content in files.items():
                 write_bytes(Path(order.folder) / name, content)
             self._idle.append(place)

@@ -63,7 +63,9 @@ class Facts(BaseModel):
     def _finite(cls, scores: Mapping[str, Any]) -> dict[str, Any]:
         """A score that is not finite is none."""
         return {
-            name: value for name, value in scores.items() if isinstance(value, int | float) and isfinite(value)
+            name: value
+            for name, value in scores.items()
+            if isinstance(value, int | float) and isfinite(value)
         }
 
     def better(self, one: float, other: float) -> bool:

@@ -140,7 +140,6 @@ class TestForms:
         for form in (text.markdown, text.brief, page.page):
             assert all(one in form(made) for one in who)
 
-
     def test_an_error_that_says_nothing_is_told_by_its_type(self):
         plan = planned(2, trials=3)
         made = analyse(plan, results(plan, lambda one: failed(one, "")))

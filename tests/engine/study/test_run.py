@@ -184,11 +184,15 @@ class TestGoingOn:
         rows.write_text("".join(f"{n % 5},{n % 2},{n % 2}\n" for n in range(40)))
         install("csvtask", "[stillhouse.tasks]\ncsvtask = csvtask:CsvTask\n", csvtask=CSV_TASK)
         content = untuned(methods={"hard": {"config": {"method": "hard_labels"}}})
-        content["pairs"] = [{"name": "rows", "task": {"name": "csvtask", "path": str(rows)}, "student": "small"}]
+        content["pairs"] = [
+            {"name": "rows", "task": {"name": "csvtask", "path": str(rows)}, "student": "small"}
+        ]
         make(content, tmp_path / "s")
         before = results(tmp_path / "s")
         rows.write_text("".join(f"{n % 5},{n % 3},{n % 2}\n" for n in range(40)))
-        with pytest.raises(CheckpointError, match="holds this study, unfinished or with other data; --resume"):
+        with pytest.raises(
+            CheckpointError, match="holds this study, unfinished or with other data; --resume"
+        ):
             make(content, tmp_path / "s")
         assert results(tmp_path / "s") == before
         analysis, said = make(content, tmp_path / "s", resume=True)
@@ -362,7 +366,6 @@ class TestMerge:
         _, said = make(content, tmp_path / "here", merge=[tmp_path / "there"])
         assert "cells not taken over: the machine's device is NVIDIA H200 there, cpu here" in said
 
-
     def test_cells_of_other_settings_are_not_and_the_setting_is_told(self, tmp_path):
         """Such as a path of the data: what it names may be the same bytes, which the config doesn't say."""
         content = untuned(methods={"hard": {"config": {"method": "hard_labels"}}}, seeds={"fresh": [0, 1]})
@@ -404,7 +407,9 @@ class TestRefused:
         assert sorted(path.name for path in folder.iterdir() if path.name[0] != ".") == ["notes.txt"]
 
     @pytest.mark.parametrize("fault", ["another study", "nothing to prepare it from", "a directory to merge"])
-    def test_overwrite_removes_nothing_before_everything_is_checked(self, finished, tmp_path, monkeypatch, fault):
+    def test_overwrite_removes_nothing_before_everything_is_checked(
+        self, finished, tmp_path, monkeypatch, fault
+    ):
         folder = tmp_path / "s"
         shutil.copytree(finished[0], folder)
         before = results(folder)
