@@ -126,7 +126,9 @@ def _searched(path: str, choices: Any) -> list[Any] | Range:
             raise ValueError(f"{path}: got {choices}; expected each choice once")
         return choices
     if not isinstance(choices, Range | Mapping):
-        raise ValueError(f"{path}: got {choices!r}; expected a list of choices, or {{low, high, log}}")
+        raise ValueError(  # noqa: TRY004 - what pydantic tells
+            f"{path}: got {choices!r}; expected a list of choices, or {{low, high, log}}"
+        )
     try:
         return Range.model_validate(choices)
     except ValidationError as error:
