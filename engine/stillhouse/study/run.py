@@ -22,7 +22,6 @@ from stillhouse.study.processes import (
     Processes,
     Stopped,
     default_workers,
-    died,
     last_words,
     prepared,
 )
@@ -60,6 +59,8 @@ class Options:
         Cells at once; None: as many as there are processors for.
     resume
         Go on with what the directory holds.
+    limit
+        Seconds after which a cell is killed; it then has failed, and is tried again by a resume.
     merge
         Directories of the same study from other machines, whose finished cells are taken over.
     """
@@ -68,6 +69,7 @@ class Options:
     ray: bool = False
     resume: bool = False
     overwrite: bool = False
+    limit: float | None = None
     merge: Sequence[Path] = ()
 
 
@@ -130,9 +132,9 @@ def make(plan: Plan, folder: Path, text: str, options: Options, live: Live) -> M
         if options.ray:
             from stillhouse.study.on_ray import Ray
 
-            executor = Ray(plan, _threads(plan), _devices(plan), modules)
+            executor = Ray(plan, _threads(plan), _devices(plan), modules, options.limit)
         else:
-            executor = Processes(workers, modules)
+            executor = Processes(workers, modules, options.limit)
         started = time.perf_counter()
         with live.running(plan, results, executor.workers):
             made = _run(plan, folder, results, executor, live)
@@ -310,10 +312,8 @@ def _result(order: Order, code: int) -> dict[str, Any]:
     if code == UNWRITABLE:
         raise WriteFailed(last_words(Path(order.folder)))
     result = directory.read_result(Path(order.folder))
-    if result is not None and code == 0:
-        return result
-    result = died(order, code)
-    directory.write_result(Path(order.folder), result)
+    if result is None:
+        raise WriteFailed(f"{order.folder}: its result was written and can't be read")
     return result
 
 

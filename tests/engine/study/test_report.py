@@ -186,6 +186,11 @@ class TestPage:
             "Settings passed",
             "Settings in force",
             "torch: 2",
+            *(
+                f"{name}: {digest}"
+                for name, digest in finished[1].plan.entry("kd", "digits").origin.code.items()
+            ),
+            "device and threads:\n  device: cpu\n  threads: 1\n",
             facts.teacher,
             facts.data["train"],
             "test opened",

@@ -170,6 +170,14 @@ class TestCells:
         assert analysis.rows["digits"][1].difference.interval.mean == 0.0
 
 
+    def test_a_limit_is_that_of_every_cell(self, cli, tmp_path, monkeypatch):
+        given = []
+        monkeypatch.setattr("stillhouse.study.run.Processes", lambda *words: given.append(words) or 1 / 0)
+        (tmp_path / "mine.yaml").write_text(to_text(validate(untuned())))
+        cli("study", "mine.yaml", "--limit", "90")
+        assert [words[2] for words in given] == [90.0]
+
+
 class TestGoingOn:
     def test_a_finished_study_is_shown_again_without_a_run(self, finished):
         folder, _, _ = finished
@@ -249,7 +257,7 @@ class TestGoingOn:
         one = next(one for one, _ in finished[1].provenance if one.phase == "tuning" and one.method == "kd")
         cell = folder / "cells" / one.digest
         order = work.order(one, cell)
-        directory.write_result(cell, processes.died(order, -9))
+        directory.write_result(cell, processes.lost(order, "its process was ended", time.time()))
         kept = results(folder)
         assert not answered(kept[one.digest])
         entry = Plan.model_validate_json((folder / "plan.json").read_text()).entry("kd", "digits")
@@ -326,9 +334,10 @@ class TestGoingOn:
         while not list(tmp_path.glob("s/cells/*/run/checkpoints/*")) and time.monotonic() < until:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=120)
+        said, told = process.communicate(timeout=120)
         assert process.returncode == 130, told
         assert "0 cells finished and 2 begun; go on with --resume" in told
+        assert "for at most 60 s; Ctrl-C once more ends all at once" in said
         assert not list(tmp_path.glob("s/cells/*/result.json"))
 
 
@@ -452,6 +461,13 @@ class TestRefused:
         monkeypatch.setitem(sys.modules, "ray", None)
         with pytest.raises(MissingExtra, match=r"--ray needs ray: pip install 'stillhouse\[ray\]'"):
             make(small(), tmp_path / "s", ray=True)
+
+    @pytest.mark.parametrize("limit", ["0", "-1", "nan"])
+    def test_a_limit_that_is_none(self, cli, tmp_path, untouched, limit):
+        (tmp_path / "mine.yaml").write_text(to_text(validate(untuned())))
+        said = cli("study", "mine.yaml", f"--limit={limit}")
+        assert (said.code, said.out) == (2, "")
+        assert f"--limit {limit}: expected more than 0 seconds" in said.err
 
     def test_a_folder_that_can_not_be_made(self, tmp_path):
         (tmp_path / "file").write_text("")
