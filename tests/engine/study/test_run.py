@@ -169,7 +169,6 @@ class TestCells:
         assert len(results(tmp_path / "s")) == 3
         assert analysis.rows["digits"][1].difference.interval.mean == 0.0
 
-
     def test_a_limit_is_that_of_every_cell(self, cli, tmp_path, monkeypatch):
         given = []
         monkeypatch.setattr("stillhouse.study.run.Processes", lambda *words: given.append(words) or 1 / 0)
