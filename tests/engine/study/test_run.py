@@ -164,7 +164,8 @@ class TestCells:
 
     def test_two_names_for_one_config_share_its_cells(self, tmp_path):
         content = untuned()
-        content["methods"] = {"one": content["methods"]["hard"], "other": content["methods"]["hard"]}
+        hard = content["methods"]["hard"]
+        content["methods"] = {"one": hard, "other": {**hard, "title": "Other"}}
         analysis, _ = make({**content, "baseline": "one"}, tmp_path / "s")
         assert len(results(tmp_path / "s")) == 3
         assert analysis.rows["digits"][1].difference.interval.mean == 0.0
