@@ -163,6 +163,9 @@ def _study(commands: Any) -> Parsers:
         metavar="DIR",
         help="take over finished cells from another machine",
     )
+    study.add_argument(
+        "--limit", type=float, metavar="SECONDS", help="kill a cell that takes longer; default never"
+    )
     _keeping(study)
     report = commands.add_parser("report", help="write a study's report again, finished or not")
     report.add_argument("dir", metavar="DIR")

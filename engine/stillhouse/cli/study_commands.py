@@ -26,6 +26,7 @@ def study(options: argparse.Namespace) -> int:
         ray=options.ray,
         resume=options.resume,
         overwrite=options.overwrite,
+        limit=options.limit,
         merge=[Path(other).expanduser() for other in options.merge],
     )
     return _make(of_study(given), folder, to_text(given), chosen)
@@ -53,6 +54,8 @@ def compare(options: argparse.Namespace) -> int:
 def _make(plan: Plan, folder: Path, text: str, chosen: studies.Options) -> int:
     if chosen.workers is not None and chosen.workers < 1:
         raise ConfigError(f"--workers {chosen.workers}: expected 1 or more")
+    if chosen.limit is not None and not chosen.limit > 0:
+        raise ConfigError(f"--limit {chosen.limit:g}: expected more than 0 seconds")
     made = studies.make(plan, folder, text, chosen, live.view())
     analysis = analyse(made.plan, made.results)
     report.write(analysis, folder)

@@ -11,7 +11,7 @@ from typing import Any
 from stillhouse.study import statistics
 from stillhouse.study.costs import Cost, cost
 from stillhouse.study.differences import Difference, describe, difference, judge
-from stillhouse.study.plan import Cell, Entry, Plan, cell, cells, chosen, trial_scores
+from stillhouse.study.plan import Cell, Entry, Plan, cell, cells, chosen, ended_by, trial_scores
 from stillhouse.study.ranking import Ranking, Scored, rankings
 from stillhouse.study.statistics import FEWEST, Interval
 from stillhouse.study.work import DONE
@@ -234,7 +234,7 @@ def _lost(plan: Plan, row: Row, results: Results) -> dict[int, str]:
         found[trial] = (
             f"validation {row.entry.facts.metric} is not finite"
             if bad is None
-            else f"{bad['status']}: {bad['error']['message'].splitlines()[0]}"
+            else f"{bad['status']}: {ended_by(bad).splitlines()[0]}"
         )
     return found
 
@@ -258,7 +258,7 @@ def _why(plan: Plan, entry: Entry, results: Results) -> tuple[str, str | None]:
     for one in cells(plan.model_copy(update={"entries": [entry]}), results):
         found = results.get(one.digest)
         if found is not None and found["status"] != DONE:
-            return str(found["status"]), str(found["error"]["message"])
+            return str(found["status"]), ended_by(found)
     return NOT_RUN, None
 
 

@@ -26,6 +26,8 @@ def of_configs(configs: Sequence[RunConfig], seeds: Sequence[int]) -> Plan:
         raise ConfigError("two configs have the same name; give each its own 'name'")
     if len(set(seeds)) < len(seeds) or not seeds:
         raise ConfigError(f"seeds {list(seeds)}: expected one or more, each once")
+    if not all(0 <= seed < 2**32 for seed in seeds):
+        raise ConfigError(f"seeds {list(seeds)}: expected numbers from 0 to {2**32 - 1}")
     parts = [resolve(config) for config in configs]
     for one in parts:
         check_metric(None, one.task)

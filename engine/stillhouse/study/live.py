@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from stillhouse.study.plan import Cell, Plan, cells, expected, score
+from stillhouse.study.plan import Cell, Plan, cells, ended_by, expected, score
 from stillhouse.study.work import DONE, FAILED
 
 
@@ -71,7 +71,7 @@ class Live:
 
     def _outcome(self, cell: Cell, result: Mapping[str, Any]) -> str:
         if result["status"] != DONE:
-            return f"{result['status']}, {result['error']['message'].splitlines()[0]}"
+            return f"{result['status']}, {ended_by(result).splitlines()[0]}"
         assert self.plan is not None
         metric = self.plan.entry(cell.method, cell.pair).facts.metric
         value = score(result, "validation", metric)

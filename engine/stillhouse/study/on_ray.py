@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,14 @@ class Ray:
 
     stopping = "cells on the cluster are ended, and are begun again by --resume"
 
-    def __init__(self, plan: Plan, threads: int, devices: Collection[str], modules: Sequence[str]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        threads: int,
+        devices: Collection[str],
+        modules: Sequence[str],
+        limit: float | None = None,
+    ) -> None:
         ray: Any = extra.ray()
         self._ray = ray
         self._ours = not ray.is_initialized()
@@ -43,28 +51,31 @@ class Ray:
         kind = ray.remote(num_cpus=threads, num_gpus=gpus)(_Place)
 
         def place() -> Any:
-            return kind.remote(list(modules), teachers)
+            return kind.remote(list(modules), teachers, limit)
 
         self._place = place
         self._idle = [self._place() for _ in range(self.workers)]
-        self._running: dict[Any, tuple[Order, Any]] = {}
+        self._running: dict[Any, tuple[Order, Any, float]] = {}
 
     def start(self, order: Order) -> None:
         """Begin a cell."""
         place = self._idle.pop()
-        self._running[place.make.remote(order)] = (order, place)
+        self._running[place.make.remote(order)] = (order, place, time.time())
 
     def finished(self, timeout: float) -> list[tuple[Order, int]]:
         """The cells that have ended by now, waiting for one at most ``timeout`` seconds, with their exit codes."""
         ready, _ = self._ray.wait(list(self._running), num_returns=1, timeout=timeout)
         ended = []
         for reference in ready:
-            order, place = self._running.pop(reference)
+            order, place, began = self._running.pop(reference)
             try:
                 code, files = self._ray.get(reference)
             except self._ray.exceptions.RayError as error:  # its machine is gone
                 code, files, place = 0, {}, self._place()
-                write_result(Path(order.folder), lost(order, str(error).splitlines()[0]))
+                write_result(
+                    Path(order.folder),
+                    lost(order, (str(error).strip() or type(error).__name__).splitlines()[0], began),
+                )
             for name, content in files.items():
                 write_bytes(Path(order.folder) / name, content)
             self._idle.append(place)
@@ -73,7 +84,7 @@ class Ray:
 
     def stop(self) -> None:
         """End what runs."""
-        for _, place in self._running.values():
+        for _, place, _ in self._running.values():
             self._ray.kill(place)
         self._running.clear()
         self.close()
@@ -96,19 +107,19 @@ def _teachers(plan: Plan) -> dict[str, bytes]:
 class _Place:
     """Room for one cell at a time on one of the machines."""
 
-    def __init__(self, modules: Sequence[str], teachers: Mapping[str, bytes]) -> None:
+    def __init__(self, modules: Sequence[str], teachers: Mapping[str, bytes], limit: float | None) -> None:
         for name, content in teachers.items():
             path = cache_dir() / TEACHERS / name
             if not path.is_file():
                 write_bytes(path, content)
-        self._processes = Processes(1, [*modules, "ray"])
+        self._processes = Processes(1, [*modules, "ray"], limit)
 
     def make(self, order: Order) -> tuple[int, dict[str, bytes]]:
         """The exit code of the cell's process, and its files: result, log, and the run where that is kept."""
         folder = Path(tempfile.mkdtemp(prefix="stillhouse-cell-")) / order.digest
         try:
             self._processes.start(replace(order, folder=str(folder), elsewhere=True))
-            while not (ended := self._processes.finished(60.0)):
+            while not (ended := self._processes.finished(1.0)):
                 pass
             files = {}
             # The result comes last: it says that the cell is whole.

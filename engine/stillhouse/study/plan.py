@@ -16,7 +16,7 @@ from math import isfinite
 from statistics import fmean
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 from stillhouse.config import STRICT, apply_override, dump
 from stillhouse.config import validate as validate_run
@@ -57,6 +57,16 @@ class Facts(BaseModel):
     metrics: list[str] = Field(default_factory=list)
     refused: str | None = None
     status: Literal["not applicable", "failed"] = "not applicable"
+
+    @field_validator("teacher_scores", mode="before")
+    @classmethod
+    def _finite(cls, scores: Mapping[str, Any]) -> dict[str, Any]:
+        """A score that is not finite is none."""
+        return {
+            name: value
+            for name, value in scores.items()
+            if isinstance(value, int | float) and isfinite(value)
+        }
 
     def better(self, one: float, other: float) -> bool:
         """Whether the first score is the better one."""
@@ -264,6 +274,12 @@ def score(result: Mapping[str, Any] | None, split: str, metric: str) -> float | 
         return None
     value = result["scores"].get(split, {}).get(metric)
     return None if value is None or not isfinite(value) else float(value)
+
+
+def ended_by(result: Mapping[str, Any]) -> str:
+    """What a cell that gave no figures was ended by: its error's message, or the error's type where it says nothing."""
+    error = result["error"]
+    return str(error["message"]).strip() or str(error["type"])
 
 
 def of_study(study: Study) -> Plan:

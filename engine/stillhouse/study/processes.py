@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -22,7 +23,7 @@ from typing import Any
 
 from stillhouse.errors import StillhouseError, WriteFailed
 from stillhouse.runs.interrupts import Interrupted
-from stillhouse.study.directory import LOG, write_result
+from stillhouse.study.directory import LOG, read_result, write_result
 from stillhouse.study.plan import Facts
 from stillhouse.study.preload import MODULES
 from stillhouse.study.work import FAILED, Order, prepare_pair, work
@@ -59,12 +60,15 @@ def prepared(
 
 
 class Processes:
-    """Up to ``workers`` cells at once."""
+    """Up to ``workers`` cells at once, each for at most ``limit`` seconds: then it is killed."""
 
-    stopping = "cells write their checkpoints"
+    stopping = (
+        f"cells write their checkpoints, for at most {PATIENCE:.0f} s; Ctrl-C once more ends all at once"
+    )
 
-    def __init__(self, workers: int, modules: Iterable[str] = ()) -> None:
+    def __init__(self, workers: int, modules: Iterable[str] = (), limit: float | None = None) -> None:
         self.workers = workers
+        self._limit = math.inf if limit is None else limit
         methods = multiprocessing.get_all_start_methods()
         self._context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if "forkserver" in methods:
@@ -73,25 +77,39 @@ class Processes:
             self._names = file.name
             os.environ[MODULES] = file.name  # read by the server when the first cell starts it
             self._context.set_forkserver_preload(["stillhouse.study.preload"])
-        self._running: dict[Any, Order] = {}
+        self._running: dict[Any, tuple[Order, float]] = {}
 
     def start(self, order: Order) -> None:
         """Begin a cell."""
         Path(order.folder).mkdir(parents=True, exist_ok=True)
         process = self._context.Process(target=_child, args=(order,), name=f"cell {order.digest}")
         process.start()
-        self._running[process] = order
+        self._running[process] = (order, time.time())
 
     def finished(self, timeout: float) -> list[tuple[Order, int]]:
-        """The cells that have ended by now, waiting for one at most ``timeout`` seconds, with their exit codes."""
+        """The cells that have ended by now, waiting for one at most ``timeout`` seconds, with their exit codes.
+
+        One that left no result has that of a lost cell.
+        """
         ready = (
             set(wait([process.sentinel for process in self._running], timeout)) if self._running else set()
         )
         ended = []
-        for process in [process for process in self._running if process.sentinel in ready]:
+        for process, (order, began) in list(self._running.items()):
+            late = time.time() - began > self._limit and process.sentinel not in ready
+            if late:
+                process.kill()
+            elif process.sentinel not in ready:
+                continue
             process.join()
-            ended.append((self._running.pop(process), process.exitcode))
+            del self._running[process]
+            code = process.exitcode
             process.close()
+            if late or (code != UNWRITABLE and (code or read_result(Path(order.folder)) is None)):
+                why = f"it was killed after {self._limit:g} s, the limit of a cell" if late else _died(code)
+                write_result(Path(order.folder), lost(order, why, began))
+                code = 0
+            ended.append((order, code))
         return ended
 
     def stop(self) -> None:
@@ -153,18 +171,20 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def died(order: Order, code: int) -> dict[str, Any]:
-    """The result of a cell whose process left none, and ended with this exit code."""
+def _died(code: int) -> str:
+    """How a process ended that had this exit code."""
     if code < 0:
         name = signal.Signals(-code).name
-        return lost(
-            order, f"its process was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-        )
-    return lost(order, f"its process ended with exit code {code} and no result")
+        return f"its process was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    return f"its process ended with exit code {code} and no result"
 
 
-def lost(order: Order, why: str) -> dict[str, Any]:
-    """The result of a cell that left none for this reason; a resume makes it again."""
+def lost(order: Order, why: str, began: float) -> dict[str, Any]:
+    """The result of a cell that left none for this reason; a resume makes it again.
+
+    began
+        When, in seconds of ``time.time()``: the time until now is what it cost.
+    """
     error: dict[str, Any] = {
         "type": "Died",
         "message": f"{why}; see {Path(order.folder) / LOG}",
@@ -174,11 +194,11 @@ def lost(order: Order, why: str) -> dict[str, Any]:
     return {
         "digest": order.digest,
         "made_from": order.made_from,
-        "started": time.time(),
+        "started": began,
         "status": FAILED,
         "error": error,
         "again": True,
-        "wall_seconds": 0.0,
+        "wall_seconds": round(time.time() - began, 3),
         "cpu_seconds": 0.0,
     }
 

@@ -5,27 +5,27 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from stillhouse.errors import CheckpointError, ConfigError, StillhouseError, WriteFailed, nearest
+from stillhouse.runs.directory import differences as config_differences
 from stillhouse.runs.resolve import pick_device
 from stillhouse.study import directory, extra
 from stillhouse.study.live import Live
 from stillhouse.study.origin import differences
-from stillhouse.study.plan import Cell, Facts, Plan, answered, cells, digest
+from stillhouse.study.plan import Cell, Entry, Facts, Plan, answered, cells, digest
 from stillhouse.study.processes import (
     UNWRITABLE,
     Processes,
     Stopped,
     default_workers,
-    died,
     last_words,
     prepared,
 )
-from stillhouse.study.work import DONE, FAILED, Order, order
+from stillhouse.study.work import DONE, FAILED, Order, order, prepare_pair
 
 Results = dict[str, dict[str, Any]]
 TICK = 0.5
@@ -59,6 +59,8 @@ class Options:
         Cells at once; None: as many as there are processors for.
     resume
         Go on with what the directory holds.
+    limit
+        Seconds after which a cell is killed; it then has failed, and is tried again by a resume.
     merge
         Directories of the same study from other machines, whose finished cells are taken over.
     """
@@ -67,6 +69,7 @@ class Options:
     ray: bool = False
     resume: bool = False
     overwrite: bool = False
+    limit: float | None = None
     merge: Sequence[Path] = ()
 
 
@@ -98,26 +101,30 @@ def make(plan: Plan, folder: Path, text: str, options: Options, live: Live) -> M
     extra.check_installed(tuned=plan.tuned)
     _check_writable(folder)
     with directory.held(folder):
-        if options.overwrite:
-            directory.clear(folder)
         kept = directory.read_plan(folder)
-        results = _kept_results(folder, live)
         if kept is not None:
             _same_study(kept, plan, folder)
-            known = plan.with_facts(_facts(kept)) if _entries(kept) == _entries(plan) else None
+        results = {} if options.overwrite else _kept_results(folder, live)
+        if kept is not None and not options.overwrite:
+            known, stale = plan.with_facts(_facts(kept)) if _entries(kept) == _entries(plan) else None, None
             if known is not None and _complete(known, results) and not options.merge:
-                directory.write_plan(folder, known, text)
-                return Made(known, results, 0.0, 0.0, 0)
+                stale = _stale(known)
+                if not stale:
+                    directory.write_plan(folder, known, text)
+                    return Made(known, results, 0.0, 0.0, 0)
+                live.say(f"{folder} is finished, and what it was made from has changed: {'; '.join(stale)}")
             if not options.resume:
                 raise CheckpointError(
-                    f"{folder} holds this study, unfinished or with other settings; --resume runs what is missing, "
-                    "--overwrite starts over, --out puts this one elsewhere"
+                    f"{folder} holds this study, unfinished or with other {'data' if stale else 'settings'}; --resume runs "
+                    "what is missing, --overwrite starts over, --out puts this one elsewhere"
                 )
-        theirs = [_of_same_study(plan, other) for other in options.merge]
+        theirs = [_of_same_study(plan, other, folder) for other in options.merge]
         if options.ray:
             extra.ray()
         workers = options.workers or default_workers(_threads(plan), _devices(plan))
         plan, modules = _prepare(plan, workers, live)
+        if options.overwrite:
+            directory.clear(folder)
         directory.write_plan(folder, plan, text)
         for other, found in zip(options.merge, theirs, strict=True):
             _merge(plan, folder, other, found, results, live)
@@ -125,9 +132,9 @@ def make(plan: Plan, folder: Path, text: str, options: Options, live: Live) -> M
         if options.ray:
             from stillhouse.study.on_ray import Ray
 
-            executor = Ray(plan, _threads(plan), _devices(plan), modules)
+            executor = Ray(plan, _threads(plan), _devices(plan), modules, options.limit)
         else:
-            executor = Processes(workers, modules)
+            executor = Processes(workers, modules, options.limit)
         started = time.perf_counter()
         with live.running(plan, results, executor.workers):
             made = _run(plan, folder, results, executor, live)
@@ -180,6 +187,26 @@ def _complete(plan: Plan, results: Results) -> bool:
     return all(entry.facts.metric and entry.facts.status != FAILED for entry in plan.entries) and all(
         cell.digest in results for cell in cells(plan, results)
     )
+
+
+def _stale(plan: Plan) -> list[str]:
+    """In words, which data and teachers are no longer those that the plan was prepared with; each is looked at once."""
+    first: dict[tuple[str, str], Entry] = {}
+    for entry in plan.entries:
+        first.setdefault((entry.pair, digest([entry.facts.data, entry.facts.teacher])), entry)
+    told: dict[str, None] = {}
+    for entry in first.values():
+        found = prepare_pair([(entry.method, entry.trials[0].config)])[0][entry.method]
+        if found.status == FAILED:
+            told[f"{entry.pair}: {found.refused}"] = None
+            continue
+        then, now = ({**entry.origin.model_dump(), **_seen(facts)} for facts in (entry.facts, found))
+        told |= {f"{entry.pair}: {line}": None for line in differences(now, then, "when it was prepared")}
+    return list(told)
+
+
+def _seen(facts: Facts) -> dict[str, Any]:
+    return {"data": facts.data, "teacher": facts.teacher}
 
 
 def _threads(plan: Plan) -> int:
@@ -285,15 +312,15 @@ def _result(order: Order, code: int) -> dict[str, Any]:
     if code == UNWRITABLE:
         raise WriteFailed(last_words(Path(order.folder)))
     result = directory.read_result(Path(order.folder))
-    if result is not None and code == 0:
-        return result
-    result = died(order, code)
-    directory.write_result(Path(order.folder), result)
+    if result is None:
+        raise WriteFailed(f"{order.folder}: its result was written and can't be read")
     return result
 
 
-def _of_same_study(plan: Plan, other: Path) -> Results:
+def _of_same_study(plan: Plan, other: Path, folder: Path) -> Results:
     """The finished cells of another directory; CheckpointError where it is none of this study."""
+    if other.resolve() == folder.resolve():
+        raise CheckpointError(f"--merge {other}: got the study's own directory; expected another machine's")
     theirs_plan, theirs = load(other)
     _same_study(theirs_plan, plan, other)
     return {name: result for name, result in theirs.items() if result["status"] == DONE}
@@ -314,8 +341,20 @@ def _merge(plan: Plan, folder: Path, other: Path, done: Results, results: Result
         ours = needed.get(_asked(done[name]["made_from"]))
         if ours is not None:
             reasons.add("; ".join(differences(ours, done[name]["made_from"])))
+    if not taken and not reasons:
+        reasons = _unlike(needed.values(), [done[name] for name in sorted(set(done) - set(results))])
     for reason in sorted(reasons):
         live.say(f"{other}: cells not taken over: {reason}")
+
+
+def _unlike(needed: Collection[Mapping[str, Any]], done: Sequence[Mapping[str, Any]]) -> set[str]:
+    """How another directory's first finished cell differs from the cell of this study that is most like it."""
+    if not done or not needed:
+        return set()
+    theirs = done[0]["made_from"]["config"]
+    found = min((config_differences(ours["config"], theirs) for ours in needed), key=len)
+    told = ", ".join(f"{path} is {its!r} there, {ours!r} here" for path, ours, its in found)
+    return {told or "they are of another phase"}
 
 
 def _asked(made_from: Mapping[str, Any]) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from importlib import resources
+from math import isfinite
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+from unicodedata import category
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -23,7 +26,10 @@ from stillhouse.config import (
 )
 from stillhouse.errors import ConfigError, nearest
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._+-]*$"
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,99}$"
+NAMED = "expected up to 100 letters, digits and . _ + -, of which a letter or a digit comes first"
+SEED = Field(strict=True, ge=0, lt=2**32)
+"""As a run has them."""
 OWN_KEYS = ("name", "out", "seed")
 """Keys of a run's config that a study sets for each of its cells."""
 BUDGET_KEYS = ("steps", "batch_size")
@@ -43,7 +49,9 @@ class Range(BaseModel):
     @model_validator(mode="after")
     def _ordered(self) -> Range:
         if not self.low < self.high or (self.log and self.low <= 0):
-            raise ValueError("expected low < high, and above 0 where log is true")
+            raise ValueError(
+                f"low {self.low:g}, high {self.high:g}: expected low < high, and above 0 where log is true"
+            )
         return self
 
 
@@ -63,8 +71,8 @@ class Seeds(BaseModel):
     """Seeds to choose settings with, and others to report."""
 
     model_config = STRICT
-    tuning: list[int] = Field(default_factory=list, description="Seeds of every trial.")
-    fresh: list[int] = Field(
+    tuning: list[Annotated[int, SEED]] = Field(default_factory=list, description="Seeds of every trial.")
+    fresh: list[Annotated[int, SEED]] = Field(
         min_length=1, description="Seeds of the reported cells; none of the tuning seeds."
     )
 
@@ -107,6 +115,31 @@ class Pair(BaseModel):
         return {key: content[key] for key in PAIR_KEYS if content.get(key)}
 
 
+def _searched(path: str, choices: Any) -> list[Any] | Range:
+    """A list with different choices, or a range; ValueError with the path otherwise."""
+    if isinstance(choices, list):
+        if len(choices) < 2:
+            raise ValueError(f"{path} has {len(choices)} choice; expected two or more, or none of it")
+        if any(isinstance(one, float) and not isfinite(one) for one in choices):
+            raise ValueError(f"{path}: got {choices}; expected finite numbers")
+        if any(one in choices[:place] for place, one in enumerate(choices)):
+            raise ValueError(f"{path}: got {choices}; expected each choice once")
+        return choices
+    if not isinstance(choices, Range | Mapping):
+        raise ValueError(  # noqa: TRY004 - what pydantic tells
+            f"{path}: got {choices!r}; expected a list of choices, or {{low, high, log}}"
+        )
+    try:
+        return Range.model_validate(choices)
+    except ValidationError as error:
+        raise ValueError(explain(error, Range, path)) from None
+
+
+def _plain(line: str) -> bool:
+    """Whether the text has no line breaks, tabs, or other control characters."""
+    return not any(category(letter) in ("Cc", "Zl", "Zp") for letter in line)
+
+
 class MethodSpec(BaseModel):
     """A method: keys of a run's config, and what of them is searched."""
 
@@ -118,13 +151,19 @@ class MethodSpec(BaseModel):
         description="Paths such as optimizer.lr, each with a list of choices or {low, high, log}.",
     )
 
-    @field_validator("search")
+    @field_validator("title")
     @classmethod
-    def _choices(cls, value: dict[str, list[Any] | Range]) -> dict[str, list[Any] | Range]:
-        for path, choices in value.items():
-            if isinstance(choices, list) and len(choices) < 2:
-                raise ValueError(f"{path} has {len(choices)} choice; expected two or more, or none of it")
-        return value
+    def _line(cls, title: str | None) -> str | None:
+        if title is not None and (not title.strip() or not _plain(title)):
+            raise ValueError("expected a line of text, or no title: then the method's key is")
+        return title
+
+    @field_validator("search", mode="before")
+    @classmethod
+    def _choices(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {path: _searched(str(path), choices) for path, choices in value.items()}
 
     @property
     def space(self) -> tuple[int, int]:
@@ -158,6 +197,26 @@ class Study(BaseModel):
     quick: dict[str, Any] = Field(
         default_factory=dict, description="What --quick sets in place of the above, key by key."
     )
+
+    @field_validator("question")
+    @classmethod
+    def _sentence(cls, question: str) -> str:
+        line = " ".join(question.split())
+        if not line or not _plain(line):
+            raise ValueError("expected a sentence")
+        return line
+
+    @field_validator("methods")
+    @classmethod
+    def _told_apart(cls, methods: dict[str, MethodSpec]) -> dict[str, MethodSpec]:
+        titles: dict[str, str] = {}
+        for key, method in methods.items():
+            if not re.match(NAME, key) or not _plain(key):
+                raise ValueError(f"got the key {key[:200]!r}; {NAMED}: 'title' may say more")
+            other = titles.setdefault(method.title or key, key)
+            if other != key:
+                raise ValueError(f"{other} and {key} have one title, '{method.title or key}'; expected two")
+        return methods
 
     @model_validator(mode="after")
     def _consistent(self) -> Study:

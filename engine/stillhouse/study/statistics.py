@@ -150,7 +150,8 @@ def seeds_needed(effect: float) -> int | None:
     low, high = FEWEST, MOST_SEEDS
     if power(abs(effect), high, LEVEL) < POWER:
         return None
-    while low < high:  # the power grows with the number of seeds
+    # The power grows with the number of seeds; nan, which statsmodels gives for one of nearly 1, counts as enough.
+    while low < high:
         middle = (low + high) // 2
         if power(abs(effect), middle, LEVEL) < POWER:
             low = middle + 1

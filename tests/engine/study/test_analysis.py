@@ -114,6 +114,13 @@ class TestScoresThatAreNone:
         assert page.page(made)
         assert text.markdown(made)
 
+    def test_a_teacher_with_none_is_kept_in_the_plan_without_it(self):
+        scores = {"accuracy": math.nan, "nll": None, "r2": 0.5}
+        plan = planned(2, facts={"teacher": "abc", "teacher_scores": scores})
+        assert plan.entries[0].facts.teacher_scores == {"r2": 0.5}
+        made = concluded(plan, by_method({"m0": BASE, "m1": shifted(0.1)}))
+        assert page.page(made)
+
     def test_a_baseline_with_one_is_compared_on_its_other_seeds_and_sets_the_target_by_them(self):
         plan = planned(2)
         made = concluded(plan, by_method({"m0": [*BASE[:4], math.nan], "m1": shifted(0.1)}))

@@ -63,6 +63,15 @@ def test_a_pipe_has_a_line_for_every_cell(plan, capsys):
     ]
 
 
+@pytest.mark.parametrize("nothing", ["", " \n"])
+def test_an_error_that_says_nothing_is_told_by_its_type(plan, capsys, nothing):
+    live, one = Live(), listed(plan)[0]
+    with live.running(plan, {}, workers=1):
+        live.started(one)
+        live.ended(one, failed(one, nothing))
+    assert "[1/6] m0 on digits, seed 0: failed, Diverged; " in capsys.readouterr().out
+
+
 def test_a_cell_without_a_score_is_told_as_one(plan, capsys):
     live, six = Live(), listed(plan)
     with live.running(plan, {}, workers=1):

@@ -140,6 +140,31 @@ class TestForms:
         for form in (text.markdown, text.brief, page.page):
             assert all(one in form(made) for one in who)
 
+    def test_an_error_that_says_nothing_is_told_by_its_type(self):
+        plan = planned(2, trials=3)
+        made = analyse(plan, results(plan, lambda one: failed(one, "")))
+        assert made.rows["digits"][0].reason == "Diverged"
+        assert made.rows["digits"][0].lost[1] == "failed: Diverged"
+        assert words.failures(made)[0] == ("m0 on digits, trial 0, seed 100", "failed: Diverged")
+
+    def test_what_a_study_says_is_words_in_markdown_and_a_line_in_latex(self):
+        """A plan may come from ``compare``, or be edited by hand; errors and warnings say what they like."""
+        evil = "<script>alert(1)</script> </p><!-- a | b\n\n# c [d](javascript:e) ![f](http://g) p < 0.05"
+        plan = planned(2)
+        plan = plan.model_copy(update={"question": evil, "titles": {"m0": "one", "m1": evil}})
+        said = {"m0": lambda one: done(one, one.seed, warnings=[evil]), "m1": lambda one: failed(one, evil)}
+        made = analyse(plan, results(plan, lambda one: said[one.method](one)))
+        page = text.markdown(made)
+        assert not re.search(r"<[a-z/!]|\]\(", page)
+        assert page.count("&lt;script>alert(1)&lt;/script>") > 6
+        assert page.count("p < 0.05") > 6
+        assert [line for line in page.splitlines() if line.startswith("# ")] == ["# invented"]
+        tables = [line for line in page.splitlines() if line.startswith("|")]
+        assert len({line.count("|") - line.count("\\|") for line in tables[:4]}) == 1
+        assert r" a \| b # c " in page
+        caption = next(line for line in text.latex(made).splitlines() if line.startswith(r"\caption"))
+        assert caption.endswith("over 5 seeds.}")
+
 
 class TestPage:
     def test_nothing_is_fetched_and_nothing_runs_that_a_study_says(self, finished):
@@ -161,6 +186,11 @@ class TestPage:
             "Settings passed",
             "Settings in force",
             "torch: 2",
+            *(
+                f"{name}: {digest}"
+                for name, digest in finished[1].plan.entry("kd", "digits").origin.code.items()
+            ),
+            "device and threads:\n  device: cpu\n  threads: 1\n",
             facts.teacher,
             facts.data["train"],
             "test opened",

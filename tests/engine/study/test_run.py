@@ -35,6 +35,27 @@ EXACT = (
 )
 """Columns of ``costs.csv`` that are of no clock and no memory."""
 
+CSV_TASK = """
+    import torch
+    from torch import nn
+    from stillhouse.api import Splits, Task, TaskConfig, TensorSplit
+
+    class CsvConfig(TaskConfig):
+        path: str
+
+    class CsvTask(Task):
+        api_version = 1
+        Config = CsvConfig
+        kind = "classification"
+        students = {"small": lambda: nn.Linear(2, 2)}
+
+        def splits(self):
+            rows = torch.tensor([[float(value) for value in line.split(",")] for line in open(self.config.path)])
+            parts = {"train": rows[:20], "validation": rows[20:30], "test": rows[30:]}
+            return Splits(**{name: TensorSplit(part[:, :2], part[:, 2].long()) for name, part in parts.items()})
+"""
+"""A task that reads a file."""
+
 
 def results(folder: Path) -> dict[str, dict]:
     found, damaged = directory.read_results(folder)
@@ -143,10 +164,18 @@ class TestCells:
 
     def test_two_names_for_one_config_share_its_cells(self, tmp_path):
         content = untuned()
-        content["methods"] = {"one": content["methods"]["hard"], "other": content["methods"]["hard"]}
+        hard = content["methods"]["hard"]
+        content["methods"] = {"one": hard, "other": {**hard, "title": "Other"}}
         analysis, _ = make({**content, "baseline": "one"}, tmp_path / "s")
         assert len(results(tmp_path / "s")) == 3
         assert analysis.rows["digits"][1].difference.interval.mean == 0.0
+
+    def test_a_limit_is_that_of_every_cell(self, cli, tmp_path, monkeypatch):
+        given = []
+        monkeypatch.setattr("stillhouse.study.run.Processes", lambda *words: given.append(words) or 1 / 0)
+        (tmp_path / "mine.yaml").write_text(to_text(validate(untuned())))
+        cli("study", "mine.yaml", "--limit", "90")
+        assert [words[2] for words in given] == [90.0]
 
 
 class TestGoingOn:
@@ -157,6 +186,31 @@ class TestGoingOn:
         assert results(folder) == before
         assert tables(folder) == text
         assert "preparing" not in said
+
+    def test_a_finished_study_notices_that_its_data_changed(self, install, tmp_path):
+        rows = tmp_path / "rows.csv"
+        rows.write_text("".join(f"{n % 5},{n % 2},{n % 2}\n" for n in range(40)))
+        install("csvtask", "[stillhouse.tasks]\ncsvtask = csvtask:CsvTask\n", csvtask=CSV_TASK)
+        content = untuned(methods={"hard": {"config": {"method": "hard_labels"}}})
+        content["pairs"] = [
+            {"name": "rows", "task": {"name": "csvtask", "path": str(rows)}, "student": "small"}
+        ]
+        make(content, tmp_path / "s")
+        before = results(tmp_path / "s")
+        rows.write_text("".join(f"{n % 5},{n % 3},{n % 2}\n" for n in range(40)))
+        with pytest.raises(
+            CheckpointError, match="holds this study, unfinished or with other data; --resume"
+        ):
+            make(content, tmp_path / "s")
+        assert results(tmp_path / "s") == before
+        analysis, said = make(content, tmp_path / "s", resume=True)
+        assert "what it was made from has changed: " in said
+        assert "; rows: train is " in said
+        assert not before.keys() & {one.digest for one, _ in analysis.provenance}
+        assert analysis.complete
+        rows.unlink()
+        with pytest.raises(CheckpointError, match="or with other data"):
+            make(content, tmp_path / "s")
 
     def test_an_edit_runs_what_changed_and_no_more(self, finished, tmp_path):
         folder = tmp_path / "s"
@@ -203,7 +257,7 @@ class TestGoingOn:
         one = next(one for one, _ in finished[1].provenance if one.phase == "tuning" and one.method == "kd")
         cell = folder / "cells" / one.digest
         order = work.order(one, cell)
-        directory.write_result(cell, processes.died(order, -9))
+        directory.write_result(cell, processes.lost(order, "its process was ended", time.time()))
         kept = results(folder)
         assert not answered(kept[one.digest])
         entry = Plan.model_validate_json((folder / "plan.json").read_text()).entry("kd", "digits")
@@ -280,9 +334,10 @@ class TestGoingOn:
         while not list(tmp_path.glob("s/cells/*/run/checkpoints/*")) and time.monotonic() < until:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=120)
+        said, told = process.communicate(timeout=120)
         assert process.returncode == 130, told
         assert "0 cells finished and 2 begun; go on with --resume" in told
+        assert "for at most 60 s; Ctrl-C once more ends all at once" in said
         assert not list(tmp_path.glob("s/cells/*/result.json"))
 
 
@@ -320,6 +375,15 @@ class TestMerge:
         _, said = make(content, tmp_path / "here", merge=[tmp_path / "there"])
         assert "cells not taken over: the machine's device is NVIDIA H200 there, cpu here" in said
 
+    def test_cells_of_other_settings_are_not_and_the_setting_is_told(self, tmp_path):
+        """Such as a path of the data: what it names may be the same bytes, which the config doesn't say."""
+        content = untuned(methods={"hard": {"config": {"method": "hard_labels"}}}, seeds={"fresh": [0, 1]})
+        make(content, tmp_path / "there")
+        content["pairs"][0]["student"] = {"name": "mlp", "hidden": 9}
+        _, said = make(content, tmp_path / "here", merge=[tmp_path / "there"])
+        assert "0 finished cells taken over" in said
+        assert "cells not taken over: student.hidden is 8 there, 9 here\n" in said
+
 
 class TestRefused:
     """Before anything is run, and nothing that is there is touched."""
@@ -351,6 +415,25 @@ class TestRefused:
         directory.clear(folder)
         assert sorted(path.name for path in folder.iterdir() if path.name[0] != ".") == ["notes.txt"]
 
+    @pytest.mark.parametrize("fault", ["another study", "nothing to prepare it from", "a directory to merge"])
+    def test_overwrite_removes_nothing_before_everything_is_checked(
+        self, finished, tmp_path, monkeypatch, fault
+    ):
+        folder = tmp_path / "s"
+        shutil.copytree(finished[0], folder)
+        before = results(folder)
+        content, options = small(), {}
+        if fault == "another study":
+            content["name"] = "other"
+        elif fault == "a directory to merge":
+            options["merge"] = [folder]
+        else:
+            monkeypatch.setattr("stillhouse.study.run.prepared", lambda pairs, workers: 1 / 0)
+        with pytest.raises((CheckpointError, ZeroDivisionError)):
+            make(content, folder, overwrite=True, **options)
+        assert results(folder) == before
+        assert (folder / "report.html").is_file()
+
     def test_two_studies_in_one_directory_at_once(self, tmp_path):
         with directory.held(tmp_path / "s"), pytest.raises(CheckpointError) as error:
             make(small(), tmp_path / "s")
@@ -378,6 +461,13 @@ class TestRefused:
         monkeypatch.setitem(sys.modules, "ray", None)
         with pytest.raises(MissingExtra, match=r"--ray needs ray: pip install 'stillhouse\[ray\]'"):
             make(small(), tmp_path / "s", ray=True)
+
+    @pytest.mark.parametrize("limit", ["0", "-1", "nan"])
+    def test_a_limit_that_is_none(self, cli, tmp_path, untouched, limit):
+        (tmp_path / "mine.yaml").write_text(to_text(validate(untuned())))
+        said = cli("study", "mine.yaml", f"--limit={limit}")
+        assert (said.code, said.out) == (2, "")
+        assert f"--limit {limit}: expected more than 0 seconds" in said.err
 
     def test_a_folder_that_can_not_be_made(self, tmp_path):
         (tmp_path / "file").write_text("")

@@ -173,9 +173,10 @@ def test_no_number_of_seeds_shows_no_difference():
     assert statistics.seeds_needed(0.0) is None
 
 
-def test_fewer_than_three_seeds_are_never_enough():
-    """A d_z of 50 has a power of 80 % with two, which are not tested at all."""
-    assert statistics.seeds_needed(50.0) == 3
+@pytest.mark.parametrize(("effect", "needed"), [(3.26, 4), (3.27, 3), (6.98, 3), (20, 3), (-30, 3), (50, 3)])
+def test_large_effects_need_three_seeds_and_no_fewer(effect, needed):
+    """By the noncentral t; two are not tested at all, and statsmodels' power of nearly 1 may be nan."""
+    assert statistics.seeds_needed(effect) == needed
 
 
 def test_holm_multiplies_the_smallest_by_their_number_and_never_goes_down():

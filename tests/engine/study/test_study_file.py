@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
+import yaml
 from small_study import RATES, small, untuned
 
 from stillhouse.errors import ConfigError
@@ -12,6 +14,18 @@ from stillhouse.study.plan import of_study
 from stillhouse.study.schema import Study, describe, read, shipped, to_text, validate
 
 LISTED = {"optimizer.lr": [0.01, 0.02, 0.03]}
+
+
+def searched(space):
+    return small(methods__kd__search={"optimizer.lr": space})
+
+
+def named(key):
+    content = small()
+    content["methods"][key] = content["methods"].pop("kd")
+    return content
+
+
 REFUSED = {
     "unknown key": (small(budgets=3), "budgets: unknown; did you mean 'budget'?"),
     "unknown key of a cell": (small(common__stpes=3), "common.stpes: unknown; did you mean 'steps'?"),
@@ -37,6 +51,39 @@ REFUSED = {
     "a teacher of a method's own": (small(methods__kd__config__teachers={"a": {"name": "mlp"}}), "it belongs to a pair"),
     "kept labels of a method's own": (small(methods__kd__search={"soft_labels": ["a", "b"]}), "it belongs to a pair"),
     "defaults that nothing is tuned from": (untuned(defaults=True), "defaults is true and budget.trials is 0"),
+    "a seed below 0": (small(seeds__fresh=[-1, 1]), "seeds.fresh.0: input should be greater than or equal to 0, got -1"),
+    "a seed that no generator takes": (small(seeds__tuning=[2**32]), "seeds.tuning.0: input should be less than 4294967296"),
+    "a seed that is no number": (small(seeds__fresh=["0", 1]), "seeds.fresh.0: input should be a valid integer, got '0'"),
+    "a seed that is a word": (small(seeds__fresh=[True, 2]), "seeds.fresh.0: input should be a valid integer, got True"),
+    "a seed with a point": (small(seeds__fresh=[1.0, 2]), "seeds.fresh.0: input should be a valid integer, got 1.0"),
+    "a range from 0 in the logarithm": (
+        searched({"low": 0, "high": 0.1, "log": True}),
+        "methods.kd.search: optimizer.lr: low 0, high 0.1: expected low < high, and above 0 where log is true",
+    ),
+    "a range that is endless": (
+        searched({"low": 0.1, "high": math.inf}), "methods.kd.search: optimizer.lr.high: input should be a finite number, got inf"
+    ),
+    "a range that is no number": (
+        searched({"low": math.nan, "high": 1}), "methods.kd.search: optimizer.lr.low: input should be a finite number, got nan"
+    ),
+    "a range with another key": (
+        searched({"lo": 0, "high": 1}), "methods.kd.search: optimizer.lr.low: missing\noptimizer.lr.lo: unknown; did you mean 'low'?"
+    ),
+    "a search that is neither": (searched(0.1), "optimizer.lr: got 0.1; expected a list of choices, or {low, high, log}"),
+    "a choice twice": (searched([0.1, 0.2, 0.1]), "optimizer.lr: got [0.1, 0.2, 0.1]; expected each choice once"),
+    "a choice that is no number": (searched([0.1, math.nan]), "optimizer.lr: got [0.1, nan]; expected finite numbers"),
+    "a method without a name": (named(""), "methods: got the key ''; expected up to 100 letters"),
+    "a method of two lines": (named("a\nb"), "methods: got the key 'a\\nb'; expected"),
+    "a method that ends a line": (named("a\n"), "methods: got the key 'a\\n'; expected"),
+    "a method with a byte of 0": (named("n\0ul"), "methods: got the key 'n\\x00ul'; expected"),
+    "a method that is a path": (named("../kd"), "methods: got the key '../kd'; expected"),
+    "a long method": (named("k" * 101), "expected up to 100 letters, digits and . _ + -"),
+    "a long name": (small(name="s" * 300), "name: string should match pattern"),
+    "two methods of one title": (small(methods__kd__title="Hard labels"), "methods: hard and kd have one title, 'Hard labels'"),
+    "a title that is another's key": (small(methods__kd__title="hard", methods__hard__title=None), "have one title, 'hard'"),
+    "an empty title": (small(methods__kd__title=""), "methods.kd.title: expected a line of text"),
+    "a title of two lines": (small(methods__kd__title="two\nlines"), "methods.kd.title: expected a line of text"),
+    "a blank question": (small(question=" \n"), "question: expected a sentence"),
     "an unclear metric": (small(metric={"name": "nll"}), "metric.better: missing"),
 }  # fmt: skip
 
@@ -47,6 +94,21 @@ def test_it_is_refused_with_its_path(case):
     with pytest.raises(ConfigError) as error:
         validate(content)
     assert told in str(error.value)
+
+
+def test_a_question_may_be_folded_over_lines():
+    assert validate(small(question="Does it\n  help?\n")).question == "Does it help?"
+
+
+def test_a_study_that_was_written_reads_as_itself():
+    study = validate(small(methods__kd__search={"optimizer.lr": RATES}))
+    assert validate(yaml.safe_load(to_text(study))) == study
+
+
+def test_seeds_of_a_comparison_are_checked_before_anything_is_run(cli):
+    said = cli("compare", "mnist1d-kd", "--seeds=-1,2")
+    assert (said.code, said.out) == (2, "")
+    assert "seeds [-1, 2]: expected numbers from 0 to 4294967295" in said.err
 
 
 def test_a_setting_of_a_trial_is_checked_before_anything_is_run():

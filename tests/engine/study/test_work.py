@@ -13,6 +13,7 @@ from small_study import make, small, untuned
 
 from stillhouse.contract.metrics import higher_is_better, metric_behind
 from stillhouse.errors import CheckpointError, ConfigError, Diverged, WriteFailed
+from stillhouse.files import read_json
 from stillhouse.study import directory, processes, work
 from stillhouse.study.compare import of_configs
 from stillhouse.study.plan import cells, chosen, of_study, score
@@ -27,22 +28,34 @@ class TestWorker:
     def order(self, folder: Path) -> work.Order:
         return work.replace(self.ORDER, folder=str(folder / self.ORDER.digest))
 
-    def test_a_cell_whose_process_is_killed_is_told_with_the_signal(self, tmp_path):
-        told = processes.died(self.order(tmp_path), -9)
-        assert told["status"] == "failed"
-        assert "its process was ended by SIGKILL (out of memory?)" in told["error"]["message"]
-
-    def test_a_killed_process_ends_its_cell_alone(self, tmp_path):
-        running = processes.Processes(1)
-        running.start(
-            work.replace(self.order(tmp_path), config={"task": "mnist1d", "method": "kd", "steps": 10**6})
-        )
+    @pytest.mark.parametrize("by", ["a signal", "the limit"])
+    def test_a_killed_process_ends_its_cell_alone_with_the_reason_and_the_time_it_took(self, tmp_path, by):
+        running = processes.Processes(1, limit=1000.0)
+        order = work.replace(self.order(tmp_path), config={"task": "mnist1d", "method": "kd", "steps": 10**6})
+        running.start(order)
+        assert running.finished(0.0) == []
         (process,) = running._running
-        os.kill(process.pid, signal.SIGKILL)
+        if by == "a signal":
+            os.kill(process.pid, signal.SIGKILL)
+        began = running._running[process][1]
+        running._running[process] = (order, began - (2000.0 if by == "the limit" else 500.0))
         ended = []
         while not ended:
             ended = running.finished(1.0)
-        assert ended[0][1] == -9
+        assert ended == [(order, 0)]
+        told = read_json(Path(order.folder) / directory.RESULT, what="result", sealed=True)
+        assert (told["status"], told["again"]) == ("failed", True)
+        if by == "a signal":
+            assert told["error"]["message"].startswith(
+                "its process was ended by SIGKILL (out of memory?); see "
+            )
+            assert told["wall_seconds"] >= 500
+        else:
+            assert told["error"]["message"].startswith(
+                "it was killed after 1000 s, the limit of a cell; see "
+            )
+            assert told["wall_seconds"] >= 2000
+        running.close()
 
     @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
     def test_a_full_disk_is_no_result_of_the_cell(self, tmp_path, monkeypatch, number):
@@ -57,8 +70,8 @@ class TestWorker:
         def full(folder, result):
             raise WriteFailed(f"{folder} can't be written", 28)
 
-        monkeypatch.setattr(directory, "read_result", lambda folder: None)
-        monkeypatch.setattr(directory, "write_result", full)
+        monkeypatch.setattr(processes, "read_result", lambda folder: None)
+        monkeypatch.setattr(processes, "write_result", full)
         with pytest.raises(WriteFailed, match=r"can't be written: then go on with --resume"):
             make(untuned(), tmp_path / "s")
 

@@ -247,6 +247,8 @@ def _entry(analysis: Analysis, row: Row, cells: Sequence[tuple[Cell, Mapping[str
     origin = {
         "data": entry.facts.data,
         "teacher": entry.facts.teacher,
+        "code": entry.origin.code,
+        "device and threads": entry.origin.machine,
         "versions": {**entry.versions, **(done or {}).get("versions", {})},
         **{key: done[key] for key in ("plugins", "machine", "kernel", "git") if done},
     }

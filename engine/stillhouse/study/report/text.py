@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 
 from stillhouse.study.analysis import Analysis
 from stillhouse.study.report import tables, words
@@ -14,11 +15,11 @@ from stillhouse.study.report.words import NONE
 def markdown(analysis: Analysis) -> str:
     """The report in short."""
     plan = analysis.plan
-    lines = [f"# {plan.name}", "", plan.question, "", f"{words.summary(plan)}.", ""]
+    lines = [f"# {plan.name}", "", _flat(plan.question), "", f"{words.summary(plan)}.", ""]
     if not analysis.complete:
         lines += ["**Not finished: some cells have not run yet.**", ""]
     for pair, rows in analysis.rows.items():
-        lines += [f"## {pair}", "", *(f"- {words.sentence(plan, row)}" for row in rows), ""]
+        lines += [f"## {pair}", "", *(f"- {_flat(words.sentence(plan, row))}" for row in rows), ""]
         lines += [*_table(tables.scores(analysis, pair)), "", *_table(tables.costs(analysis, pair)), ""]
     if plan.tuned:
         lines += ["## Settings chosen", "", *_table(tables.chosen(analysis)), ""]
@@ -31,15 +32,24 @@ def markdown(analysis: Analysis) -> str:
     if failed:
         lines += ["## What did not run", "", *(_line(who, why) for who, why in failed), ""]
     lines += ["## How to read this", "", *(f"- {line}" for line in words.reading(analysis))]
-    return "\n".join([*lines, *_notes(analysis)]) + "\n"
+    return _inert("\n".join([*lines, *_notes(analysis)]) + "\n")
 
 
 def _line(who: str, why: str) -> str:
-    return f"- {who}: {' '.join(why.split())}"
+    return f"- {_flat(who)}: {_flat(why)}"
+
+
+def _flat(words: str) -> str:
+    return " ".join(words.split())
+
+
+def _inert(page: str) -> str:
+    """Markdown without what a renderer would take for tags, links or pictures: a study's words are words."""
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", page).replace("](", "]\\(")
 
 
 def _notes(analysis: Analysis) -> list[str]:
-    found = words.notes(analysis)
+    found = [_flat(note) for note in words.notes(analysis)]
     return ["", *found] if found else []
 
 
@@ -61,7 +71,7 @@ def _table(table: Table) -> list[str]:
     return [
         f"| {' | '.join(head)} |",
         f"|{' --- |' * len(head)}",
-        *(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows),
+        *(f"| {' | '.join(_flat(cell).replace('|', chr(92) + '|') for cell in row)} |" for row in rows),
     ]
 
 
@@ -76,7 +86,7 @@ _TEX |= {letter: f"\\{letter}" for letter in "&%#_${}"}
 
 
 def _tex(value: str) -> str:
-    return "".join(_TEX.get(letter, letter) for letter in value)
+    return "".join(_TEX.get(letter, letter) for letter in _flat(value))
 
 
 def latex(analysis: Analysis) -> str:

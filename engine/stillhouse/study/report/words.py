@@ -9,7 +9,7 @@ from typing import Any
 from stillhouse.study.analysis import Analysis, Row, split_of
 from stillhouse.study.differences import Difference
 from stillhouse.study.live import label
-from stillhouse.study.plan import Plan
+from stillhouse.study.plan import Plan, ended_by
 from stillhouse.study.ranking import Ranking
 from stillhouse.study.statistics import FEWEST
 
@@ -132,7 +132,7 @@ def failures(analysis: Analysis) -> list[tuple[str, str]]:
         error = result["error"]
         where = f" ({error['type']} at {error['where']})" if error["where"] else ""
         found.append(
-            (label(one), f"{result['status']}: {'; '.join([error['message'], *error['notes']])}{where}")
+            (label(one), f"{result['status']}: {'; '.join([ended_by(result), *error['notes']])}{where}")
         )
     return found
 
