@@ -29,7 +29,9 @@ class DKDConfig(MethodConfig):
 
     temperature: float = Field(4.0, gt=0, description="T of the softmaxes; the losses are multiplied by T^2.")
     alpha: float = Field(1.0, ge=0, description="Weight of the target class.")
-    beta: float = Field(8.0, ge=0, description="Weight of the other classes.")
+    beta: float = Field(
+        2.0, ge=0, description="Weight of the other classes; the authors use 0.5 to 8, by the pair."
+    )
     ce: float = Field(1.0, ge=0, description="Weight of cross-entropy with the labels.")
 
 
