@@ -203,7 +203,7 @@ def ibmd_by_hand(name, step, layers, settings):
     for place, hidden in enumerate(layers):
         for target, features in zip(soft, rows_by_hand(name, student, teacher, hidden), strict=True):
             means = [
-                encoders[place].net(feature.detach() if role else feature)
+                encoders[place].net(feature.detach() / feature.shape[-1] ** 0.5 if role else feature)
                 for role, (encoders, feature) in enumerate(zip(sides, features, strict=True))
             ]
             for who, mean in zip(("student", "teacher"), means, strict=True):

@@ -183,7 +183,9 @@ def breaks(install):
 
     def write(at: int, error: str) -> Path:
         source = BREAKS.replace("AT", str(at)).replace("ERROR", error)
-        return install("breaks", "[stillhouse.methods]\nbreaks = breaking:Breaks\n", breaking=source)
+        return install(
+            "breaks", "[stillhouse.methods]\nbreaks = rehearsal_breaks:Breaks\n", rehearsal_breaks=source
+        )
 
     return write
 
