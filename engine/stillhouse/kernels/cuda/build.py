@@ -19,7 +19,7 @@ from stillhouse.kernels.cuda.plan import Spec
 ENTRY = "stillhouse_softmax_kl"
 # threads of a multiprocessor that registers must suffice for, 64 each of the first: of a plain kernel, of a jsd or one with labels, of
 # a jsd with labels; and blocks at most, which some devices have no more of
-RESIDENT, BLOCKS = (1024, 768, 512), 24
+RESIDENT, BLOCKS = (1024, 640, 512), 24
 _COMPILING = threading.Lock()
 
 
