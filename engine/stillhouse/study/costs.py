@@ -47,7 +47,7 @@ def cost(
     grid: int,
 ) -> Cost:
     """The cost of the finished runs ``made`` (one or more), chosen by ``trials``, finished or not."""
-    first = [math.inf if target is None else _first(facts, one["curve"], target) for one in made]
+    first = [math.inf if target is None else _first(facts, one, target) for one in made]
     half = median_low(first)
     on_gpu = [one["peak_gpu_memory"] for one in made if one.get("peak_gpu_memory") is not None]
     return Cost(
@@ -64,9 +64,10 @@ def cost(
     )
 
 
-def _first(facts: Facts, curve: Sequence[Mapping[str, Any]], target: float) -> float:
-    """The update of the first row as good as the target; infinity where there is none."""
-    for row in curve:
+def _first(facts: Facts, made: Mapping[str, Any], target: float) -> float:
+    """The update of the first validation as good as the target, that of the end among them; infinity where there is none."""
+    end = {"step": made["steps"], **made["scores"].get("validation", {})}
+    for row in (*made["curve"], end):
         value = row.get(facts.metric)
         if value is not None and math.isfinite(value) and not facts.better(target, value):
             return int(row["step"])

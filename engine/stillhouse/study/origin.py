@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, distributions, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,13 +22,14 @@ from pydantic import BaseModel
 
 import stillhouse
 from stillhouse.config import STRICT
-from stillhouse.plugin.catalog import Kind, entries
+from stillhouse.plugin.catalog import entries
 from stillhouse.runs.resolve import pick_device
 
 LIBRARIES = ("torch", "numpy", "numba", "torchmetrics")
 """Of those that Stillhouse imports: what figures depend on."""
 BESIDE = ("bench", "cli", "scaffold", "study", "testing")
 """Parts of Stillhouse that make no figure, less ``study/work.py``, which takes them from a run."""
+NOT_INSTALLED = "not installed"
 _IMPORT = re.compile(rb"^\s*(?:from|import)\s+([A-Za-z_]\w*)", re.MULTILINE)
 
 
@@ -55,15 +56,22 @@ class Sources:
     def __init__(self) -> None:
         self._packages: dict[str, tuple[str, set[str]]] = {}
         self._versions: dict[str, tuple[str, str]] = {}
-        self._plugins = {(entry.kind, entry.name): entry for entry in entries()}
+        self._plugins = entries()
 
     def of(self, config: Mapping[str, Any]) -> Origin:
         """The origin of a resolved config's figures."""
-        used = [self._plugins[named] for named in _named(config) if named in self._plugins]
+        named = _named(config)
+        used = [entry for entry in self._plugins if entry.name in named]
         packages = {"stillhouse", *(entry.value.partition(":")[0].partition(".")[0] for entry in used)}
-        read = {name: self._package(name) for name in sorted(packages)}
         libraries = {*LIBRARIES, "stillhouse", *(entry.distribution for entry in used)}
-        libraries.update(*(imported for name, (_, imported) in read.items() if name != "stillhouse"))
+        read: dict[str, tuple[str, set[str]]] = {}
+        while missing := sorted(packages - set(read)):  # a module that no distribution brings is source too
+            for name in missing:
+                read[name] = self._package(name)
+                imported = read[name][1] if name != "stillhouse" else set()
+                loose = {one for one in imported if self._version(one)[1] == NOT_INSTALLED}
+                packages |= {one for one in loose if _files(one)[1]}
+                libraries |= imported - loose
         device = pick_device(config["device"])
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         return Origin(
@@ -85,16 +93,12 @@ class Sources:
         return self._packages[name]
 
 
-def _named(config: Mapping[str, Any]) -> list[tuple[Kind, str]]:
-    """The plugins that a config names by kind; of its models, some may be the task's own and no plugins."""
-    methods = [config["method"]] if config.get("method") else config["methods"]
-    models = [config.get(key) for key in ("teacher", "student", "target")]
-    models += config.get("teachers", {}).values()
-    return [
-        ("task", config["task"]["name"]),
-        *(("method", spec["name"]) for spec in methods),
-        *(("model", spec["name"]) for spec in models if spec),
-    ]
+def _named(config: Any) -> set[str]:
+    """Whatever a config calls by name, in a method's settings too: some are plugins."""
+    if isinstance(config, Mapping):
+        own = {config["name"]} if isinstance(config.get("name"), str) else set()
+        return own.union(*(_named(value) for value in config.values()))
+    return set().union(*(_named(value) for value in config)) if isinstance(config, list | tuple) else set()
 
 
 def _read(package: str) -> tuple[str, set[str]]:
@@ -104,11 +108,13 @@ def _read(package: str) -> tuple[str, set[str]]:
     for path in sorted(files):
         content = path.read_bytes()
         made.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
-        imported |= {match.decode() for match in _IMPORT.findall(content)}
+        if path.suffix == ".py":
+            imported |= {match.decode() for match in _IMPORT.findall(content)}
     return made.hexdigest()[:16], imported - {package, "stillhouse"} - stdlib_module_names
 
 
-def _files(package: str) -> tuple[Path, Iterable[Path]]:
+def _files(package: str) -> tuple[Path, list[Path]]:
+    """Where the package is, and its files, tables and the like among them; of a module alone, that."""
     if package == "stillhouse":
         root = Path(stillhouse.__file__).parent
         return root, [
@@ -119,7 +125,9 @@ def _files(package: str) -> tuple[Path, Iterable[Path]]:
     spec = find_spec(package)
     roots = [] if spec is None else [Path(place) for place in spec.submodule_search_locations or []]
     if roots:
-        return roots[0], roots[0].rglob("*.py")
+        return roots[0], [
+            path for path in roots[0].rglob("*") if path.is_file() and "__pycache__" not in path.parts
+        ]
     if spec is None or spec.origin is None:
         return Path(), []
     return Path(spec.origin).parent, [Path(spec.origin)]
@@ -132,7 +140,7 @@ def _version(name: str) -> tuple[str, str]:
         for installed in distributions():
             if f"\n{name}/__init__.py," in f"\n{installed.read_text('RECORD')}":
                 return installed.metadata["Name"], installed.version
-        return name, "not installed"
+        return name, NOT_INSTALLED
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], there: str = "there") -> list[str]:

@@ -327,10 +327,12 @@ def _trials(
             known[key] = _resolved(given, settings, f"method {name} on {pair}", study.metric)
         return known[key]
 
+    def figures(settings: dict[str, Any]) -> str:
+        """What enters the figures: settings that are one cell are one setting."""
+        return json.dumps({k: v for k, v in resolved(settings).items() if k not in OPEN}, sort_keys=True)
+
     seed = study.seeds.tuning[0] if study.seeds.tuning else 0
-    settings = points(
-        search, study.budget.trials, name, seed, key=lambda one: json.dumps(resolved(one), sort_keys=True)
-    )
+    settings = points(search, study.budget.trials, name, seed, key=figures)
     return [Trial(settings=one, config=resolved(one)) for one in settings]
 
 

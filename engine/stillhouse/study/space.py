@@ -125,12 +125,14 @@ def turns_of(sizes: Sequence[int]) -> Iterator[list[int]]:
     all have come.
 
     Each list is gone through in turn; where that would bring a combination of it and those before again, it moves on by
-    one.
+    one. A third list of the first's size moves on by two with each round of the first, where the second moves by one: any
+    two of three lists then meet in all combinations, as in an orthogonal array.
     """
     for number in count():
         turn, combinations = [], 1
-        for size in sizes:
+        for place, size in enumerate(sizes):
             period = math.lcm(combinations, size)
-            turn.append((number + number // period % math.gcd(combinations, size)) % size)
+            apart = place * (number % combinations // sizes[0]) if place > 1 and size == sizes[0] else 0
+            turn.append((number + apart + number // period % math.gcd(combinations, size)) % size)
             combinations *= size
         yield turn

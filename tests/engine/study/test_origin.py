@@ -6,12 +6,14 @@ import platform
 import shutil
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from small_study import untuned
 
 import stillhouse
+from stillhouse.study import origin
 from stillhouse.study.origin import Sources, differences
 from stillhouse.study.plan import cells, of_study
 from stillhouse.study.schema import validate
@@ -27,6 +29,11 @@ METHOD = """
         def loss_terms(self, student_out, targets, batch, info):
             return {"own": LossTerm(student_out.logits.square().sum() / info.rows)}
 """
+
+
+def using(methods: list[dict]) -> dict:
+    """As much of a resolved config as names plugins."""
+    return {"methods": methods, "task": {"name": "digits"}, "device": "cpu", "threads": 1}
 
 
 def digests(content: dict) -> dict[str, str]:
@@ -122,3 +129,34 @@ def test_differences_are_told_part_by_part():
         "the teacher is t there, None here",
     ]
     assert differences(ours, ours) == []
+
+
+def test_a_module_beside_a_plugin_and_a_table_in_its_package_are_its_sources(tmp_path, monkeypatch):
+    package = tmp_path / "withtable"
+    package.mkdir()
+    (package / "__init__.py").write_text("import loosehelp\n")
+    (package / "table.json").write_text("1")
+    (tmp_path / "loosehelp.py").write_text("SCALE = 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    entry = SimpleNamespace(kind="method", name="tabled", value="withtable:M", distribution="stillhouse")
+    monkeypatch.setattr(origin, "entries", lambda: [entry])
+
+    def code():
+        return origin.Sources().of(using([{"name": "tabled"}])).code
+
+    before = code()
+    assert {"withtable", "loosehelp"} <= set(before)
+    (tmp_path / "loosehelp.py").write_text("SCALE = -1.0\n")
+    edited = code()
+    assert edited["loosehelp"] != before["loosehelp"]
+    (package / "table.json").write_text("2")
+    assert code()["withtable"] != edited["withtable"]
+
+
+def test_a_model_that_a_methods_settings_name_is_among_the_sources(tmp_path, monkeypatch):
+    (tmp_path / "ownnet.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    entry = SimpleNamespace(kind="model", name="net", value="ownnet:net", distribution="stillhouse")
+    monkeypatch.setattr(origin, "entries", lambda: [entry])
+    takd = {"name": "takd", "assistants": [{"name": "net"}]}
+    assert "ownnet" in origin.Sources().of(using([takd])).code

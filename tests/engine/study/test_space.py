@@ -80,3 +80,9 @@ def test_a_whole_grid_is_tried_and_no_more():
     assert len(tried(search, 6, {"t": 2, "w": 2})) == 6
     with pytest.raises(ConfigError, match="6 different settings with the given ones"):
         tried(search, 7, {"t": 2, "w": 2})
+
+
+def test_any_two_of_three_lists_meet_in_all_combinations():
+    first = list(islice(turns_of([3, 3, 3]), 9))
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert len({(turn[one], turn[other]) for turn in first}) == 9
