@@ -147,6 +147,8 @@ def compute(student: Tensor, call: Call, out: Tensor | None) -> Tensor:
         soft, label = map(number, call.counts(), ("count", "label_count"))
         call = call._replace(soft_count=None, soft_divisor=soft, label_count=None, label_divisor=label)
     target, labels, late = call.target(), call.label_term(), call.late(student.dtype)
+    if isinstance(target, Tensor) and target.dtype == torch.float64 and call.divergence == "forward":
+        target = target[:, : student.shape[1]]  # what is dropped is not to be the largest that ``single`` subtracts
     if call.look and on_cpu:
         check_values(target, student.shape[1], call.mask)
     each = (1.0, 0.0) if call.per_row else tuple(map(reciprocal, call.counts()))
