@@ -254,3 +254,15 @@ def test_the_cuda_kernel_is_used_after_its_check_alone(passes, tmp_path, monkeyp
         )
         backends.cuda_failure.cache_clear()
     assert asked == [("cuda:1", "cuda")]
+
+
+def test_a_restricted_student_asks_for_the_kernel_that_it_runs(fresh, monkeypatch):
+    """Its k logits are dense ones: without that kernel torch computes, and the sparse one does not matter."""
+    student, target = logits(64, 200, 1), TopK.from_logits(logits(64, 200, 2), 8, rest="renormalise")
+    expected = softmax_kl(student, target, divergence="reverse", backend="torch")
+    asked = []
+    monkeypatch.setattr(backends, "cpu_failure", lambda kernel: asked.append(kernel) or "gone")
+    with pytest.warns(RuntimeWarning, match="torch computes in their place"):
+        assert torch.equal(softmax_kl(student, target, divergence="reverse"), expected)
+    assert asked == ["dense"]
+    monkeypatch.undo()

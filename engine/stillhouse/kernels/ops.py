@@ -21,7 +21,7 @@ from torch.autograd.function import FunctionCtx
 from stillhouse.kernels.checks import check_count_value, check_values, checked, checked_labels
 from stillhouse.kernels.normalise import single
 from stillhouse.kernels.reference import top_k_at
-from stillhouse.kernels.targets import Labels, Sampled, Target, TopK
+from stillhouse.kernels.targets import Labels, Sampled, Target, TopK, restricted
 
 SAME = 1e-6  # relative: weights that differ by no more count as those that the gradient was made for
 LIFT = 1024.0  # far enough from float16's largest number for a product with a layer's weights
@@ -75,6 +75,13 @@ class Call(NamedTuple):
             self.soft_divisor if self.soft_count is None else self.soft_count,
             self.label_divisor if self.label_count is None else self.label_count,
         )
+
+    def held(self) -> Call:
+        """With counts of its own, where they are tensors: the caller may change these before backward."""
+        soft, label = (
+            x if x is None else x.detach().clone() for x in (self.soft_count, self.label_count)
+        )
+        return self if soft is label is None else self._replace(soft_count=soft, label_count=label)
 
     def weights(self) -> tuple[float, float]:
         """Of both terms."""
@@ -152,16 +159,16 @@ def compute(student: Tensor, call: Call, out: Tensor | None) -> Tensor:
     if call.look and on_cpu:
         check_values(target, student.shape[1], call.mask)
     each = (1.0, 0.0) if call.per_row else tuple(map(reciprocal, call.counts()))
-    restricted = isinstance(target, TopK) and target.rest == "renormalise" and call.divergence == "reverse"
+    within = restricted(target, call.divergence)
     rows_of = _cpu_rows if on_cpu else _cuda_rows
-    rows, totals = (_within(rows_of) if restricted else rows_of)(
+    rows, totals = (_within(rows_of) if within else rows_of)(
         student, target, temperature=call.temperature, divergence=call.divergence, beta=call.beta, mask=call.mask,
         scales=(call.weight * each[0] * late, call.label_weight * each[1] * late), out_grad=out, labels=labels,
     )  # fmt: skip
     if on_cpu:
-        checked(float(totals[0]), rows[0], "logits at the k entries" if restricted else "logits")
+        checked(float(totals[0]), rows[0], "logits at the k entries" if within else "logits")
         if labels is not None:
-            checked_labels(totals[1], rows[1], labels, student.shape[1])
+            checked_labels(totals[1], rows[1], labels, student.shape[1], call.mask)
     if call.per_row:
         return rows[0]
     if on_cpu:  # what nothing is divided by is 0, also where a row is +inf
@@ -283,7 +290,7 @@ def softmax_kl(student: Tensor, call: Call, inplace: bool) -> tuple[Tensor, Tens
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError(_DERIVATIVE.format(got="a derivative by torch.func"))
     inplace = inplace and _is_plain(student) and overwritable(student, call)
-    return _SoftmaxKL.apply(student, call, inplace)[:2]  # type: ignore[no-any-return]
+    return _SoftmaxKL.apply(student, call.held(), inplace)[:2]  # type: ignore[no-any-return]
 
 
 def _terms(losses: Tensor, call: Call) -> tuple[Tensor, Tensor]:
