@@ -78,9 +78,7 @@ class Call(NamedTuple):
 
     def held(self) -> Call:
         """With counts of its own, where they are tensors: the caller may change these before backward."""
-        soft, label = (
-            x if x is None else x.detach().clone() for x in (self.soft_count, self.label_count)
-        )
+        soft, label = (x if x is None else x.detach().clone() for x in (self.soft_count, self.label_count))
         return self if soft is label is None else self._replace(soft_count=soft, label_count=label)
 
     def weights(self) -> tuple[float, float]:
@@ -155,7 +153,9 @@ def compute(student: Tensor, call: Call, out: Tensor | None) -> Tensor:
         call = call._replace(soft_count=None, soft_divisor=soft, label_count=None, label_divisor=label)
     target, labels, late = call.target(), call.label_term(), call.late(student.dtype)
     if isinstance(target, Tensor) and target.dtype == torch.float64 and call.divergence == "forward":
-        target = target[:, : student.shape[1]]  # what is dropped is not to be the largest that ``single`` subtracts
+        target = target[
+            :, : student.shape[1]
+        ]  # what is dropped is not to be the largest that ``single`` subtracts
     if call.look and on_cpu:
         check_values(target, student.shape[1], call.mask)
     each = (1.0, 0.0) if call.per_row else tuple(map(reciprocal, call.counts()))
