@@ -64,3 +64,51 @@ def test_an_infinite_probability_of_a_label(backend):
     mask = torch.arange(64) != 7
     student[5, 4] = -torch.inf  # which is no error: the label is finite, and what it rules out costs +inf
     assert distillation_loss(student, teacher, labels, mask=mask, backend=backend).label == torch.inf
+
+
+@pytest.mark.parametrize("count", [0, torch.tensor(0)])
+def test_what_nothing_is_divided_by_is_zero_also_where_a_row_is_infinite(count):
+    student, teacher, labels = logits(8, 200, 1), logits(8, 200, 2), torch.arange(8)
+    student[3, 3] = -torch.inf
+    settings = {"count": count, "label_count": count, "backend": "torch"}
+    layer = torch.zeros(200, 200), teacher, labels
+    terms = linear_distillation_loss(torch.zeros(8, 200), *layer, bias=student[3], **settings)
+    assert terms.soft == terms.label == 0
+    alone = linear_softmax_kl(torch.zeros(8, 200), *layer[:2], bias=student[3], count=count, backend="torch")
+    assert alone == 0
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("weights", [(0.0, 1.0), (1.0, 1.0), (1e-6, 1.0), (1.0, 0.0)])
+@pytest.mark.parametrize("counts", [(1, 10**6), (10**6, 1), (64, 64), (10**6, 10**6)])
+def test_a_float16_gradient_of_terms_with_counts_of_their_own(counts, weights, as_tensor):
+    student, teacher = logits(64, 200, 1, dtype=torch.float16), logits(64, 200, 2, dtype=torch.float16)
+    labels, leaves = torch.arange(64), [student.double().requires_grad_(), student.clone().requires_grad_()]
+    given = [torch.tensor(count) if as_tensor else count for count in counts]
+    for leaf, backend in zip(leaves, ("torch", "numba"), strict=True):
+        terms = distillation_loss(
+            leaf, teacher, labels, weights=weights, count=given[0], label_count=given[1], backend=backend
+        )
+        loss = weights[0] * terms.soft + weights[1] * terms.label
+        size = max(weight / count for weight, count in zip(weights, counts, strict=True))
+        (loss / size).backward()  # as a loss scaler lifts it
+    expected, got = (leaf.grad for leaf in leaves)
+    assert relative(got, expected) <= 2e-3
+
+
+def test_the_largest_float16_gradient_of_a_term_is_one_that_a_layer_can_multiply():
+    for temperature in (1.0, 100.0):
+        student, teacher = torch.zeros(4, 200), torch.zeros(4, 200)
+        student[:, 0] = teacher[:, 1] = 6e4
+        leaf = student.half().requires_grad_()
+        terms = distillation_loss(
+            leaf,
+            teacher.half(),
+            torch.arange(4),
+            temperature=temperature,
+            count=1,
+            label_count=10**6,
+            backend="numba",
+        )
+        (terms.soft + terms.label).backward()
+        assert leaf.grad.isfinite().all()

@@ -88,7 +88,8 @@ class Call(NamedTuple):
     def late(self, dtype: torch.dtype) -> Any:
         """What a gradient is divided by in backward: float16 would lose 1 / count times it before a scaler lifts it.
 
-        The count of the divergence, or less where the label term, divided by a smaller one, would exceed ``LIFT``.
+        The count of the divergence, or more where the label term is divided by a larger one, less where by a smaller one: such that
+        neither term exceeds ``LIFT``.
         """
         if dtype != torch.float16 or self.per_row:
             return 1.0
@@ -97,10 +98,10 @@ class Call(NamedTuple):
         )
         if self.label_weight == 0:  # as without labels
             return count
-        most = labelled * (LIFT / abs(self.label_weight))
-        if isinstance(count, Tensor) or isinstance(most, Tensor):
-            return torch.minimum(torch.as_tensor(count), torch.as_tensor(most))
-        return min(count, most)
+        if self.weight == 0:
+            return labelled
+        more = _least(labelled, count * (LIFT / (self.weight * self.temperature)))
+        return _least(_most(count, more), labelled * (LIFT / self.label_weight))
 
 
 def call_of(
@@ -127,6 +128,18 @@ def call_of(
     )  # fmt: skip
 
 
+def _least(a: Any, b: Any) -> Any:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return torch.minimum(torch.as_tensor(a), torch.as_tensor(b))
+    return min(a, b)
+
+
+def _most(a: Any, b: Any) -> Any:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return torch.maximum(torch.as_tensor(a), torch.as_tensor(b))
+    return max(a, b)
+
+
 def _divisor(count: Count) -> tuple[Tensor | None, float]:
     return (count, 1.0) if isinstance(count, Tensor) else (None, float(count))
 
@@ -143,6 +156,13 @@ def reciprocal(count: Count) -> Any:
     if isinstance(count, Tensor):
         return torch.where(count > 0, 1.0 / count.double(), 0.0)
     return 1.0 / count if count else 0.0
+
+
+def divided(total: Tensor, share: Any) -> Tensor:
+    """``total`` times its :func:`reciprocal` share, of its dtype; what nothing is divided by is 0, also where a row is +inf."""
+    if isinstance(share, Tensor):
+        return torch.where(share > 0, total * share, 0).to(total.dtype)
+    return total * share if share else torch.zeros_like(total)
 
 
 def compute(student: Tensor, call: Call, out: Tensor | None) -> Tensor:
@@ -175,7 +195,7 @@ def compute(student: Tensor, call: Call, out: Tensor | None) -> Tensor:
         terms = [total * share if share else 0.0 for total, share in zip(totals, each, strict=False)]
         loss = student.new_tensor(terms, dtype=torch.float32)
     else:
-        loss = torch.stack([total * share for total, share in zip(totals, each, strict=False)])
+        loss = torch.stack([divided(total, share) for total, share in zip(totals, each, strict=False)])
     return loss[0] if labels is None else loss
 
 
