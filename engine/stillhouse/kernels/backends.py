@@ -108,16 +108,13 @@ def cuda_failure(device: int) -> str | None:
     from stillhouse.kernels import cache
 
     kept, name = _kept_verdict(device)
-    if kept is None:
-        kept, lasts = _cuda_verdict(device)
-        if lasts:
-            cache.write(name, kept)
-        else:
-            name = ""
-    if kept == PASSED:
+    verdict, lasts = _cuda_verdict(device) if kept is None else (kept, True)
+    if kept is None and lasts:
+        cache.write(name, verdict)
+    if verdict == PASSED:
         return None
-    why = kept.decode(errors="replace")
-    again = f"delete {cache.folder() / name}" if name else "start again"
+    why = verdict.decode(errors="replace")
+    again = f"delete {cache.folder() / name}" if lasts else "start again"
     warn(
         f"stillhouse's CUDA kernel is not used on device {device}, and torch computes in its place: its self-check there said "
         f"'{why}'. Fix: update the driver and the extra 'cuda', then {again}; `stillhouse doctor "
@@ -192,12 +189,11 @@ def _explain_cuda(index: int | None, certain: bool) -> tuple[str, str]:
     if not available:
         return "torch", f"no CUDA kernel: {why}"
     device = torch.cuda.current_device() if index is None else index
-    if certain:
-        failure = cuda_failure(device)
-        kept = PASSED if failure is None else failure.encode()
-    else:
-        kept = _kept_verdict(device)[0]
-    if kept is not None and kept != PASSED:
-        return "torch", f"the CUDA kernel has failed its self-check: {kept.decode(errors='replace')}"
-    later = "; not checked yet, which the first call does" if kept is None else ""
+    failure = cuda_failure(device) if certain else None
+    kept = _kept_verdict(device)[0]
+    if failure is None and kept is not None and kept != PASSED:
+        failure = kept.decode(errors="replace")
+    if failure is not None:
+        return "torch", f"the CUDA kernel has failed its self-check: {failure}"
+    later = "" if certain or kept is not None else "; not checked yet, which the first call does"
     return "cuda", f"CUDA tensors: {why}{later}"

@@ -100,8 +100,13 @@ class Call(NamedTuple):
             return count
         if self.weight == 0:
             return labelled
-        more = _least(labelled, count * (LIFT / (self.weight * self.temperature)))
-        return _least(_most(count, more), labelled * (LIFT / self.label_weight))
+        least: Any = min
+        most: Any = max
+        if isinstance(count, Tensor) or isinstance(labelled, Tensor):
+            count, labelled = torch.as_tensor(count), torch.as_tensor(labelled)
+            least, most = torch.minimum, torch.maximum
+        more = least(labelled, count * (LIFT / self.weight / self.temperature))
+        return least(most(count, more), labelled * (LIFT / self.label_weight))
 
 
 def call_of(
@@ -126,18 +131,6 @@ def call_of(
         *_divisor(label_count), float(weights[0]), float(weights[1]), float(temperature), divergence,
         float(beta) if divergence == "jsd" else 0.5, look, per_row,
     )  # fmt: skip
-
-
-def _least(a: Any, b: Any) -> Any:
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return torch.minimum(torch.as_tensor(a), torch.as_tensor(b))
-    return min(a, b)
-
-
-def _most(a: Any, b: Any) -> Any:
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return torch.maximum(torch.as_tensor(a), torch.as_tensor(b))
-    return max(a, b)
 
 
 def _divisor(count: Count) -> tuple[Tensor | None, float]:
