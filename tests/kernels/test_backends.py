@@ -15,8 +15,17 @@ from cases import exact, logits, relative
 from numba.core import compiler
 
 from stillhouse.cli.main import main
-from stillhouse.kernels import TopK, backends, cache, distillation_loss, linear_softmax_kl, loss, softmax_kl
-from stillhouse.kernels.cpu import build
+from stillhouse.kernels import (
+    TopK,
+    backends,
+    cache,
+    distillation_loss,
+    linear_softmax_kl,
+    loss,
+    selfcheck,
+    softmax_kl,
+)
+from stillhouse.kernels.cpu import build, workers
 
 
 def forget():
@@ -226,27 +235,36 @@ def test_warmup_makes_every_kernel_and_keeps_it(fresh, monkeypatch):
     assert not backends.warmup(said.append)
 
 
-@pytest.mark.parametrize("passes", [True, False])
-def test_the_cuda_kernel_is_used_after_its_check_alone(passes, tmp_path, monkeypatch):
-    """Without a device: what stands around the check, which is the same function that `doctor --kernels` runs."""
-    from stillhouse.kernels import cuda, selfcheck
+@pytest.fixture
+def device_one(tmp_path, monkeypatch):
+    """A CUDA device that is not there: what stands around the check, which is the same function that `doctor --kernels` runs."""
+    from stillhouse.kernels import cuda
 
+    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path))
+    monkeypatch.setattr(cuda, "identity", lambda device: f"device-{device}")
+    monkeypatch.setattr(backends, "cuda_available", lambda: (True, "a device"))
+    backends.cuda_failure.cache_clear()
+    yield SimpleNamespace(device=SimpleNamespace(type="cuda", index=1), dtype=torch.float32)
+    backends.cuda_failure.cache_clear()
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_the_cuda_kernel_is_used_after_its_check_alone(passes, device_one, monkeypatch):
     asked = []
 
     def check(device, backend):
         asked.append((device, backend))
         return [("dense forward", True, ""), ("top-k", passes, "relative error 1")]
 
-    monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path))
     monkeypatch.setattr(selfcheck, "check", check)
-    monkeypatch.setattr(cuda, "identity", lambda device: f"device-{device}")
-    monkeypatch.setattr(backends, "cuda_available", lambda: (True, "a device"))
-    backends.cuda_failure.cache_clear()
-    here = SimpleNamespace(device=SimpleNamespace(type="cuda", index=1), dtype=torch.float32)
+    assert backends.explain("cuda:1") == (
+        "cuda",
+        "CUDA tensors: a device; not checked yet, which the first call does",
+    )
     for _ in range(2):  # the second as in another process
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            chosen = [backends.choose(here, None) for _ in range(3)]
+            chosen = [backends.choose(device_one, None) for _ in range(3)]
         assert chosen == ["cuda" if passes else "torch"] * 3
         assert len(said) == (0 if passes else 1)
         assert all(
@@ -254,3 +272,64 @@ def test_the_cuda_kernel_is_used_after_its_check_alone(passes, tmp_path, monkeyp
         )
         backends.cuda_failure.cache_clear()
     assert asked == [("cuda:1", "cuda")]
+    in_use, why = backends.explain("cuda:1")
+    assert in_use == ("cuda" if passes else "torch")
+    assert "not checked" not in why
+    assert passes or "top-k: relative error 1" in why
+
+
+@pytest.mark.parametrize("raises", [True, False])
+def test_what_a_check_could_not_compute_is_no_verdict_for_other_processes(raises, device_one, monkeypatch):
+    def check(device, backend):
+        if raises:
+            raise RuntimeError("out of memory")
+        return [("dense forward", False, "RuntimeError: out of memory")]
+
+    monkeypatch.setattr(selfcheck, "check", check)
+    with pytest.warns(RuntimeWarning, match=r"out of memory'.*then start again"):
+        assert backends.choose(device_one, None) == "torch"
+    assert backends.choose(device_one, None) == "torch"
+    assert backends.explain("cuda:1", certain=True)[0] == "torch"
+    backends.cuda_failure.cache_clear()  # as in another process
+    monkeypatch.setattr(selfcheck, "check", lambda device, backend: [("dense forward", True, "")])
+    assert backends.choose(device_one, None) == "cuda"
+
+
+@pytest.mark.parametrize("within", [torch.no_grad, torch.inference_mode, lambda: torch.device("meta")])
+def test_the_check_is_the_same_whatever_the_caller_is_in(within):
+    expected = selfcheck.check("cpu", "torch")
+    with within():
+        assert selfcheck.check("cpu", "torch") == expected
+    assert all(passed for _, passed, _ in expected)
+
+
+def test_the_check_of_a_cuda_device_is_of_its_kernel(monkeypatch):
+    """By default one that was found to be wrong would have torch checked, which passes."""
+    asked = []
+
+    def record(*given):
+        asked.append(given[-1])
+        return "", True, ""
+
+    monkeypatch.setattr(backends, "cuda_available", lambda: (True, "a device"))
+    monkeypatch.setattr(selfcheck, "_check", record)
+    selfcheck.check("cuda:0")
+    assert set(asked) == {"cuda"}
+
+
+def test_without_an_entry_point_for_threads_one_is_what_there_is(monkeypatch):
+    monkeypatch.setattr(workers, "openmp", lambda: None)
+    monkeypatch.setattr(backends, "cpu_failure", lambda kernel: None)
+    assert "one thread, since" in backends.explain("cpu")[1]
+
+
+def test_a_restricted_student_asks_for_the_kernel_that_it_runs(fresh, monkeypatch):
+    """Its k logits are dense ones: without that kernel torch computes, and the sparse one does not matter."""
+    student, target = logits(64, 200, 1), TopK.from_logits(logits(64, 200, 2), 8, rest="renormalise")
+    expected = softmax_kl(student, target, divergence="reverse", backend="torch")
+    asked = []
+    monkeypatch.setattr(backends, "cpu_failure", lambda kernel: asked.append(kernel) or "gone")
+    with pytest.warns(RuntimeWarning, match="torch computes in their place"):
+        assert torch.equal(softmax_kl(student, target, divergence="reverse"), expected)
+    assert asked == ["dense"]
+    monkeypatch.undo()

@@ -32,6 +32,22 @@ def test_what_is_written_is_read_by_nobody_else(folder):
     assert [path.name for path in folder.iterdir()] == ["name"]
 
 
+def test_what_is_being_written_is_read_by_nobody_else_either(folder, monkeypatch):
+    modes, replace = [], type(folder).replace
+
+    def looked_at(half, path):
+        modes.append(stat.S_IMODE(half.stat().st_mode))
+        return replace(half, path)
+
+    monkeypatch.setattr(type(folder), "replace", looked_at)
+    before = os.umask(0)
+    try:
+        assert cache.write("name", CODE)
+    finally:
+        os.umask(before)
+    assert modes == [0o600]
+
+
 @pytest.mark.parametrize(
     "damage", [b"", b"nonsense", lambda x: x[:-1], lambda x: x[:-1] + b"?", lambda x: x + b"?"]
 )
@@ -108,7 +124,7 @@ def test_a_folder_that_cannot_be_looked_into(folder, monkeypatch):
         folder.chmod(0)
     with pytest.warns(RuntimeWarning, match=r"Permission denied.*STILLHOUSE_CACHE"):
         assert cache.read("name") is None
-    folder.parent.chmod(0o700)
+    folder.chmod(0o700)
 
 
 def test_a_folder_that_leads_to_itself(tmp_path, monkeypatch):

@@ -22,8 +22,8 @@ _HALF = re.compile(r"\..+\.[0-9a-f]{12}\.part")
 _FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace ``path`` atomically, with the permissions that the umask leaves; folders are made.
+def write_bytes(path: Path, content: bytes, *, mode: int = 0o666) -> None:
+    """Replace ``path`` atomically, with the permissions that the umask leaves of ``mode``; folders are made.
 
     Raises WriteFailed (an OSError too), naming the file and what to do; what was there before stays as it was, and
     nothing is left behind.
@@ -31,7 +31,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     half = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(half, _FLAGS, 0o666)
+        handle = os.open(half, _FLAGS, mode)
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()

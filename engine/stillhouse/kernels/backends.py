@@ -102,37 +102,47 @@ PASSED = b"passed"
 def cuda_failure(device: int) -> str | None:
     """Why the CUDA kernels are not used on this device, warned about once: they have to pass the self-check there first.
 
-    Its verdict is kept on disk, for this device, driver and version of the kernels.
+    Its verdict is kept on disk, for this device, driver and version of the kernels; but not that of an exception, which may be of
+    this process alone (no memory left, say).
     """
     from stillhouse.kernels import cache
-    from stillhouse.kernels.cuda import identity
 
-    name = f"cuda-check-{identity(device)}"
-    kept = cache.read(name)
-    if kept is None:
-        kept = _cuda_verdict(device)
-        cache.write(name, kept)
-    if kept == PASSED:
+    kept, name = _kept_verdict(device)
+    verdict, lasts = _cuda_verdict(device) if kept is None else (kept, True)
+    if kept is None and lasts:
+        cache.write(name, verdict)
+    if verdict == PASSED:
         return None
-    why = kept.decode(errors="replace")
+    why = verdict.decode(errors="replace")
+    again = f"delete {cache.folder() / name}" if lasts else "start again"
     warn(
         f"stillhouse's CUDA kernel is not used on device {device}, and torch computes in its place: its self-check there said "
-        f"'{why}'. Fix: update the driver and the extra 'cuda', then delete {cache.folder() / name}; `stillhouse doctor "
+        f"'{why}'. Fix: update the driver and the extra 'cuda', then {again}; `stillhouse doctor "
         "--kernels` shows all of the check"
     )
     return why
 
 
-def _cuda_verdict(device: int) -> bytes:
-    from stillhouse.kernels.selfcheck import check
+def _kept_verdict(device: int) -> tuple[bytes | None, str]:
+    """What was kept of the device's check, and its name in the cache."""
+    from stillhouse.kernels import cache
+    from stillhouse.kernels.cuda import identity
+
+    name = f"cuda-check-{identity(device)}"
+    return cache.read(name), name
+
+
+def _cuda_verdict(device: int) -> tuple[bytes, bool]:
+    """(The verdict, whether it holds for other processes too)."""
+    from stillhouse.kernels.selfcheck import MEASURED, check
 
     try:
-        failed = [
-            f"{name}: {detail}" for name, passed, detail in check(f"cuda:{device}", "cuda") if not passed
-        ]
+        failed = [(name, detail) for name, passed, detail in check(f"cuda:{device}", "cuda") if not passed]
     except Exception as error:  # noqa: BLE001 as above
-        failed = [f"{type(error).__name__}: {error}"]
-    return failed[0].encode() if failed else PASSED
+        failed = [(type(error).__name__, str(error))]
+    measured = [case for case in failed if case[1].startswith(MEASURED)]
+    said = measured or failed
+    return ": ".join(said[0]).encode() if said else PASSED, bool(measured) or not failed
 
 
 def warmup(say: Callable[[str], None]) -> bool:
@@ -151,7 +161,7 @@ def warmup(say: Callable[[str], None]) -> bool:
 def explain(device: str | torch.device, *, certain: bool = False) -> tuple[str, str]:
     """The backend in use for logits on ``device`` in float32 and 16-bit types, and why it is that one.
 
-    Of CPU kernels that were not compiled yet it says so; ``certain`` compiles them to know.
+    Of CPU kernels that were not compiled yet, and CUDA kernels that were not checked yet, it says so; ``certain`` does that to know.
     """
     kind = torch.device(device).type
     if kind == "cpu":
@@ -166,10 +176,24 @@ def explain(device: str | torch.device, *, certain: bool = False) -> tuple[str, 
             return "torch", f"the CPU kernels can't be compiled or loaded: {failed[0]}"
         missing = ", ".join(sorted(ENTRIES.keys() - set(there)))
         later = f"; not compiled yet: {missing} (`stillhouse warmup`)" if missing else ""
-        whose = "torch's own" if openmp() else "of a pool, since this torch has no GOMP_parallel"
-        threads = f"{torch.get_num_threads()} threads, {whose}"
+        own = f"{torch.get_num_threads()} threads, torch's own"
+        threads = own if openmp() else "one thread, since this torch has no GOMP_parallel"
         return "numba", f"CPU tensors: the Numba kernel, {threads}; float64 and small calls take torch{later}"
     if kind == "cuda":
-        available, why = cuda_available()
-        return ("cuda", f"CUDA tensors: {why}") if available else ("torch", f"no CUDA kernel: {why}")
+        return _explain_cuda(torch.device(device).index, certain)
     return "torch", f"no kernel for {kind} tensors: the plain torch path"
+
+
+def _explain_cuda(index: int | None, certain: bool) -> tuple[str, str]:
+    available, why = cuda_available()
+    if not available:
+        return "torch", f"no CUDA kernel: {why}"
+    device = torch.cuda.current_device() if index is None else index
+    failure = cuda_failure(device) if certain else None
+    kept = _kept_verdict(device)[0]
+    if failure is None and kept is not None and kept != PASSED:
+        failure = kept.decode(errors="replace")
+    if failure is not None:
+        return "torch", f"the CUDA kernel has failed its self-check: {failure}"
+    later = "" if certain or kept is not None else "; not checked yet, which the first call does"
+    return "cuda", f"CUDA tensors: {why}{later}"

@@ -50,8 +50,7 @@ def write(name: str, code: bytes) -> bool:
                 place.mkdir(mode=0o755, exist_ok=True)  # whatever the umask leaves open
         path.parent.mkdir(mode=0o700, exist_ok=True)
         sweep(path.parent, older=ABANDONED)
-        write_bytes(path, _digest(name, code) + b"\n" + code)
-        path.chmod(0o600)
+        write_bytes(path, _digest(name, code) + b"\n" + code, mode=0o600)
     except OSError:
         return False
     return True

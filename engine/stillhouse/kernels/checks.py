@@ -300,7 +300,9 @@ def checked(total: float, rows: Tensor, what: str = "logits") -> None:
         raise fail("target indices", got, "0 to V - 1", "drop trusted=True to see which, and remap it")
 
 
-def checked_labels(total: float, rows: Tensor, labels: Labels, width: int) -> None:
-    """Refuse label terms (N,) of which one is not a number, or reports an index out of range."""
+def checked_labels(total: float, rows: Tensor, labels: Labels, width: int, mask: Tensor | None) -> None:
+    """Refuse label terms (N,) of which one is not a number, or reports an index out of range, or comes of an infinite label."""
+    if math.isinf(total):  # also that of a label which the student rules out
+        check_label_values(labels, width, mask)
     if math.isnan(total) or total == -math.inf:
         raise _label_error(labels, int((rows.isnan() | (rows == -math.inf)).nonzero()[0, 0]), width)

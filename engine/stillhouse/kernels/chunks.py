@@ -157,10 +157,10 @@ def _by_torch(logits: Tensor, call: ops.Call, gradient: bool) -> tuple[Tensor, T
         total = rows.sum()
         if logits.device.type == "cpu":
             checked(total.item(), rows)
-        losses = rows if call.per_row else (total * per).to(rows.dtype)
+        losses = rows if call.per_row else ops.divided(total, per)
         scaled = total if call.per_row else call.weight * per * late * total
         if labels is not None:
             label = reference.label_rows(leaf, labels, call.mask).sum()
-            losses = torch.stack([losses, (label * per_label).to(rows.dtype)])
+            losses = torch.stack([losses, ops.divided(label, per_label).to(rows.dtype)])
             scaled = scaled + call.label_weight * per_label * late * label
         return losses.detach(), torch.autograd.grad(scaled, leaf)[0] if gradient else None

@@ -144,7 +144,9 @@ def _apply(
         of_labels = {"labels": y, "weights": weights, "label_count": label_count}
     call = ops.call_of(flat, mask, count, temperature, divergence, beta, per_row=per_row, **of_labels)
     ops.refuse_forward_mode(hidden, weight, bias)
-    if not torch.is_grad_enabled():  # a Function is told what requires a gradient, not that none is wanted
+    if torch.is_grad_enabled():
+        call = call.held()
+    else:  # a Function is told what requires a gradient, not that none is wanted
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     work = Work(call if head is None else call._replace(dense=None, kind="dense"), head, by_torch)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -208,7 +210,7 @@ class _LinearSoftmaxKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, soft: Tensor | None, label: Tensor | None, _: None) -> tuple[Any, ...]:  # type: ignore[override]
         *gradients, anchor = ctx.saved_tensors[:4]
-        layer, work, factor = ctx.saved_tensors[4:], ctx.work, 1.0
+        layer, work = ctx.saved_tensors[4:], ctx.work
         call = work.call
         with torch.no_grad():
             if ctx.labelled:

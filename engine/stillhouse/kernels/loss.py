@@ -19,7 +19,7 @@ from stillhouse.kernels.checks import (
     check_values,
     checked,
 )
-from stillhouse.kernels.targets import Labels, Sampled, Target, TopK
+from stillhouse.kernels.targets import Labels, Sampled, Target, TopK, restricted
 
 SMALL = 8192  # logits of a call that is not worth compiling a kernel for, measured: see docs/kernels.md
 Divergence = Literal["forward", "reverse", "jsd"]
@@ -182,7 +182,7 @@ def choose(
     if backend is None and _is_small(student, target, divergence):
         return "small"
     one_pass = labels is not None and fits_one_pass(student, target, divergence, labels)
-    kernel = "dense" if isinstance(target, Tensor) else "sparse"
+    kernel = "dense" if isinstance(target, Tensor) or restricted(target, divergence) else "sparse"
     return backends.choose(student, backend, f"{kernel}_labels" if one_pass else kernel)
 
 

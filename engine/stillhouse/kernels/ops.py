@@ -21,7 +21,7 @@ from torch.autograd.function import FunctionCtx
 from stillhouse.kernels.checks import check_count_value, check_values, checked, checked_labels
 from stillhouse.kernels.normalise import single
 from stillhouse.kernels.reference import top_k_at
-from stillhouse.kernels.targets import Labels, Sampled, Target, TopK
+from stillhouse.kernels.targets import Labels, Sampled, Target, TopK, restricted
 
 SAME = 1e-6  # relative: weights that differ by no more count as those that the gradient was made for
 LIFT = 1024.0  # far enough from float16's largest number for a product with a layer's weights
@@ -76,6 +76,11 @@ class Call(NamedTuple):
             self.label_divisor if self.label_count is None else self.label_count,
         )
 
+    def held(self) -> Call:
+        """With counts of its own, where they are tensors: the caller may change these before backward."""
+        soft, label = (x if x is None else x.detach().clone() for x in (self.soft_count, self.label_count))
+        return self if soft is label is None else self._replace(soft_count=soft, label_count=label)
+
     def weights(self) -> tuple[float, float]:
         """Of both terms."""
         return self.weight, self.label_weight
@@ -83,7 +88,8 @@ class Call(NamedTuple):
     def late(self, dtype: torch.dtype) -> Any:
         """What a gradient is divided by in backward: float16 would lose 1 / count times it before a scaler lifts it.
 
-        The count of the divergence, or less where the label term, divided by a smaller one, would exceed ``LIFT``.
+        The count of the divergence, or more where the label term is divided by a larger one, less where by a smaller one: such that
+        neither term exceeds ``LIFT``.
         """
         if dtype != torch.float16 or self.per_row:
             return 1.0
@@ -92,10 +98,15 @@ class Call(NamedTuple):
         )
         if self.label_weight == 0:  # as without labels
             return count
-        most = labelled * (LIFT / abs(self.label_weight))
-        if isinstance(count, Tensor) or isinstance(most, Tensor):
-            return torch.minimum(torch.as_tensor(count), torch.as_tensor(most))
-        return min(count, most)
+        if self.weight == 0:
+            return labelled
+        least: Any = min
+        most: Any = max
+        if isinstance(count, Tensor) or isinstance(labelled, Tensor):
+            count, labelled = torch.as_tensor(count), torch.as_tensor(labelled)
+            least, most = torch.minimum, torch.maximum
+        more = least(labelled, count * (LIFT / self.weight / self.temperature))
+        return least(most(count, more), labelled * (LIFT / self.label_weight))
 
 
 def call_of(
@@ -140,6 +151,13 @@ def reciprocal(count: Count) -> Any:
     return 1.0 / count if count else 0.0
 
 
+def divided(total: Tensor, share: Any) -> Tensor:
+    """``total`` times its :func:`reciprocal` share, of its dtype; what nothing is divided by is 0, also where a row is +inf."""
+    if isinstance(share, Tensor):
+        return torch.where(share > 0, total * share, 0).to(total.dtype)
+    return total * share if share else torch.zeros_like(total)
+
+
 def compute(student: Tensor, call: Call, out: Tensor | None) -> Tensor:
     """The loss, reduced, or both terms (2,); the gradient, still to be divided by ``call.late``, to ``out``."""
     on_cpu = not student.is_cuda
@@ -147,26 +165,30 @@ def compute(student: Tensor, call: Call, out: Tensor | None) -> Tensor:
         soft, label = map(number, call.counts(), ("count", "label_count"))
         call = call._replace(soft_count=None, soft_divisor=soft, label_count=None, label_divisor=label)
     target, labels, late = call.target(), call.label_term(), call.late(student.dtype)
+    if isinstance(target, Tensor) and target.dtype == torch.float64 and call.divergence == "forward":
+        target = target[
+            :, : student.shape[1]
+        ]  # what is dropped is not to be the largest that ``single`` subtracts
     if call.look and on_cpu:
         check_values(target, student.shape[1], call.mask)
     each = (1.0, 0.0) if call.per_row else tuple(map(reciprocal, call.counts()))
-    restricted = isinstance(target, TopK) and target.rest == "renormalise" and call.divergence == "reverse"
+    within = restricted(target, call.divergence)
     rows_of = _cpu_rows if on_cpu else _cuda_rows
-    rows, totals = (_within(rows_of) if restricted else rows_of)(
+    rows, totals = (_within(rows_of) if within else rows_of)(
         student, target, temperature=call.temperature, divergence=call.divergence, beta=call.beta, mask=call.mask,
         scales=(call.weight * each[0] * late, call.label_weight * each[1] * late), out_grad=out, labels=labels,
     )  # fmt: skip
     if on_cpu:
-        checked(float(totals[0]), rows[0], "logits at the k entries" if restricted else "logits")
+        checked(float(totals[0]), rows[0], "logits at the k entries" if within else "logits")
         if labels is not None:
-            checked_labels(totals[1], rows[1], labels, student.shape[1])
+            checked_labels(totals[1], rows[1], labels, student.shape[1], call.mask)
     if call.per_row:
         return rows[0]
     if on_cpu:  # what nothing is divided by is 0, also where a row is +inf
         terms = [total * share if share else 0.0 for total, share in zip(totals, each, strict=False)]
         loss = student.new_tensor(terms, dtype=torch.float32)
     else:
-        loss = torch.stack([total * share for total, share in zip(totals, each, strict=False)])
+        loss = torch.stack([divided(total, share) for total, share in zip(totals, each, strict=False)])
     return loss[0] if labels is None else loss
 
 
@@ -281,7 +303,7 @@ def softmax_kl(student: Tensor, call: Call, inplace: bool) -> tuple[Tensor, Tens
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError(_DERIVATIVE.format(got="a derivative by torch.func"))
     inplace = inplace and _is_plain(student) and overwritable(student, call)
-    return _SoftmaxKL.apply(student, call, inplace)[:2]  # type: ignore[no-any-return]
+    return _SoftmaxKL.apply(student, call.held(), inplace)[:2]  # type: ignore[no-any-return]
 
 
 def _terms(losses: Tensor, call: Call) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stillhouse.kernels.normalise import log_softmax, wide
 from stillhouse.kernels.series import LEAST_REST
-from stillhouse.kernels.targets import Labels, Sampled, Target, TopK
+from stillhouse.kernels.targets import Labels, Sampled, Target, TopK, restricted
 
 NEG_INF = float("-inf")
 
@@ -128,7 +128,7 @@ def _top_k_outcomes(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities over the k entries and, as one more outcome, everything else: (N, k + 1) each."""
     log_t = top_k_at(target, temperature)
-    if target.rest == "renormalise" and divergence == "reverse":
+    if restricted(target, divergence):
         return log_softmax(student.gather(-1, target.indices), temperature), log_t
     log_s = log_softmax(student, temperature)
     kept = log_s.gather(-1, target.indices)

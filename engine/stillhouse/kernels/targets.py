@@ -127,6 +127,11 @@ class Labels:
         return (self.probabilities != 0).any(-1)
 
 
+def restricted(target: Target, divergence: str) -> bool:
+    """Is the student too restricted to the target's k entries? Then its logits there are dense ones, k wide."""
+    return isinstance(target, TopK) and target.rest == "renormalise" and divergence == "reverse"
+
+
 def _check_draw(kind: str, logits: Tensor, k: object, temperature: object) -> int:
     name, shape = f"{kind}.from_logits", tuple(logits.shape)
     require(

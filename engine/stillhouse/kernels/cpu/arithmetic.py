@@ -1,7 +1,7 @@
-"""What Numba lacks for the CPU rows: pointers, fused multiply-add, reductions that may be reordered, exp2, log.
+"""What Numba lacks for the CPU rows: pointers, fused multiply-add, reductions that may be reordered, exponentials.
 
 What is made by ``floats`` takes a float32 or lanes of them, and so do the polynomials. No fastmath flag is used: it
-would let LLVM assume that infinities do not occur, and undo the rounding trick in ``exp2``. A sum whose order
+would let LLVM assume that infinities do not occur, and undo the rounding trick in ``exp2_of_product``. A sum whose order
 does not matter says so itself (``reduce_add_wide``).
 """
 

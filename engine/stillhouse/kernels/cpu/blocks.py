@@ -60,7 +60,7 @@ def forward_columns(i, given, sums, seen, full):
 def forward_block(scratch, out, n, logs, sums, scale, differ, label):
     """KL(t || s): gradient s - t, loss t phi(log s - log t); neither cancels where s is near t, unless the sides ``differ``.
 
-    A short loop, so one of its own for each dtype where they do, as in pass A. Their ``size`` is not summed.
+    A short loop, so float32 has one of its own where they do (``dense.row_gradient``). Their ``size`` is not summed.
     """
     zs, zt = sums
     given = scratch, out, logs, f32(zt / zs), f32(scale / zt), differ, label

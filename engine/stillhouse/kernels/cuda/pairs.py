@@ -6,7 +6,7 @@ rest by series; where it is not, closed forms lose nothing.
 
 p is the teacher's side, of reverse the student's. ``sides`` is what a row's first pass makes of both (``compare``), and
 ``known`` what is made of that for a pair function, whose results lack the factor known[3], and what
-``arguments.factors`` has.
+``arguments.constants`` has.
 """
 
 # mypy: ignore-errors

@@ -97,7 +97,7 @@ def clearing(code: SimpleNamespace, team: int) -> Callable:
 
 
 def beginning(code: SimpleNamespace, cluster: int) -> Callable:
-    """Device function: (row, rank in the cluster, chunks of this block) from the first row's addresses."""
+    """Device function: (row, rank in the cluster, ``place``, chunks of this block) from the first row's addresses."""
     cut, size = geometry(code), code.size
 
     @device
