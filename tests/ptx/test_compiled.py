@@ -18,7 +18,9 @@ from .harness import ptx_of
 
 REGISTERS = 64  # of 65,536 a multiprocessor has, two blocks of 512 threads can have this many each
 REGISTERS_WARP = 85  # of a warp a row, of which a multiprocessor has 24 blocks
-REGISTERS_OTHERS = 102  # of jsd and with labels, of which it has 640 threads: with 768 a bf16 jsd spilled on 8.0
+REGISTERS_OTHERS = (
+    102  # of jsd and with labels, of which it has 640 threads: with 768 a bf16 jsd spilled on 8.0
+)
 REGISTERS_BOTH = (
     128  # of jsd with labels, and of these in blocks of 512, of which one lives on a multiprocessor
 )
