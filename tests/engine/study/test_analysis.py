@@ -244,7 +244,7 @@ class TestCosts:
                 {"step": step, "accuracy": 0.6 if at is not None and step >= at else 0.1}
                 for step in (20, 40, 60)
             ]
-            return done(one, 0.6, curve=curve)
+            return done(one, 0.1 if at is None else 0.6, curve=curve)
 
         cost = concluded(plan, result).rows["digits"][1].cost
         assert (cost.updates_to_target, cost.reached, cost.grid) == (median, reached, 20)
@@ -258,8 +258,14 @@ class TestCosts:
     def test_of_four_seeds_two_are_half(self):
         plan = planned(2, seeds=4)
         curve = lambda one: [{"step": 40, "accuracy": 0.6 if one.seed < 2 else 0.1}]
-        made = concluded(plan, lambda one: done(one, 0.5, curve=curve(one)))
+        score = lambda one: 0.5 if one.method == "m0" or one.seed < 2 else 0.1
+        made = concluded(plan, lambda one: done(one, score(one), curve=curve(one)))
         assert made.rows["digits"][1].cost.updates_to_target == 40
+
+    def test_the_last_validation_counts_where_no_look_fell_on_the_end(self):
+        made = concluded(planned(2, seeds=4), lambda one: done(one, 0.5, curve=[]))
+        cost = made.rows["digits"][0].cost
+        assert (cost.reached, cost.updates_to_target) == (4, 60)
 
 
 class TestRemarks:
