@@ -341,6 +341,16 @@ class TestGoingOn:
         assert not list(tmp_path.glob("s/cells/*/result.json"))
 
 
+def made_elsewhere(folder: Path, part: str, **changed: str) -> None:
+    """Rewrite a study's cells as if something that they are made from had been another there."""
+    for path in list((folder / "cells").iterdir()):
+        result = directory.read_result(path)
+        result["made_from"][part].update(changed)
+        result["digest"] = directory.digest(result["made_from"])
+        path.rename(path.with_name(result["digest"]))
+        directory.write_result(path.with_name(result["digest"]), result)
+
+
 class TestMerge:
     def test_finished_cells_of_another_machine_are_taken_over(self, finished, tmp_path):
         analysis, said = make(small(), tmp_path / "here", merge=[finished[0]])
@@ -352,12 +362,7 @@ class TestMerge:
     def test_cells_of_another_version_are_not_and_the_version_is_told(self, tmp_path):
         content = untuned(methods={"hard": {"config": {"method": "hard_labels"}}})
         make(content, tmp_path / "there")
-        for path in (tmp_path / "there" / "cells").iterdir():
-            result = directory.read_result(path)
-            result["made_from"]["versions"]["torch"] = "1.0"
-            result["digest"] = directory.digest(result["made_from"])
-            path.rename(path.with_name(result["digest"]))
-            directory.write_result(path.with_name(result["digest"]), result)
+        made_elsewhere(tmp_path / "there", "versions", torch="1.0")
         _, said = make(content, tmp_path / "here", merge=[tmp_path / "there"])
         assert "0 finished cells taken over" in said
         assert "cells not taken over: torch is 1.0 there" in said
@@ -366,12 +371,7 @@ class TestMerge:
     def test_cells_of_another_device_are_not_and_the_device_is_told(self, tmp_path):
         content = untuned(methods={"hard": {"config": {"method": "hard_labels"}}}, seeds={"fresh": [0]})
         make(content, tmp_path / "there")
-        (path,) = (tmp_path / "there" / "cells").iterdir()
-        result = directory.read_result(path)
-        result["made_from"]["machine"]["device"] = "NVIDIA H200"
-        result["digest"] = directory.digest(result["made_from"])
-        path.rename(path.with_name(result["digest"]))
-        directory.write_result(path.with_name(result["digest"]), result)
+        made_elsewhere(tmp_path / "there", "machine", device="NVIDIA H200")
         _, said = make(content, tmp_path / "here", merge=[tmp_path / "there"])
         assert "cells not taken over: the machine's device is NVIDIA H200 there, cpu here" in said
 
